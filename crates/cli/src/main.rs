@@ -1,0 +1,3 @@
+//! The `spinney` executable.
+
+fn main() {}

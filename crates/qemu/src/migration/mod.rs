@@ -1,0 +1,1 @@
+//! The migration stream: bytes, sections, RAM records.

@@ -1,0 +1,363 @@
+//! What callers hand in and get back. Bytes are integers, times are UTC, durations are in the unit of the field's name.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// A disk at `create`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    /// An existing image; never written, never removed.
+    File(PathBuf),
+    /// A new empty disk of so many bytes.
+    Size(u64),
+}
+
+/// What `create` makes. Also stored in the catalog as the machine's settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Disks in order of their device: `disk0`, `disk1`, ...
+    pub disks: Vec<DiskSource>,
+    /// Linux kernel to boot directly.
+    pub kernel: Option<PathBuf>,
+    /// Its initial file system.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub append: Option<String>,
+    /// `user` for QEMU's user-mode network; each gives one card. Empty: no network.
+    pub networks: Vec<String>,
+    /// False: the machine may have devices that cannot be migrated, and is taken `disk_only` or off.
+    pub memory_snapshots: bool,
+    /// Words handed to QEMU as they are; `{run}` becomes the run folder of the process.
+    pub qemu_args: Vec<String>,
+}
+
+/// Whether a machine has a process, and what that does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    /// No process.
+    Off,
+    /// The guest's CPUs stand still.
+    Paused,
+    /// The guest runs.
+    Running,
+    /// The process went away without our doing (host restart, crash).
+    LostPower,
+}
+
+/// One line of `ls`, one page of `show`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Machine {
+    /// Stable id, 16 hex digits.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// Power state at this moment.
+    pub power: Power,
+    /// Name of the group.
+    pub group: String,
+    /// Settings.
+    pub config: MachineConfig,
+    /// Universally unique id the guest sees.
+    pub uuid: String,
+    /// MAC address of each card.
+    pub macs: Vec<String>,
+    /// Name of the snapshot that here comes from.
+    pub parent: Option<String>,
+    /// Number of snapshots, undo points left out.
+    pub snapshots: u64,
+    /// Refuses `rm`.
+    pub protected: bool,
+    /// When it was created.
+    pub created: Timestamp,
+    /// Process id of QEMU.
+    pub pid: Option<u32>,
+    /// Unix socket of the serial console while a process exists.
+    pub console: Option<PathBuf>,
+    /// Operation under way, if any: its kind ("take").
+    pub busy: Option<String>,
+    /// Accelerator of the running process ("kvm", "tcg").
+    pub accel: Option<String>,
+    /// QEMU's version, of the running process.
+    pub qemu: Option<String>,
+}
+
+/// How memory was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Paused throughout.
+    StopCopy,
+    /// Copied in rounds while the machine runs, paused for the last.
+    PreCopy,
+    /// No memory was taken: the machine was off.
+    Off,
+    /// No memory was taken, though the machine ran (`--disk-only`).
+    DiskOnly,
+}
+
+/// A snapshot as `tree` and `show` have it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Stable id, 16 hex digits.
+    pub id: String,
+    /// Target's name.
+    pub target: String,
+    /// Name; unique in its target.
+    pub name: String,
+    /// Note, possibly empty.
+    pub note: String,
+    /// Nearest visible ancestor's id.
+    pub parent: Option<String>,
+    /// When it was taken.
+    pub created: Timestamp,
+    /// An undo point: kept by `goto`, folded away in `tree`.
+    pub undo_point: bool,
+    /// Power state recorded, which comes back at `goto`.
+    pub power: Power,
+    /// How it was taken.
+    pub mode: Mode,
+    /// Microseconds between QEMU's STOP and RESUME; none if the guest did not run.
+    pub pause_us: Option<u64>,
+    /// Microseconds from the command to durable.
+    pub took_us: u64,
+    /// Bytes of guest memory it holds, before anything is shared.
+    pub memory_bytes: u64,
+    /// Bytes it added to the page store.
+    pub stored_bytes: u64,
+    /// Pages by cause.
+    pub saved: pages::Saved,
+    /// No policy, series or expiry removes it.
+    pub keep: bool,
+    /// Refuses `rm`.
+    pub protected: bool,
+    /// Layers under the disk with the longest chain.
+    pub depth: u32,
+    /// Settings at the time.
+    pub config: MachineConfig,
+}
+
+/// Options of `take`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct TakeOptions {
+    /// Name; `snap-N` if left out.
+    pub name: Option<String>,
+    /// Note.
+    pub note: String,
+    /// Mode; the one with the least pause if left out.
+    pub mode: Option<Mode>,
+    /// Leave memory out.
+    pub disk_only: bool,
+    /// Set `keep`.
+    pub keep: bool,
+}
+
+/// Power state wanted after `goto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GotoPower {
+    /// As recorded.
+    Recorded,
+    /// Disks only.
+    Off,
+    /// Paused.
+    Paused,
+    /// Running.
+    Running,
+}
+
+/// Result of `goto` and `back`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GotoReport {
+    /// Where the target stands now.
+    pub snapshot: Snapshot,
+    /// Power state now.
+    pub power: Power,
+    /// The undo point that keeps what was left; none with `--discard`.
+    pub undo_point: Option<Snapshot>,
+    /// Microseconds from the end of the old process (or the command, if there was none) to the guest being as wanted.
+    pub took_us: u64,
+}
+
+/// Changes of `edit`; what is `None` stays.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Edit {
+    /// New name.
+    pub name: Option<String>,
+    /// New note.
+    pub note: Option<String>,
+    /// New `keep` (snapshots only).
+    pub keep: Option<bool>,
+}
+
+/// A target's tree.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Tree {
+    /// The machine.
+    pub machine: Machine,
+    /// Its snapshots, parents before children, siblings by time. Undo points included.
+    pub snapshots: Vec<Snapshot>,
+    /// Id of the snapshot that here is a child of.
+    pub here: Option<String>,
+}
+
+/// What `rm` would take away; `rm` executes the same plan.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RemovePlan {
+    /// Full names of the snapshots that go.
+    pub snapshots: Vec<String>,
+    /// The whole machine goes.
+    pub machine: Option<String>,
+    /// Bytes that come back through `gc` once undo no longer pins them.
+    pub reclaimable_bytes: u64,
+    /// Bytes that stay, because others need them.
+    pub kept_bytes: u64,
+    /// Who needs them ("here", "web@after").
+    pub kept_by: Vec<String>,
+    /// True if a terminal should be asked first.
+    pub needs_confirmation: bool,
+}
+
+/// Space of one snapshot, or of here (empty name).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DuRow {
+    /// Target.
+    pub target: String,
+    /// Snapshot; empty for here.
+    pub name: String,
+    /// Undo point.
+    pub undo_point: bool,
+    /// Bytes that only it needs.
+    pub exclusive: u64,
+    /// Bytes it shares with others.
+    pub shared: u64,
+}
+
+/// Result of `du`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Du {
+    /// Per snapshot.
+    pub rows: Vec<DuRow>,
+    /// Allocated bytes of page packs.
+    pub store_bytes: u64,
+    /// Allocated bytes of disk layers.
+    pub disk_bytes: u64,
+    /// Bytes that `gc` would free now.
+    pub reclaimable: u64,
+    /// Bytes that only the undo log still holds.
+    pub pinned_by_undo: u64,
+    /// Pages of all listed takes, by cause.
+    pub saved: pages::Saved,
+    /// Bytes that `--without` would free, if asked.
+    pub without: Option<u64>,
+}
+
+/// Plan and result of `gc`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GcReport {
+    /// Nothing was done.
+    pub dry_run: bool,
+    /// Pack files removed or rewritten.
+    pub packs: u64,
+    /// Disk layers removed.
+    pub layers: u64,
+    /// Bytes freed, or to be freed.
+    pub bytes: u64,
+    /// Operations that can no longer be undone afterwards ("rm web@old").
+    pub ends_undo_of: Vec<String>,
+}
+
+/// One thing that `fsck` found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Damage {
+    /// The thing: a file, a page, a catalog row.
+    pub what: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Snapshots that it touches ("web@before").
+    pub snapshots: Vec<String>,
+}
+
+/// Result of `fsck`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FsckReport {
+    /// Packs read.
+    pub packs: u64,
+    /// Pages read and compared with their names.
+    pub pages: u64,
+    /// Layers looked at.
+    pub layers: u64,
+    /// Snapshots walked.
+    pub snapshots: u64,
+    /// What is wrong; empty if nothing is.
+    pub damage: Vec<Damage>,
+}
+
+/// State of a journalled operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OpState {
+    /// Under way.
+    Running,
+    /// Done.
+    Done,
+    /// Failed; everything was rolled back.
+    Failed,
+    /// Cancelled; everything was rolled back.
+    Cancelled,
+    /// Undone by a later operation.
+    Undone,
+}
+
+/// One entry of the operation log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Operation {
+    /// Id, 16 hex digits.
+    pub id: String,
+    /// Kind: "take", "goto", "rm", ...
+    pub kind: String,
+    /// What it was about: "web@before".
+    pub subject: String,
+    /// State.
+    pub state: OpState,
+    /// Start.
+    pub started: Timestamp,
+    /// End.
+    pub ended: Option<Timestamp>,
+    /// Sentence of the error, if it failed.
+    pub error: Option<String>,
+    /// `undo` can take it back.
+    pub undoable: bool,
+}
+
+/// One line of `doctor`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Check {
+    /// What was looked at: "QEMU", "accelerator".
+    pub name: String,
+    /// Good, works with less, or missing.
+    pub level: CheckLevel,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// How good a [`Check`] came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckLevel {
+    /// As wanted.
+    Good,
+    /// Works, with less.
+    Limited,
+    /// Spinney cannot do its job.
+    Missing,
+}

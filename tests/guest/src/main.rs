@@ -1,0 +1,3 @@
+//! The workload.
+
+fn main() {}
