@@ -2,4 +2,14 @@
 //!
 //! **Must not know:** the page store, the catalog, what a snapshot is.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+
+pub mod accel;
+pub mod binary;
+pub mod command;
+pub mod image;
 pub mod migration;
+pub mod process;
+pub mod qmp;
+mod tool;

@@ -1,0 +1,302 @@
+//! The command line of a machine: everything explicit, so that the same line makes the same machine years later.
+//!
+//! - A versioned machine type, an explicit memory backend id (it is the RAM block's name in the stream), a device id and
+//!   a bus address for everything that is in the stream.
+//! - Every layer of a disk is a node of its own with a name made from the layer's id. The catalog says what lies over
+//!   what; the images' headers are not asked.
+//! - Two monitors. The second is for whoever must be heard when the first does not answer.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::accel::Accel;
+
+/// Id of the memory backend, and so the name of the RAM block in every stream.
+pub const RAM_ID: &str = "ram0";
+
+/// One file of a disk's chain.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Id, at most 24 characters; the node is called `l-ID`.
+    pub id: String,
+    /// The file.
+    pub file: PathBuf,
+    /// Its format.
+    pub format: String,
+}
+
+/// A disk: its layers from the base up; the last one is written to.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Device id and serial number: "disk0".
+    pub id: String,
+    /// The chain, base first, never empty.
+    pub layers: Vec<Layer>,
+}
+
+/// A network card.
+#[derive(Clone, Debug)]
+pub struct Card {
+    /// Device id: "net0".
+    pub id: String,
+    /// MAC address.
+    pub mac: String,
+}
+
+/// Everything that QEMU must be told.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// Name shown in the process list.
+    pub name: String,
+    /// Versioned machine type.
+    pub machine: String,
+    /// Accelerator.
+    pub accel: Accel,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// UUID.
+    pub uuid: String,
+    /// VM generation id: differs for every life of a machine, so that a guest knows that it was copied or went back.
+    pub generation: String,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Cards on QEMU's user-mode network.
+    pub cards: Vec<Card>,
+    /// Linux kernel, initial file system, command line.
+    pub kernel: Option<(PathBuf, Option<PathBuf>, Option<String>)>,
+    /// Refuse devices that cannot be migrated.
+    pub only_migratable: bool,
+    /// Open disks past the host's page cache.
+    pub direct: bool,
+    /// Wait for an incoming stream; else boot.
+    pub incoming: bool,
+    /// Start with the CPUs standing still.
+    pub stopped: bool,
+    /// Words of the user's own.
+    pub extra: Vec<String>,
+}
+
+/// The sockets of a process, in its run folder.
+#[derive(Clone, Debug)]
+pub struct RunFolder(pub PathBuf);
+
+impl RunFolder {
+    /// The monitor of the daemon.
+    pub fn monitor(&self) -> PathBuf {
+        self.0.join("qmp")
+    }
+
+    /// The second monitor, with out-of-band execution.
+    pub fn second_monitor(&self) -> PathBuf {
+        self.0.join("oob")
+    }
+
+    /// The serial console.
+    pub fn console(&self) -> PathBuf {
+        self.0.join("console")
+    }
+
+    /// QEMU's own messages.
+    pub fn log(&self) -> PathBuf {
+        self.0.join("qemu.log")
+    }
+}
+
+impl Layer {
+    /// Name of its node.
+    pub fn node(&self) -> String {
+        format!("l-{}", self.id)
+    }
+
+    /// Options for `-blockdev` and `blockdev-add`. `backing` is the node below, `None` for a layer that is to be put over
+    /// one that runs, or that has none.
+    pub fn blockdev(&self, backing: Option<&str>, writable: bool, direct: bool) -> Value {
+        let cache = json!({ "direct": direct, "no-flush": false });
+        let mut node = json!({
+            "driver": self.format,
+            "node-name": self.node(),
+            "read-only": !writable,
+            "cache": cache,
+            "discard": "unmap",
+            "file": {
+                "driver": "file",
+                "node-name": format!("f-{}", self.id),
+                "filename": self.file,
+                "read-only": !writable,
+                "cache": cache,
+                "discard": "unmap",
+            },
+        });
+        // An explicit null keeps QEMU from following the image's own header.
+        if self.format == "qcow2"
+            && let Some(map) = node.as_object_mut()
+        {
+            map.insert("backing".into(), backing.map_or(Value::Null, Value::from));
+        }
+        node
+    }
+}
+
+impl MachineSpec {
+    /// The arguments, for a process whose sockets are in `run`.
+    pub fn arguments(&self, run: &RunFolder) -> Vec<String> {
+        let mut args = Arguments(Vec::new());
+        args.pair("-name", format!("guest={0},debug-threads=on", comma(&self.name)));
+        args.word("-nodefaults");
+        args.word("-no-user-config");
+        args.pair("-display", "none");
+        args.pair("-vga", "none");
+        let mebibytes = self.memory >> 20;
+        args.pair("-object", format!("memory-backend-ram,id={RAM_ID},size={}", self.memory));
+        args.pair("-m", format!("{mebibytes}M"));
+        args.pair("-machine", format!("{},accel={},memory-backend={RAM_ID}", self.machine, self.accel));
+        args.pair("-cpu", "max");
+        args.pair("-smp", self.cpus.to_string());
+        args.pair("-uuid", &self.uuid);
+        args.pair("-device", format!("vmgenid,id=genid,guid={}", self.generation));
+        for (name, path) in [("qmp0", run.monitor()), ("qmp1", run.second_monitor())] {
+            args.socket(name, &path);
+            args.pair("-mon", format!("chardev={name},mode=control"));
+        }
+        args.socket("serial0", &run.console());
+        args.pair("-serial", "chardev:serial0");
+        args.pair("-device", "virtio-rng-pci,id=rng0,addr=0x1d");
+        self.disk_arguments(&mut args);
+        for (index, card) in self.cards.iter().enumerate() {
+            let slot = 0x18 + index;
+            args.pair("-netdev", format!("user,id={}", card.id));
+            args.pair(
+                "-device",
+                format!(
+                    "virtio-net-pci,id={0},netdev={0},mac={1},romfile=,addr={slot:#x}",
+                    card.id, card.mac
+                ),
+            );
+        }
+        if let Some((kernel, initrd, append)) = &self.kernel {
+            args.pair("-kernel", kernel.display());
+            if let Some(initrd) = initrd {
+                args.pair("-initrd", initrd.display());
+            }
+            if let Some(append) = append {
+                args.pair("-append", append);
+            }
+        }
+        if self.only_migratable {
+            args.word("-only-migratable");
+        }
+        if self.incoming {
+            args.pair("-incoming", "defer");
+        }
+        if self.stopped {
+            args.word("-S");
+        }
+        let folder = run.0.to_string_lossy();
+        args.0.extend(self.extra.iter().map(|word| word.replace("{run}", &folder)));
+        args.0
+    }
+
+    fn disk_arguments(&self, args: &mut Arguments) {
+        for (index, disk) in self.disks.iter().enumerate() {
+            let mut below: Option<String> = None;
+            for (depth, layer) in disk.layers.iter().enumerate() {
+                let top = depth + 1 == disk.layers.len();
+                args.pair("-blockdev", layer.blockdev(below.as_deref(), top, self.direct));
+                below = Some(layer.node());
+            }
+            let slot = 0x08 + index;
+            let drive = below.unwrap_or_default();
+            args.pair(
+                "-device",
+                format!(
+                    "virtio-blk-pci,id={0},serial={0},drive={drive},addr={slot:#x},bootindex={index}",
+                    disk.id
+                ),
+            );
+        }
+    }
+}
+
+/// Most disks that a machine can have: the PCI slots 0x08 to 0x17.
+pub const MAX_DISKS: usize = 16;
+/// Most cards: the PCI slots 0x18 to 0x1c.
+pub const MAX_CARDS: usize = 5;
+
+struct Arguments(Vec<String>);
+
+impl Arguments {
+    fn word(&mut self, word: &str) {
+        self.0.push(word.to_owned());
+    }
+
+    fn pair(&mut self, option: &str, value: impl ToString) {
+        self.0.extend([option.to_owned(), value.to_string()]);
+    }
+
+    fn socket(&mut self, id: &str, path: &Path) {
+        self.pair(
+            "-chardev",
+            format!("socket,id={id},path={},server=on,wait=off", comma(&path.to_string_lossy())),
+        );
+    }
+}
+
+/// QEMU's option syntax doubles a comma that belongs to a value.
+fn comma(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        let layer = |id: &str, format: &str| Layer {
+            id: id.into(),
+            file: format!("/layers/{id}").into(),
+            format: format.into(),
+        };
+        MachineSpec {
+            name: "web,1".into(),
+            machine: "pc-i440fx-10.0".into(),
+            accel: Accel::Tcg,
+            memory: 512 << 20,
+            cpus: 2,
+            uuid: "u".into(),
+            generation: "g".into(),
+            disks: vec![Disk { id: "disk0".into(), layers: vec![layer("a", "raw"), layer("b", "qcow2")] }],
+            cards: vec![Card { id: "net0".into(), mac: "52:54:00:00:00:01".into() }],
+            kernel: None,
+            only_migratable: true,
+            direct: true,
+            incoming: true,
+            stopped: true,
+            extra: vec!["-chardev".into(), "null,id={run}/x".into()],
+        }
+    }
+
+    #[test]
+    fn the_chain_is_spelt_out_and_only_its_top_is_written() {
+        let args = spec().arguments(&RunFolder("/run".into()));
+        let nodes: Vec<Value> = args
+            .iter()
+            .zip(args.iter().skip(1))
+            .filter(|(option, _)| *option == "-blockdev")
+            .map(|(_, value)| serde_json::from_str(value).unwrap())
+            .collect();
+        assert_eq!(nodes.len(), 2);
+        assert_eq!((&nodes[0]["read-only"], nodes[0].get("backing")), (&json!(true), None));
+        assert_eq!((&nodes[1]["read-only"], &nodes[1]["backing"]), (&json!(false), &json!("l-a")));
+        assert!(args.iter().any(|a| a.starts_with("virtio-blk-pci,id=disk0,serial=disk0,drive=l-b")));
+    }
+
+    #[test]
+    fn names_cannot_smuggle_options_and_run_is_filled_in() {
+        let args = spec().arguments(&RunFolder("/run".into()));
+        assert!(args.contains(&"guest=web,,1,debug-threads=on".to_owned()));
+        assert!(args.contains(&"null,id=/run/x".to_owned()));
+    }
+}
