@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Makes this machine ready to build Spinney and to test it on real guests. Run it as often as you
+# like: it does only what is missing, and nothing takes well under a second.
+#
+# Installs QEMU and the tools that make disk images. The kernel and the busybox of the test guest
+# are unpacked into the cache (`.cache`, or $SPINNEY_CACHE) and not installed; `guest.sh` builds the
+# guest from them. Exits 5 where it cannot install anything, after naming what is missing.
+set -eu -o pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+# The packages that provide what is not there yet, in words.
+missing=()
+command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+command -v qemu-img >/dev/null || missing+=(qemu-utils)
+PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing+=(e2fsprogs)
+command -v cc >/dev/null || missing+=(gcc libc6-dev)
+
+need_kernel=false
+need_busybox=false
+[ -f "$cache/linux/version" ] || need_kernel=true
+[ -x "$cache/busybox/bin/busybox" ] || need_busybox=true
+
+if [ ${#missing[@]} = 0 ] && ! $need_kernel && ! $need_busybox; then exit 0; fi
+
+if ! is_debian; then
+    $need_kernel && missing+=("a generic kernel with its modules")
+    $need_busybox && missing+=("a static busybox")
+    die 5 "this is not Debian 12 or 13; by their Debian names, please install: ${missing[*]}"
+fi
+if [ "$(id -u)" != 0 ] && [ ${#missing[@]} != 0 ] && ! command -v sudo >/dev/null; then
+    die 5 "neither root nor sudo; please install: ${missing[*]}"
+fi
+
+# Debian 12 has QEMU 7.2; its backports suite has a newer one, with mapped-ram and rom=off. The
+# address of the mirror is the one that this machine takes Debian 12 itself from.
+add_backports() {
+    local mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local file=/etc/apt/sources.list.d/spinney-backports.sources
+    # shellcheck disable=SC2016 # these are apt's variables
+    mirror=$(apt-get indextargets --format '$(CODENAME) $(LABEL) $(REPO_URI)' 'Identifier: Packages' |
+        sed -n 's/^bookworm Debian //p' | head -n 1)
+    [ -n "$mirror" ] || return 1
+    {
+        printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\n' "$mirror"
+        if [ -f "$keyring" ]; then printf 'Signed-By: %s\n' "$keyring"; fi
+    } | as_root tee "$file" >/dev/null
+    apt_update && [ -n "$(backport)" ] && return
+    as_root rm -f "$file"
+    return 1
+}
+
+# The version of QEMU in backports, if apt knows that suite.
+backport() { LC_ALL=C apt-cache madison qemu-system-x86 | awk -F' *[|] *' '/bookworm-backports/ { print $2; exit }'; }
+
+qemu_wanted() { [[ " ${missing[*]} " == *" qemu-"* ]]; }
+
+if [ ${#missing[@]} = 0 ]; then
+    # apt-get update needs root; without it, the lists that are there have to do.
+    if [ "$(id -u)" = 0 ]; then apt_update; fi
+else
+    apt_update
+fi
+
+if [ ${#missing[@]} != 0 ]; then
+    suite=()
+    if qemu_wanted; then
+        # The network card's boot ROM is only recommended, yet without it no virtio-net starts.
+        missing+=(qemu-system-data seabios ipxe-qemu)
+        if [ "$(os_release VERSION_CODENAME)" = bookworm ]; then
+            if [ -n "$(backport)" ] || add_backports; then
+                suite=(-t bookworm-backports)
+            else
+                say "no backports suite to be had: installing Debian 12's own QEMU 7.2"
+            fi
+        fi
+    fi
+    apt_get install -y --no-install-recommends ${suite[@]+"${suite[@]}"} "${missing[@]}" >&2
+fi
+
+if $need_busybox; then
+    unpack "$cache/busybox" busybox-static
+    # Where /bin is part of /usr, the package puts it there.
+    if [ ! -e "$cache/busybox/bin/busybox" ]; then
+        mkdir -p "$cache/busybox/bin"
+        ln -s ../usr/bin/busybox "$cache/busybox/bin/busybox"
+    fi
+fi
+
+if $need_kernel; then
+    # The generic kernel: the cloud one is built without the VM generation id.
+    kernel=$(LC_ALL=C apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: //p' | head -n 1)
+    [ -n "$kernel" ] || die 5 "apt knows no package linux-image-amd64"
+    unpack "$cache/linux" "$kernel"
+    printf '%s %s\n' "$kernel" "$(candidate "$kernel")" >"$cache/linux/version"
+fi
+
+say "ready: $(qemu-system-x86_64 -version | head -n 1), kernel $(cat "$cache/linux/version")"
