@@ -1,0 +1,142 @@
+//! The device tail: everything behind RAM, kept as it came.
+//!
+//! The tail does not say where it ends, and a QEMU that waits for the receiver's verdict keeps the socket open. So its
+//! end is found by its content: EOF, the element byte of the description, a length, and exactly that many bytes of
+//! JSON, after which nothing more has come. Device state can hold bytes of the guest's choosing, so what looks like
+//! the end counts only if the walk along the description ends there too.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::Read;
+
+use super::codec::Bytes;
+use super::description::{DeviceSection, EOF, MAX_DESCRIPTION_BYTES, SECTION_FULL, is_description, walk};
+use super::error::{Error, ErrorKind, Result};
+use super::source::StreamReader;
+
+/// Most bytes of device state and description together: 64 MiB. A small machine has 60 KiB, each network card adds
+/// up to 200 KiB.
+pub const MAX_TAIL_BYTES: usize = 64 << 20;
+/// Most places that may look like the end at one time. By chance there is one in 2^30 bytes; more are planted.
+const MAX_CANDIDATES: usize = 65_536;
+
+/// Element byte of the description.
+pub(super) const VMDESCRIPTION: u8 = 0x06;
+/// Bytes from EOF to the description: EOF, element byte, be32 length.
+const END_BYTES: usize = 6;
+
+/// The state of all devices, and what QEMU says about it. Checked: the two agree on every section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceTail {
+    bytes: Vec<u8>,
+    description: Vec<u8>,
+    sections: Vec<DeviceSection>,
+}
+
+impl DeviceTail {
+    /// Puts a tail together from the bytes of the first device section up to and with EOF, and the description.
+    /// Fails as [`ErrorKind::Description`] or [`ErrorKind::Section`] if the two do not agree.
+    pub fn new(bytes: Vec<u8>, description: Vec<u8>) -> Result<Self> {
+        Self::new_at(bytes, description, 0)
+    }
+
+    /// As [`Self::new`], with errors counting from `base`.
+    pub(super) fn new_at(bytes: Vec<u8>, description: Vec<u8>, base: u64) -> Result<Self> {
+        let sections = walk(&bytes, &description, base)?;
+        Ok(Self { bytes, description, sections })
+    }
+
+    /// Reads from behind the element byte of the first device section to the end of the description, and not further.
+    pub(super) fn collect<R: Read>(input: &mut StreamReader<R>) -> Result<Self> {
+        let base = input.offset().saturating_sub(1);
+        let mut bytes = vec![SECTION_FULL];
+        let mut ends = Ends::default();
+        let eof = loop {
+            if !input.more(&mut bytes)? {
+                let kind = ErrorKind::Truncated { what: "the device state" };
+                return Err(Error::new(base + bytes.len() as u64, kind));
+            }
+            check_limit("the device state", bytes.len(), MAX_TAIL_BYTES, base)?;
+            ends.scan(&bytes);
+            check_limit("the number of possible ends", ends.open.len(), MAX_CANDIDATES, base)?;
+            if let Some(eof) = ends.found(&bytes) {
+                break eof;
+            }
+        };
+        let description = bytes.get(eof + END_BYTES..).unwrap_or_default().to_vec();
+        bytes.truncate(eof + 1);
+        Self::new_at(bytes, description, base)
+    }
+
+    /// The device sections and EOF, as they came.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// QEMU's description of them, JSON.
+    pub fn description(&self) -> &[u8] {
+        &self.description
+    }
+
+    /// Where each device's section lies in [`Self::bytes`], in their order.
+    pub fn sections(&self) -> &[DeviceSection] {
+        &self.sections
+    }
+
+    /// Payload of the first section of this name.
+    pub fn payload(&self, name: &str) -> Option<&[u8]> {
+        let section = self.sections.iter().find(|section| section.name == name)?;
+        self.bytes.get(section.payload.clone())
+    }
+
+    /// The run state that QEMU was in when it began to migrate ("running", "paused"); none if it was not stored.
+    pub fn run_state(&self) -> Option<&str> {
+        // be32 size, then the name, padded with zeros to 32 bytes.
+        let name = self.payload("globalstate")?.get(4..36)?.split(|&byte| byte == 0).next()?;
+        std::str::from_utf8(name).ok().filter(|name| !name.is_empty())
+    }
+}
+
+/// Places that look like the end. The scan passes each byte once, whatever pieces it comes in.
+#[derive(Debug, Default)]
+struct Ends {
+    scanned: usize,
+    // (end of the description, position of EOF), the nearest end first.
+    open: BinaryHeap<Reverse<(usize, usize)>>,
+}
+
+impl Ends {
+    fn scan(&mut self, bytes: &[u8]) {
+        let new = bytes.get(self.scanned..).unwrap_or_default();
+        for window in new.windows(END_BYTES + 1) {
+            if let [EOF, VMDESCRIPTION, a, b, c, d, b'{'] = *window {
+                let length = u32::from_be_bytes([a, b, c, d]) as usize;
+                if length <= MAX_DESCRIPTION_BYTES {
+                    self.open.push(Reverse((self.scanned + END_BYTES + length, self.scanned)));
+                }
+            }
+            self.scanned += 1;
+        }
+    }
+
+    /// Position of EOF, if all has come. What ends before the last byte was no end.
+    fn found(&mut self, bytes: &[u8]) -> Option<usize> {
+        while let Some(&Reverse((end, eof))) = self.open.peek() {
+            if end > bytes.len() {
+                break;
+            }
+            self.open.pop();
+            if end == bytes.len() && is_description(bytes.get(eof + END_BYTES..)?) {
+                return Some(eof);
+            }
+        }
+        None
+    }
+}
+
+fn check_limit(what: &'static str, value: usize, limit: usize, base: u64) -> Result<()> {
+    if value <= limit {
+        return Ok(());
+    }
+    Err(Error::new(base, ErrorKind::TooLarge { what, value: value as u64, limit: limit as u64 }))
+}
