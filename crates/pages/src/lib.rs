@@ -2,10 +2,60 @@
 //!
 //! **Must not know:** machines, QEMU, snapshots, the catalog. Callers bring bytes and keep [`MapRoot`]s; what is
 //! kept alive is decided by the roots that they hand to the collector.
+//!
+//! The format on disk is described in `docs/formats/pages.md` and nowhere else.
+//!
+//! # What may run beside what
+//! All operations take `&self`, and a folder is open in one process at a time.
+//!
+//! | | put, put_map | commit | read, map_range | plan_gc, usage, fsck | run_gc |
+//! |---|---|---|---|---|---|
+//! | **put, put_map** | yes: shard locks; own pages under the session's lock, written outside it | yes | yes | yes: reads only | yes: a hit touches its pack under the *gate* (shared); a touched pack is left alone |
+//! | **commit** | | yes: files of its own; shard locks to publish | yes | yes: what came later is not in the plan | yes: new packs are in no plan, and their names win over older places |
+//! | **read, map_range** | | | yes | yes | yes: a pack gone between look-up and open is looked up once more; an open file outlives its name |
+//! | **usage, fsck** | | | | yes | yes: as read |
+//! | **plan_gc, run_gc** | | | | | no: the collector's lock |
+//!
+//! The *gate* is a reader-writer lock: look-ups that a session will rely on hold it shared; the collector holds it alone for
+//! the moment in which it decides that a pack goes. A session counts from `begin` to the end of `commit`; whoever
+//! records a root after that keeps a [`Hold`] until the record is durable (see [`Store::plan_gc`]).
+
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
+
+mod codec;
+mod disk;
+mod error;
+mod fsck;
+mod gc;
+mod group;
+mod hold;
+mod index;
+mod map;
+mod pack;
+mod read;
+mod session;
+mod store;
+mod sync;
+mod usage;
+
+#[doc(hidden)]
+pub mod fuzzing;
+
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+pub use error::{Error, Kind, Problem, Result};
+pub use fsck::{Damage, Report};
+pub use gc::{GcDone, GcPlan, PackPlan};
+pub use group::GroupKey;
+pub use hold::Hold;
+pub use store::Store;
+pub use usage::Usage;
 
 /// Bytes of a page. Fixed: it is the x86 page, and the unit in which QEMU sends memory.
 pub const PAGE_SIZE: usize = 4096;
@@ -38,6 +88,7 @@ pub struct MapRoot {
 
 /// What became of the pages of one session, by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Saved {
     /// Pages of zero bytes.
     pub zero: u64,
@@ -71,43 +122,34 @@ pub trait Session: Send + Sync {
     fn commit(self: Box<Self>) -> Result<Saved>;
 }
 
-/// Why the store could not do something.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The operating system refused.
-    #[error("{act} {path}")]
-    Io {
-        /// What was being done, as a verb: "read", "sync".
-        act: &'static str,
-        /// The file.
-        path: std::path::PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-}
-
-/// Result of a store call.
-pub type Result<T, E = Error> = std::result::Result<T, E>;
-
 mod hash_hex {
+    //! Hashes as 64 hex digits.
+
     use super::PageHash;
     use serde::{Deserialize, Deserializer, Serializer};
 
+    pub(super) fn text(bytes: &[u8; 32]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    pub(super) fn parse(text: &str) -> Option<[u8; 32]> {
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut out = [0u8; 32];
+        for (i, byte) in out.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()?;
+        }
+        Some(out)
+    }
+
     pub(super) fn serialize<S: Serializer>(h: &PageHash, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&h.0.iter().map(|b| format!("{b:02x}")).collect::<String>())
+        s.serialize_str(&text(&h.0))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<PageHash, D::Error> {
         let text = String::deserialize(d)?;
-        let mut out = [0u8; 32];
-        if text.len() != 64 || !text.is_ascii() {
-            return Err(serde::de::Error::custom("a page hash has 64 hex digits"));
-        }
-        for (i, byte) in out.iter_mut().enumerate() {
-            let digits = text.get(2 * i..2 * i + 2).unwrap_or_default();
-            *byte = u8::from_str_radix(digits, 16).map_err(serde::de::Error::custom)?;
-        }
-        Ok(PageHash(out))
+        let bytes = parse(&text).ok_or_else(|| serde::de::Error::custom("a page hash has 64 hex digits"))?;
+        Ok(PageHash(bytes))
     }
 }

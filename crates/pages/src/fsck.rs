@@ -1,0 +1,234 @@
+//! Checking everything: each pack's structure, each page and node against its name, each root's map.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use crate::disk::DiskFile;
+use crate::error::{Error, Kind, Problem, Result};
+use crate::index::Place;
+use crate::map::{Child, Forest};
+use crate::pack::{Entry, Pack, Refused, read_footer, read_layout};
+use crate::store::{Inner, Store};
+use crate::{MapRoot, PAGE_SIZE, PageHash};
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Packs read, those set aside included.
+    pub packs: u64,
+    /// Pages compared with their names.
+    pub pages: u64,
+    /// Map nodes compared with their names.
+    pub nodes: u64,
+    /// Roots whose maps were walked.
+    pub roots: u64,
+    /// What is wrong; empty if nothing is.
+    pub damage: Vec<Damage>,
+    /// The caller stopped the check before its end.
+    pub stopped: bool,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// The thing: a pack, or the map of a root by its label.
+    pub what: String,
+    /// What is wrong with it.
+    pub problem: String,
+    /// Labels of the roots that need what is damaged, sorted.
+    pub labels: Vec<String>,
+}
+
+/// Pages read at once.
+const RUN: usize = 256;
+
+impl Store {
+    /// Checks the whole store and the maps of `roots`, each with a label for the report. Changes nothing. `progress` gets
+    /// the bytes read so far and in all, and stops the check by returning false. Damage is in the report; an error means
+    /// that the check itself could not be done.
+    pub fn fsck(&self, roots: &[(MapRoot, String)], progress: &dyn Fn(u64, u64) -> bool) -> Result<Report> {
+        let store = &*self.inner;
+        let packs = store.packs.all();
+        let total = packs.iter().map(|pack| pack.layout.len).sum();
+        let mut report = Report::default();
+        let mut found: Vec<Found> = Vec::new();
+        let mut before = 0;
+        for pack in &packs {
+            let mut go_on = |done: u64| progress(before + done, total);
+            let own = store.check_pack(pack, &mut report, &mut go_on)?;
+            found.extend(own);
+            if report.stopped {
+                break;
+            }
+            before += pack.layout.len;
+        }
+        report.packs += store.set_aside.len() as u64;
+        let lost = store.check_roots(roots, &mut found, &mut report)?;
+        for (name, problem) in &store.set_aside {
+            // Its footer is not to be trusted, so it may be what any root lacks.
+            let labels = lost.iter().cloned().collect();
+            report.damage.push(Damage { what: format!("pack {name}"), problem: problem.to_string(), labels });
+        }
+        report.damage.extend(found.into_iter().map(Found::into_damage));
+        Ok(report)
+    }
+}
+
+/// Damage of one pack that is in use.
+struct Found {
+    pack: String,
+    problem: String,
+    pages: HashSet<Place>,
+    labels: BTreeSet<String>,
+}
+
+impl Found {
+    fn into_damage(self) -> Damage {
+        let labels = self.labels.into_iter().collect();
+        Damage { what: format!("pack {}", self.pack), problem: self.problem, labels }
+    }
+}
+
+impl Inner {
+    /// Checks one pack; None if it is intact, or was collected meanwhile.
+    fn check_pack(
+        &self,
+        pack: &Pack,
+        report: &mut Report,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Found>> {
+        let found = |problem: String, pages| {
+            Some(Found { pack: pack.name(), problem, pages, labels: BTreeSet::new() })
+        };
+        let file = match self.open_pack(pack.number) {
+            Ok(Some((_, file))) => file,
+            Ok(None) => return Ok(None),
+            Err(Error::Io { source, .. }) => {
+                return Ok(found(format!("cannot be opened: {source}"), HashSet::new()));
+            }
+            Err(e) => return Err(e),
+        };
+        report.packs += 1;
+        let entries = match self.structure(pack, &*file) {
+            Ok(entries) => entries,
+            Err(problem) => return Ok(found(problem.to_string(), HashSet::new())),
+        };
+        let bad = self.check_content(pack, &*file, entries, report, go_on);
+        let count = |kind| bad.iter().filter(|entry| entry.kind == kind).count();
+        let (pages, nodes) = (count(Kind::Page), count(Kind::Node));
+        let Some(first) = bad.first() else { return Ok(None) };
+        let problem = format!(
+            "{pages} pages and {nodes} map nodes do not fit their names, first the {} {:?}",
+            first.kind, first.name
+        );
+        let pages = bad.iter().filter(|e| e.kind == Kind::Page);
+        Ok(found(problem, pages.map(|e| Place { pack: pack.number, at: e.at }).collect()))
+    }
+
+    /// Reads header, trailer and footer again, as they are now.
+    fn structure(&self, pack: &Pack, file: &dyn DiskFile) -> Result<Vec<Entry>, Problem> {
+        match read_layout(file, pack.layout.id, &self.names.fingerprint) {
+            Ok(layout) if layout == pack.layout => read_footer(file, &layout),
+            Ok(_) => Err(Problem::Field("trailer: not the one read at open")),
+            Err(Refused::Damaged(problem)) => Err(problem),
+            Err(Refused::Newer(_)) => Err(Problem::Field("version")),
+        }
+    }
+
+    /// Entries whose content does not fit the name.
+    fn check_content(
+        &self,
+        pack: &Pack,
+        file: &dyn DiskFile,
+        mut entries: Vec<Entry>,
+        report: &mut Report,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Vec<Entry> {
+        entries.sort_unstable_by_key(|entry| entry.at);
+        let mut bad = Vec::new();
+        let mut bytes = vec![[0; PAGE_SIZE]; RUN];
+        for run in entries.chunk_by(|a, b| a.kind == b.kind).flat_map(|run| run.chunks(RUN)) {
+            let Some(first) = run.first() else { continue };
+            let offset = u64::from(first.at) * 8;
+            if !go_on(offset) {
+                report.stopped = true;
+                break;
+            }
+            if first.kind == Kind::Node {
+                report.nodes += run.len() as u64;
+                let wrong = |e: &&Entry| {
+                    let node = self.read_node_at(pack, file, u64::from(e.at) * 8, &e.name);
+                    !node.is_ok_and(|(_, len)| len == usize::from(e.len))
+                };
+                bad.extend(run.iter().filter(wrong));
+                continue;
+            }
+            report.pages += run.len() as u64;
+            let bytes = bytes.get_mut(..run.len()).unwrap_or_default();
+            let whole = file.read_at(bytes.as_flattened_mut(), offset).is_ok();
+            for (entry, page) in run.iter().zip(bytes) {
+                // A run that cannot be read as a whole may have good pages.
+                let readable = whole || file.read_at(page, u64::from(entry.at) * 8).is_ok();
+                if !readable || self.names.page(page) != entry.name {
+                    bad.push(*entry);
+                }
+            }
+        }
+        bad
+    }
+
+    /// Walks the maps. Adds to `found` the labels of roots that need a damaged page, to the report what roots lack;
+    /// returns the labels of those that lack something.
+    fn check_roots(
+        &self,
+        roots: &[(MapRoot, String)],
+        found: &mut [Found],
+        report: &mut Report,
+    ) -> Result<BTreeSet<String>> {
+        let maps: Vec<MapRoot> = roots.iter().map(|(root, _)| *root).collect();
+        let forest = Forest::read(self, &maps)?;
+        let pages: HashMap<Place, usize> =
+            (0..).zip(found.iter()).flat_map(|(i, f)| f.pages.iter().map(move |p| (*p, i))).collect();
+        let mut lost = BTreeSet::new();
+        for (top, (_, label)) in forest.tops.iter().zip(roots) {
+            report.roots += 1;
+            let (mut lacks, mut seen) = (BTreeSet::new(), vec![false; forest.nodes().len()]);
+            let mut todo: Vec<Child> = top.iter().copied().collect();
+            while let Some(child) = todo.pop() {
+                match child {
+                    Child::Node(number) => {
+                        if let Some(seen) = seen.get_mut(number as usize).filter(|seen| !**seen) {
+                            *seen = true;
+                            todo.extend(forest.children(number));
+                        }
+                    }
+                    Child::Page(place) => {
+                        if let Some(found) = pages.get(&place).and_then(|i| found.get_mut(*i)) {
+                            found.labels.insert(label.clone());
+                        }
+                    }
+                    Child::Missing(number) => {
+                        lacks.extend(forest.missing.get(number as usize).map(|m| (m.kind, m.name, number)));
+                    }
+                }
+            }
+            if let Some(damage) = describe(&forest, &lacks, label) {
+                report.damage.push(damage);
+                lost.insert(label.clone());
+            }
+        }
+        Ok(lost)
+    }
+}
+
+/// What one root lacks, in one entry of the report.
+fn describe(forest: &Forest, lacks: &BTreeSet<(Kind, PageHash, u32)>, label: &str) -> Option<Damage> {
+    let (_, _, first) = lacks.first()?;
+    let names: BTreeSet<_> = lacks.iter().map(|(kind, name, _)| (*kind, *name)).collect();
+    let nodes = names.iter().filter(|(kind, _)| *kind == Kind::Node).count();
+    let why = forest.missing.get(*first as usize).map(|m| m.why.to_string()).unwrap_or_default();
+    Some(Damage {
+        what: format!("map of {label}"),
+        problem: format!("lacks {} pages and {nodes} map nodes: {why}", names.len() - nodes),
+        labels: vec![label.to_owned()],
+    })
+}

@@ -1,0 +1,136 @@
+//! A group's key, and the names that follow from it.
+//!
+//! Every name is a keyed hash, so equal pages of two groups have unrelated names, and nobody without the key can tell from
+//! a store whether it holds a page that he knows.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::{PAGE_SIZE, PageHash};
+
+/// The secret of one group. Two stores with one key are one circle of trust.
+#[derive(Clone, PartialEq, Eq)]
+pub struct GroupKey([u8; 32]);
+
+impl GroupKey {
+    /// A fresh random key. Fails if the system has no randomness to give.
+    pub fn generate() -> Result<Self> {
+        Ok(Self(random()?))
+    }
+
+    /// A key from bytes kept elsewhere.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Makes a fresh key and writes it to a new file that only its owner may read. Fails if the file exists.
+    pub fn create_file(path: &Path) -> Result<Self> {
+        let key = Self::generate()?;
+        key.write_file(path)?;
+        Ok(key)
+    }
+
+    /// Reads a key file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        match crate::hash_hex::parse(text.trim_end()) {
+            Some(bytes) => Ok(Self(bytes)),
+            None => Err(Error::BadKey { path: path.to_owned() }),
+        }
+    }
+
+    /// Writes the key to a new file, durably: file, then folder.
+    pub(crate) fn write_file(&self, path: &Path) -> Result<()> {
+        let mut options = OpenOptions::new();
+        let mut file =
+            options.write(true).create_new(true).mode(0o600).open(path).map_err(Error::io("create", path))?;
+        file.write_all(format!("{}\n", crate::hash_hex::text(&self.0)).as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(Error::io("write", path))?;
+        let folder = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io("sync", folder))
+    }
+}
+
+impl fmt::Debug for GroupKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GroupKey(..)")
+    }
+}
+
+/// Random bytes from the system.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes)
+        .map_err(|e| Error::io("read", Path::new("system randomness"))(io::Error::other(e.to_string())))?;
+    Ok(bytes)
+}
+
+/// What is derived from a key: one naming key for pages, another for map nodes, so that the two never share a name, and
+/// a fingerprint by which a pack tells whose it is.
+pub(crate) struct Names {
+    page: [u8; 32],
+    node: [u8; 32],
+    /// Written into each pack.
+    pub(crate) fingerprint: [u8; 16],
+}
+
+impl Names {
+    pub(crate) fn new(key: &GroupKey) -> Self {
+        let mut fingerprint = [0; 16];
+        blake3::Hasher::new_derive_key("Spinney page store v1, group fingerprint")
+            .update(&key.0)
+            .finalize_xof()
+            .fill(&mut fingerprint);
+        Self {
+            page: blake3::derive_key("Spinney page store v1, names of pages", &key.0),
+            node: blake3::derive_key("Spinney page store v1, names of map nodes", &key.0),
+            fingerprint,
+        }
+    }
+
+    /// Name of a page that is not all zero.
+    pub(crate) fn page(&self, page: &[u8; PAGE_SIZE]) -> PageHash {
+        PageHash(*blake3::keyed_hash(&self.page, page).as_bytes())
+    }
+
+    /// Name of an encoded map node.
+    pub(crate) fn node(&self, node: &[u8]) -> PageHash {
+        PageHash(*blake3::keyed_hash(&self.node, node).as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn key_file_is_private_and_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let key = GroupKey::create_file(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(GroupKey::load(&path).unwrap(), key);
+        assert!(GroupKey::create_file(&path).is_err(), "an existing key is never replaced");
+        assert_eq!(format!("{key:?}"), "GroupKey(..)");
+        fs::write(&path, "abcd").unwrap();
+        assert!(matches!(GroupKey::load(&path), Err(Error::BadKey { .. })));
+    }
+
+    #[test]
+    fn names_depend_on_group_and_kind() {
+        let (a, b) = (GroupKey::from_bytes([1; 32]), GroupKey::from_bytes([2; 32]));
+        let page = [7; PAGE_SIZE];
+        assert_ne!(Names::new(&a).page(&page), Names::new(&b).page(&page));
+        assert_ne!(Names::new(&a).page(&page), Names::new(&a).node(&page));
+        assert_ne!(Names::new(&a).fingerprint, Names::new(&b).fingerprint);
+    }
+}

@@ -1,0 +1,49 @@
+//! Packs: files of pages and map nodes that are never changed once they are sealed (`docs/formats/pages.md`, "Packs").
+
+mod build;
+mod footer;
+mod frame;
+mod open;
+mod table;
+
+pub(crate) use build::{Building, Slots, page_at};
+pub(crate) use footer::{ENTRY, Entry, decode as decode_footer, encode as encode_footer};
+pub(crate) use frame::fit_checksums;
+pub(crate) use open::{Layout, Refused, read_footer, read_layout};
+pub(crate) use table::{Pack, Packs};
+
+#[cfg(test)]
+mod tests;
+
+/// Format version that this program writes, and the highest that it reads.
+pub(crate) const VERSION: u32 = 1;
+
+/// Bytes of the header; the first page follows it.
+pub(crate) const HEADER: u64 = 4096;
+
+/// Random number by which a pack is called on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct PackId(pub(crate) u64);
+
+impl PackId {
+    pub(crate) fn random() -> crate::Result<Self> {
+        crate::group::random().map(|bytes| Self(u64::from_le_bytes(bytes)))
+    }
+
+    /// Name of the sealed file.
+    pub(crate) fn file_name(self) -> String {
+        format!("{:016x}.pack", self.0)
+    }
+
+    /// Name of the file while it is being written.
+    pub(crate) fn tmp_name(self) -> String {
+        format!("{:016x}.tmp", self.0)
+    }
+}
+
+/// Number of the page slot at a place; none if no page can lie there.
+pub(crate) fn slot(at: u32) -> Option<usize> {
+    const STEP: u32 = (crate::PAGE_SIZE / 8) as u32;
+    let behind = at.checked_sub((HEADER / 8) as u32)?;
+    behind.is_multiple_of(STEP).then_some((behind / STEP) as usize)
+}

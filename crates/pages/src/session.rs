@@ -1,0 +1,247 @@
+//! One writer's work, from `begin` to `commit`.
+//!
+//! `put` hashes without any lock, asks the index in one batch, claims slots for what is new under the session's lock and
+//! writes it without, straight from the caller's memory. So several threads put at once, and a page that two of them bring
+//! is stored once. Map nodes wait in memory until their pack is closed.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, Kind, Result};
+use crate::hold::Hold;
+use crate::index::{Place, Table};
+use crate::map;
+use crate::pack::{Building, Entry, Layout, Slots, page_at};
+use crate::store::Inner;
+use crate::sync::lock;
+use crate::{MapRoot, PAGE_SIZE, PageHash, Saved, Session};
+
+/// Names looked up at once.
+const BATCH: usize = 4096;
+
+const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// The store's [`Session`].
+pub(crate) struct Writer {
+    store: Arc<Inner>,
+    /// Keeps every pack with a hit from the collector.
+    _hold: Hold,
+    own: Mutex<Own>,
+    /// A write failed: the session cannot be committed.
+    failed: AtomicBool,
+}
+
+/// What the session adds. Places count the session's own packs; a node's is relative to the start of its pack's nodes.
+#[derive(Default)]
+struct Own {
+    pages: Table,
+    nodes: Table,
+    packs: Vec<Building>,
+    saved: Saved,
+}
+
+impl Writer {
+    pub(crate) fn new(store: Arc<Inner>) -> Self {
+        let hold = store.clock.hold();
+        Self { store, _hold: hold, own: Mutex::default(), failed: AtomicBool::new(false) }
+    }
+
+    /// Runs a step that may write; its failure is the session's.
+    fn step<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(Error::SessionFailed);
+        }
+        act().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+    }
+
+    /// Counts the pages and claims slots for the new ones. Each claim comes with the numbers of its pages in the batch.
+    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<Vec<(Slots, Vec<usize>)>> {
+        let mut own = lock(&self.own);
+        let Own { pages, packs, saved, .. } = &mut *own;
+        let mut claims = Vec::new();
+        let mut todo = Vec::with_capacity(names.len());
+        for (i, (name, known)) in names.iter().zip(known).enumerate() {
+            if *name == PageHash::ZERO {
+                saved.zero += 1;
+            } else if pages.get(name).is_some() {
+                saved.same += 1;
+            } else if *known {
+                saved.earlier += 1;
+            } else {
+                saved.new += 1;
+                let pack = self.current(packs)?;
+                let Some(building) = packs.get_mut(pack as usize) else { continue };
+                pages.set(*name, Place { pack, at: page_at(building.pages() + todo.len() as u32) });
+                todo.push(i);
+                if building.pages() + todo.len() as u32 == self.store.limits.pack_pages {
+                    claims.push((building.claim(todo.len() as u32), std::mem::take(&mut todo)));
+                }
+            }
+        }
+        if let (false, Some(building)) = (todo.is_empty(), packs.last_mut()) {
+            claims.push((building.claim(todo.len() as u32), todo));
+        }
+        Ok(claims)
+    }
+
+    /// Number of the pack that takes the next page or node; a new one if there is none or it is full.
+    fn current(&self, packs: &mut Vec<Building>) -> Result<u32> {
+        let limits = self.store.limits;
+        let full = packs
+            .last_mut()
+            .map(|pack| (pack.pages() >= limits.pack_pages || pack.node_bytes() >= limits.node_bytes, pack));
+        match full {
+            Some((false, _)) => {}
+            full => {
+                if let Some((_, pack)) = full {
+                    pack.close()?;
+                }
+                let (disk, folder) = (&*self.store.disk, &self.store.folder);
+                packs.push(Building::create(disk, folder, self.store.names.fingerprint)?);
+            }
+        }
+        Ok((packs.len() - 1) as u32)
+    }
+
+    /// Checks that every page of a map is in the store or this session, and relies on it.
+    fn check_pages(&self, pages: &[PageHash]) -> Result<()> {
+        let mut known = [false; BATCH];
+        for batch in pages.chunks(BATCH) {
+            known.fill(false);
+            self.store.rely_on(&self.store.pages, batch, &mut known);
+            let own = lock(&self.own);
+            let unknown = batch
+                .iter()
+                .zip(&known)
+                .find(|(name, known)| !**known && **name != PageHash::ZERO && own.pages.get(name).is_none());
+            if let Some((name, _)) = unknown {
+                return Err(self.store.missing(Kind::Page, *name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the nodes of one level and keeps those that are new.
+    fn keep_nodes(&self, level: map::Level) -> Result<Vec<PageHash>> {
+        let name =
+            |node: &Option<Vec<u8>>| node.as_ref().map_or(PageHash::ZERO, |n| self.store.names.node(n));
+        let names: Vec<PageHash> = level.iter().map(name).collect();
+        let mut known = vec![false; names.len()];
+        self.store.rely_on(&self.store.nodes, &names, &mut known);
+        let mut own = lock(&self.own);
+        let Own { nodes, packs, .. } = &mut *own;
+        for ((name, node), known) in names.iter().zip(&level).zip(known) {
+            let Some(node) = node.as_ref().filter(|_| !known && nodes.get(name).is_none()) else { continue };
+            let pack = self.current(packs)?;
+            if let Some(building) = packs.get_mut(pack as usize) {
+                nodes.set(*name, Place { pack, at: building.add_node(node) });
+            }
+        }
+        Ok(names)
+    }
+}
+
+impl Session for Writer {
+    fn put(&self, bytes: &[u8], names: &mut [PageHash]) -> Result<()> {
+        let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();
+        if !rest.is_empty() || pages.len() != names.len() {
+            return Err(Error::Misuse("put needs whole pages and as many names"));
+        }
+        for (page, name) in pages.iter().zip(names.iter_mut()) {
+            *name = if *page == ZERO_PAGE { PageHash::ZERO } else { self.store.names.page(page) };
+        }
+        let mut known = vec![false; names.len()];
+        self.store.rely_on(&self.store.pages, names, &mut known);
+        self.step(|| {
+            for (slots, numbers) in self.claim(names, &known)? {
+                slots.write(&runs(bytes, &numbers))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn put_map(&self, pages: &[PageHash]) -> Result<MapRoot> {
+        self.check_pages(pages)?;
+        let node = self.step(|| map::levels(pages, |level| self.keep_nodes(level)))?;
+        Ok(MapRoot { node, pages: pages.len() as u64 })
+    }
+
+    fn commit(self: Box<Self>) -> Result<Saved> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(Error::SessionFailed);
+        }
+        let mut own = lock(&self.own);
+        let (mut saved, packs) = (own.saved, own.packs.len());
+        let mut entries = own.entries();
+        let mut sealed: Vec<Layout> = Vec::with_capacity(packs);
+        // 1. Content of every pack, behind names that an open removes.
+        for (pack, entries) in own.packs.iter_mut().zip(&mut entries) {
+            sealed.push(pack.seal(entries)?);
+        }
+        // 2. Their names, then the folder that holds the names.
+        let disk = &*self.store.disk;
+        let paths = own.packs.iter().map(|pack| pack.rename(disk)).collect::<Result<Vec<_>>>()?;
+        if !paths.is_empty() {
+            disk.sync_folder(&self.store.folder).map_err(Error::io("sync", &self.store.folder))?;
+        }
+        // 3. Everything is durable: let others find it.
+        own.packs.clear();
+        for ((path, layout), entries) in paths.into_iter().zip(sealed).zip(entries) {
+            saved.bytes_written += layout.len;
+            self.store.publish(path, layout, &entries);
+        }
+        Ok(saved)
+    }
+}
+
+impl Own {
+    /// Footer entries of each pack, with final places.
+    fn entries(&self) -> Vec<Vec<Entry>> {
+        let mut entries: Vec<Vec<Entry>> = self.packs.iter().map(|_| Vec::new()).collect();
+        let pages = self.pages.iter().map(|(name, place)| (name, place, Kind::Page));
+        let nodes = self.nodes.iter().map(|(name, place)| (name, place, Kind::Node));
+        for (name, place, kind) in pages.chain(nodes) {
+            let number = place.pack as usize;
+            if let (Some(pack), Some(entries)) = (self.packs.get(number), entries.get_mut(number)) {
+                let (at, len) = match kind {
+                    Kind::Page => (place.at, PAGE_SIZE as u16),
+                    Kind::Node => (pack.nodes_at() + place.at, pack.node_len(place.at)),
+                };
+                entries.push(Entry { name: *name, at, len, kind });
+            }
+        }
+        entries
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Empty after a commit.
+        let own = lock(&self.own);
+        own.packs.iter().for_each(|pack| pack.discard(&*self.store.disk));
+    }
+}
+
+impl Inner {
+    /// Adds a durable pack to table and index. Its names win over older places: it is newer than any plan.
+    pub(crate) fn publish(&self, path: std::path::PathBuf, layout: Layout, entries: &[Entry]) -> u32 {
+        let pack = self.packs.add(path, layout, self.clock.now()).number;
+        for (kind, index) in [(Kind::Page, &self.pages), (Kind::Node, &self.nodes)] {
+            let own = entries.iter().filter(|entry| entry.kind == kind);
+            let own: Vec<_> = own.map(|entry| (entry.name, Place { pack, at: entry.at })).collect();
+            index.set(&own);
+        }
+        pack
+    }
+}
+
+/// The bytes of the numbered pages, neighbours joined.
+fn runs<'a>(bytes: &'a [u8], numbers: &[usize]) -> Vec<&'a [u8]> {
+    numbers
+        .chunk_by(|a, b| a + 1 == *b)
+        .filter_map(|run| {
+            let (first, last) = (run.first()?, run.last()?);
+            bytes.get(first * PAGE_SIZE..(last + 1) * PAGE_SIZE)
+        })
+        .collect()
+}
