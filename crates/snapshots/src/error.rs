@@ -4,6 +4,7 @@ use std::fmt;
 
 /// Class of an error: what a caller can decide on. Exit codes and HTTP statuses are derived from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
     /// It failed for a reason that fits no other class (exit 1).

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 
 /// A disk at `create`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum DiskSource {
     /// An existing image; never written, never removed.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     File(PathBuf),
     /// A new empty disk of so many bytes.
     Size(u64),
@@ -17,6 +19,7 @@ pub enum DiskSource {
 
 /// What `create` makes. Also stored in the catalog as the machine's settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct MachineConfig {
     /// Bytes of guest memory.
     pub memory: u64,
@@ -25,8 +28,10 @@ pub struct MachineConfig {
     /// Disks in order of their device: `disk0`, `disk1`, ...
     pub disks: Vec<DiskSource>,
     /// Linux kernel to boot directly.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub kernel: Option<PathBuf>,
     /// Its initial file system.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub initrd: Option<PathBuf>,
     /// Its command line.
     pub append: Option<String>,
@@ -40,6 +45,7 @@ pub struct MachineConfig {
 
 /// Whether a machine has a process, and what that does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Power {
     /// No process.
@@ -54,6 +60,7 @@ pub enum Power {
 
 /// One line of `ls`, one page of `show`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Machine {
     /// Stable id, 16 hex digits.
     pub id: String,
@@ -80,6 +87,7 @@ pub struct Machine {
     /// Process id of QEMU.
     pub pid: Option<u32>,
     /// Unix socket of the serial console while a process exists.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub console: Option<PathBuf>,
     /// Operation under way, if any: its kind ("take").
     pub busy: Option<String>,
@@ -91,6 +99,7 @@ pub struct Machine {
 
 /// How memory was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Paused throughout.
@@ -105,6 +114,7 @@ pub enum Mode {
 
 /// A snapshot as `tree` and `show` have it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Snapshot {
     /// Stable id, 16 hex digits.
     pub id: String,
@@ -146,6 +156,8 @@ pub struct Snapshot {
 
 /// Options of `take`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct TakeOptions {
     /// Name; `snap-N` if left out.
     pub name: Option<String>,
@@ -161,6 +173,7 @@ pub struct TakeOptions {
 
 /// Power state wanted after `goto`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum GotoPower {
     /// As recorded.
@@ -175,6 +188,7 @@ pub enum GotoPower {
 
 /// Result of `goto` and `back`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct GotoReport {
     /// Where the target stands now.
     pub snapshot: Snapshot,
@@ -188,6 +202,8 @@ pub struct GotoReport {
 
 /// Changes of `edit`; what is `None` stays.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(default, deny_unknown_fields)]
 pub struct Edit {
     /// New name.
     pub name: Option<String>,
@@ -199,6 +215,7 @@ pub struct Edit {
 
 /// A target's tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Tree {
     /// The machine.
     pub machine: Machine,
@@ -210,6 +227,7 @@ pub struct Tree {
 
 /// What `rm` would take away; `rm` executes the same plan.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct RemovePlan {
     /// Full names of the snapshots that go.
     pub snapshots: Vec<String>,
@@ -227,6 +245,7 @@ pub struct RemovePlan {
 
 /// Space of one snapshot, or of here (empty name).
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DuRow {
     /// Target.
     pub target: String,
@@ -242,6 +261,7 @@ pub struct DuRow {
 
 /// Result of `du`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Du {
     /// Per snapshot.
     pub rows: Vec<DuRow>,
@@ -261,6 +281,7 @@ pub struct Du {
 
 /// Plan and result of `gc`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct GcReport {
     /// Nothing was done.
     pub dry_run: bool,
@@ -276,6 +297,7 @@ pub struct GcReport {
 
 /// One thing that `fsck` found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Damage {
     /// The thing: a file, a page, a catalog row.
     pub what: String,
@@ -287,6 +309,7 @@ pub struct Damage {
 
 /// Result of `fsck`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FsckReport {
     /// Packs read.
     pub packs: u64,
@@ -302,6 +325,7 @@ pub struct FsckReport {
 
 /// State of a journalled operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum OpState {
     /// Under way.
@@ -318,6 +342,7 @@ pub enum OpState {
 
 /// One entry of the operation log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Operation {
     /// Id, 16 hex digits.
     pub id: String,
@@ -339,6 +364,7 @@ pub struct Operation {
 
 /// One line of `doctor`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Check {
     /// What was looked at: "QEMU", "accelerator".
     pub name: String,
@@ -352,6 +378,7 @@ pub struct Check {
 
 /// How good a [`Check`] came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum CheckLevel {
     /// As wanted.
