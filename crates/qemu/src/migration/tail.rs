@@ -17,8 +17,6 @@ use super::source::StreamReader;
 /// Most bytes of device state and description together: 64 MiB. A small machine has 60 KiB, each network card adds
 /// up to 200 KiB.
 pub const MAX_TAIL_BYTES: usize = 64 << 20;
-/// Most places that may look like the end at one time. By chance there is one in 2^30 bytes; more are planted.
-const MAX_CANDIDATES: usize = 65_536;
 
 /// Element byte of the description.
 pub(super) const VMDESCRIPTION: u8 = 0x06;
@@ -47,25 +45,40 @@ impl DeviceTail {
     }
 
     /// Reads from behind the element byte of the first device section to the end of the description, and not further.
+    ///
+    /// If something looked like the end but was refused by the walk, and nothing more comes, that refusal is the error.
     pub(super) fn collect<R: Read>(input: &mut StreamReader<R>) -> Result<Self> {
         let base = input.offset().saturating_sub(1);
         let mut bytes = vec![SECTION_FULL];
         let mut ends = Ends::default();
-        let eof = loop {
-            if !input.more(&mut bytes)? {
-                let kind = ErrorKind::Truncated { what: "the device state" };
-                return Err(Error::new(base + bytes.len() as u64, kind));
+        let mut refused = None;
+        loop {
+            match input.more(&mut bytes) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let kind = ErrorKind::Truncated { what: "the device state" };
+                    return Err(refused.unwrap_or(Error::new(base + bytes.len() as u64, kind)));
+                }
+                Err(error) => return Err(refused.unwrap_or(error)),
             }
-            check_limit("the device state", bytes.len(), MAX_TAIL_BYTES, base)?;
+            if bytes.len() > MAX_TAIL_BYTES {
+                let (value, limit) = (bytes.len() as u64, MAX_TAIL_BYTES as u64);
+                return Err(Error::new(base, ErrorKind::TooLarge { what: "the device state", value, limit }));
+            }
             ends.scan(&bytes);
-            check_limit("the number of possible ends", ends.open.len(), MAX_CANDIDATES, base)?;
-            if let Some(eof) = ends.found(&bytes) {
-                break eof;
+            while let Some(eof) = ends.next(&bytes) {
+                let (tail, rest) = bytes.split_at(eof + 1);
+                let description = rest.get(END_BYTES - 1..).unwrap_or_default();
+                match walk(tail, description, base) {
+                    Ok(sections) => {
+                        let description = description.to_vec();
+                        bytes.truncate(eof + 1);
+                        return Ok(Self { bytes, description, sections });
+                    }
+                    Err(error) => refused = Some(error),
+                }
             }
-        };
-        let description = bytes.get(eof + END_BYTES..).unwrap_or_default().to_vec();
-        bytes.truncate(eof + 1);
-        Self::new_at(bytes, description, base)
+        }
     }
 
     /// The device sections and EOF, as they came.
@@ -97,12 +110,13 @@ impl DeviceTail {
     }
 }
 
-/// Places that look like the end. The scan passes each byte once, whatever pieces it comes in.
+/// Places that look like the end. The scan passes each byte once, whatever pieces it comes in. A guest may plant as
+/// many as fit into its device state; they cost eight bytes each, and at least seven there.
 #[derive(Debug, Default)]
 struct Ends {
     scanned: usize,
-    // (end of the description, position of EOF), the nearest end first.
-    open: BinaryHeap<Reverse<(usize, usize)>>,
+    // (end of the description, position of EOF), the nearest end first. Both are at most MAX_TAIL_BYTES.
+    open: BinaryHeap<Reverse<(u32, u32)>>,
 }
 
 impl Ends {
@@ -111,32 +125,27 @@ impl Ends {
         for window in new.windows(END_BYTES + 1) {
             if let [EOF, VMDESCRIPTION, a, b, c, d, b'{'] = *window {
                 let length = u32::from_be_bytes([a, b, c, d]) as usize;
-                if length <= MAX_DESCRIPTION_BYTES {
-                    self.open.push(Reverse((self.scanned + END_BYTES + length, self.scanned)));
+                let end = self.scanned.saturating_add(END_BYTES).saturating_add(length);
+                if length <= MAX_DESCRIPTION_BYTES && end <= MAX_TAIL_BYTES {
+                    self.open.push(Reverse((end as u32, self.scanned as u32)));
                 }
             }
             self.scanned += 1;
         }
     }
 
-    /// Position of EOF, if all has come. What ends before the last byte was no end.
-    fn found(&mut self, bytes: &[u8]) -> Option<usize> {
+    /// Position of the EOF of a description that ends with `bytes`. What ended before was no end.
+    fn next(&mut self, bytes: &[u8]) -> Option<usize> {
         while let Some(&Reverse((end, eof))) = self.open.peek() {
+            let (end, eof) = (end as usize, eof as usize);
             if end > bytes.len() {
-                break;
+                return None;
             }
             self.open.pop();
-            if end == bytes.len() && is_description(bytes.get(eof + END_BYTES..)?) {
+            if end == bytes.len() && is_description(bytes.get(eof + END_BYTES..).unwrap_or_default()) {
                 return Some(eof);
             }
         }
         None
     }
-}
-
-fn check_limit(what: &'static str, value: usize, limit: usize, base: u64) -> Result<()> {
-    if value <= limit {
-        return Ok(());
-    }
-    Err(Error::new(base, ErrorKind::TooLarge { what, value: value as u64, limit: limit as u64 }))
 }
