@@ -12,7 +12,7 @@ use crate::group::{GroupKey, Names};
 use crate::hold::{Clock, Hold};
 use crate::index::{Index, Place};
 use crate::map::NodeCache;
-use crate::pack::{PackId, Packs, Refused, read_footer, read_layout};
+use crate::pack::{Pack, PackId, Packs, Refused, read_footer, read_layout};
 use crate::session::Writer;
 use crate::{MapRoot, PageHash, PageStore, Session};
 
@@ -29,12 +29,20 @@ pub(crate) struct Limits {
     pub(crate) pack_pages: u32,
     /// Bytes of nodes after which a pack is closed.
     pub(crate) node_bytes: usize,
+    /// Planted fault: the collector does not care what sessions rely on.
+    #[cfg(test)]
+    pub(crate) ignore_sessions: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // 1 GiB of pages; nodes wait in memory for the end of their pack.
-        Self { pack_pages: 262_144, node_bytes: 32 << 20 }
+        Self {
+            pack_pages: 262_144,
+            node_bytes: 32 << 20,
+            #[cfg(test)]
+            ignore_sessions: false,
+        }
     }
 }
 
@@ -242,6 +250,15 @@ impl Inner {
             index.set(&own);
         }
         Ok(Ok(()))
+    }
+
+    /// A session relies on the pack, or has since a collection with this start was planned.
+    pub(crate) fn is_relied_on(&self, pack: &Pack, since: u64) -> bool {
+        #[cfg(test)]
+        if self.limits.ignore_sessions {
+            return false;
+        }
+        pack.touched() >= since
     }
 
     pub(crate) fn set_aside_names(&self) -> Vec<String> {

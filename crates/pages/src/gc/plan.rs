@@ -90,7 +90,8 @@ impl Store {
             instance: self.inner.instance,
         };
         for pack in self.inner.packs.all() {
-            plan.add(&pack, live.remove(&pack.number).unwrap_or_default());
+            let relied_on = self.inner.is_relied_on(&pack, since);
+            plan.add(&pack, live.remove(&pack.number).unwrap_or_default(), relied_on);
         }
         Ok(plan)
     }
@@ -132,7 +133,7 @@ impl GcPlan {
         self.delete.is_empty() && self.rewrite.is_empty()
     }
 
-    fn add(&mut self, pack: &Arc<Pack>, live: Live) {
+    fn add(&mut self, pack: &Arc<Pack>, live: Live, relied_on: bool) {
         let layout = &pack.layout;
         let page_bytes = u64::from(layout.pages) * PAGE_SIZE as u64;
         let all = page_bytes + (layout.node_end - layout.node_offset);
@@ -143,7 +144,7 @@ impl GcPlan {
         if live_bytes > 0 && dead_bytes < live_bytes {
             return;
         }
-        if pack.touched() >= self.since {
+        if relied_on {
             self.in_use += 1;
             return;
         }

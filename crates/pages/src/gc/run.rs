@@ -76,7 +76,11 @@ impl Inner {
         let packs: Vec<Arc<Pack>> = group.iter().filter_map(|plan| self.packs.get(plan.number)).collect();
         let gone: Vec<Arc<Pack>> = {
             let _gate = write(&self.gate);
-            packs.into_iter().filter(|pack| pack.touched() < since).inspect(|pack| pack.retire()).collect()
+            packs
+                .into_iter()
+                .filter(|pack| !self.is_relied_on(pack, since))
+                .inspect(|pack| pack.retire())
+                .collect()
         };
         done.skipped += (group.len() - gone.len()) as u64;
         let stays = |place: Place| gone.iter().all(|pack| pack.number != place.pack);
@@ -94,7 +98,7 @@ impl Inner {
     fn rewrite(&self, plan: &PackPlan, since: u64, done: &mut GcDone) -> Result<()> {
         done.skipped += 1; // until it is done
         let Some((pack, file)) = self.open_pack(plan.number)? else { return Ok(()) };
-        if pack.touched() >= since {
+        if self.is_relied_on(&pack, since) {
             return Ok(());
         }
         let mut building = Building::create(&*self.disk, &self.folder, self.names.fingerprint)?;
@@ -110,7 +114,7 @@ impl Inner {
         let new = self.packs.add(copy.path, copy.layout, self.clock.now());
         {
             let _gate = write(&self.gate);
-            if pack.touched() >= since {
+            if self.is_relied_on(&pack, since) {
                 self.packs.forget(new.number);
                 building.discard(&*self.disk);
                 return Ok(());

@@ -1,8 +1,17 @@
 //! Tests of the whole store, on a real folder and on disks that fail.
 
 mod basics;
+mod crash;
+mod crash_disk;
+mod damage;
+mod gc;
+mod model;
 
-use crate::{PAGE_SIZE, PageHash};
+use crate::store::Limits;
+use crate::{MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
+
+/// Small packs, so that a few pages make several.
+pub(crate) const SMALL: Limits = Limits { pack_pages: 16, node_bytes: 4096, ignore_sessions: false };
 
 /// A page that differs from those of other numbers; number 0 is the zero page.
 pub(crate) fn page(number: u64) -> Vec<u8> {
@@ -21,4 +30,20 @@ pub(crate) fn pages(numbers: &[u64]) -> Vec<u8> {
 /// Room for names.
 pub(crate) fn names(n: usize) -> Vec<PageHash> {
     vec![PageHash::ZERO; n]
+}
+
+/// Every map reads back as its numbered pages; else what is wrong.
+pub(crate) fn check_all(store: &Store, kept: &[(MapRoot, Vec<u64>)]) -> Result<(), String> {
+    for (root, numbers) in kept {
+        let mut hashes = names(numbers.len());
+        let mut out = vec![0xee; numbers.len() * PAGE_SIZE];
+        store
+            .map_range(root, 0, &mut hashes)
+            .and_then(|()| store.read(&hashes, &mut out))
+            .map_err(|e| format!("{root:?}: {e}"))?;
+        if out != pages(numbers) {
+            return Err(format!("{root:?}: other bytes than were put"));
+        }
+    }
+    Ok(())
 }
