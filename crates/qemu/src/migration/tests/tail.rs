@@ -128,3 +128,12 @@ fn deep_json_is_refused_and_not_recursed_into() {
     let json = format!(r#"{{"devices":{}1{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
     assert!(DeviceTail::new(vec![0], json.into()).is_err());
 }
+
+#[test]
+fn a_description_of_another_length_is_no_end() {
+    for wrong in [DESCRIPTION.len() - 1, DESCRIPTION.len() + 1] {
+        let tail = [&tail_bytes(), b"\x06".as_slice(), &(wrong as u32).to_be_bytes(), DESCRIPTION.as_bytes()]
+            .concat();
+        assert!(error_of(&stream_with_tail(&tail)).starts_with("the input ends inside the device state"));
+    }
+}
