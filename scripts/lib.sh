@@ -3,6 +3,7 @@
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck disable=SC2034 # used by the scripts that source this
 cache=${SPINNEY_CACHE:-$root/.cache}
 
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }

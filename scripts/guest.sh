@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Builds the test guest from what `setup.sh` brought: `vmlinuz`, `initrd.img` and `data.img` in the
+# folder `guest` of the cache. Needs neither root nor the network, and does nothing when no input has
+# changed since. docs/decisions/0003-test-guest.md says why the guest is made as it is.
+set -eu -o pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+guest=$cache/guest
+busybox=$cache/busybox/bin/busybox
+if [ ! -f "$cache/linux/version" ] || [ ! -x "$busybox" ]; then
+    die 5 "no kernel or busybox in $cache: run scripts/setup.sh"
+fi
+
+# What the guest needs; their dependencies are found below. ext4 asks for crc32c by a name that only
+# a full modprobe would resolve.
+modules=(virtio_pci virtio_blk virtio_net virtio_console virtio_rng virtio_balloon crc32c_generic ext4 button evdev)
+data_mib=256
+known_mib=64
+
+inputs() {
+    cat "$cache/linux/version" "$busybox" "$root"/scripts/{lib.sh,guest.sh,guest/*}
+    cat "$root"/tests/guest/{Cargo.toml,src/*.rs} "$root/Cargo.toml"
+    mkfs.ext4 -V 2>&1
+    rustc --version
+}
+
+PATH=$PATH:/usr/sbin:/sbin
+stamp=$(inputs | sha256sum)
+if [ -f "$guest/stamp" ] && [ "$(cat "$guest/stamp")" = "$stamp" ]; then exit 0; fi
+
+mkdir -p "$guest"
+work=$(mktemp -d "$guest/build.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# The workload, linked statically: the guest has no C library.
+target=x86_64-unknown-linux-gnu
+(cd "$root" && cargo rustc --quiet --locked --release -p spinney-guest-workload --target $target \
+    --target-dir "$cache/target" -- -C target-feature=+crt-static -C strip=symbols)
+workload=$cache/target/$target/release/workload
+
+# The modules, in the order in which they need each other.
+release=$(basename "$(find "$cache"/linux/{usr/,}lib/modules -mindepth 1 -maxdepth 1 2>/dev/null | head -n 1)")
+tree=$(dirname "$(find "$cache/linux" -path "*/lib/modules/$release" | head -n 1)")
+find "$tree/$release/kernel" -name '*.ko.xz' -exec xz -dk {} + 2>/dev/null || true
+dependencies=$tree/$release/modules.dep
+if [ ! -s "$dependencies" ]; then
+    (cd "$(dirname "$(dirname "$tree")")" && "$busybox" depmod -b "$PWD" "$release")
+fi
+
+# with_dependencies NAME: prints the paths of a module and, before it, of all that it needs.
+with_dependencies() {
+    local path line needed
+    path=$(find "$tree/$release/kernel" \( -name "$1.ko" -o -name "${1//_/-}.ko" \) -printf 'kernel/%P\n' | head -n 1)
+    if [ -z "$path" ]; then
+        grep -Eq "/${1//_/[-_]}\.ko$" "$tree/$release/modules.builtin" || die 1 "the kernel has no module $1"
+        return
+    fi
+    line=$(grep -E "^(/?.*/)?${path}(\.xz)?:" "$dependencies" | head -n 1)
+    for needed in ${line#*:}; do
+        needed=$(basename "$needed")
+        needed=${needed%.xz}
+        with_dependencies "${needed%.ko}"
+    done
+    printf '%s\n' "$path"
+}
+
+image=$work/image
+mkdir -p "$image"/{bin,sbin,dev,proc,sys,data,tmp,etc,root,lib/modules}
+for module in "${modules[@]}"; do with_dependencies "$module"; done | awk '!seen[$0]++' >"$work/modules"
+while read -r path; do
+    cp "$tree/$release/$path" "$image/lib/modules/"
+    basename "$path"
+done <"$work/modules" >"$image/lib/modules/list"
+
+cp -L "$busybox" "$image/bin/busybox"
+"$busybox" --list | while read -r applet; do
+    [ "$applet" = busybox ] || ln -s busybox "$image/bin/$applet"
+done
+ln -s bin/busybox "$image/init"
+cp "$root"/scripts/guest/{inittab,rcS} "$image/etc/"
+cp "$workload" "$image/bin/workload"
+find "$image" -exec touch -hd @0 {} +
+(cd "$image" && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null | gzip -n -1) >"$work/initrd.img"
+cp "$cache/linux/boot/vmlinuz-$release" "$work/vmlinuz"
+
+# The disk. Blocks of 4 KiB, as the pages of memory; everything written now, so that the guest's
+# kernel has nothing to initialise in the background; the same bytes each time.
+mkdir "$work/data"
+"$workload" known "$work/data/known" "$known_mib"
+find "$work/data" -exec touch -d @0 {} +
+truncate -s "${data_mib}M" "$work/data.img"
+E2FSPROGS_FAKE_TIME=1 mkfs.ext4 -q -F -b 4096 -m 0 -J size=8 -U 5914e700-0000-4000-8000-000000000001 \
+    -E hash_seed=5914e700-0000-4000-8000-000000000002,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0 \
+    -d "$work/data" "$work/data.img"
+e2fsck -fn "$work/data.img" >/dev/null 2>&1 || die 1 "the new data.img is not clean"
+
+# Renamed into place: a machine that runs keeps the disk that it has open.
+mv "$work"/{vmlinuz,initrd.img,data.img} "$guest/"
+printf '%s\n' "$stamp" >"$guest/stamp"
+say "built the test guest, kernel $release, in $guest"
