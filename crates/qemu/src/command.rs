@@ -99,6 +99,11 @@ impl RunFolder {
         self.0.join("console")
     }
 
+    /// Holds the process id; QEMU removes it when it ends in an orderly way, and only then.
+    pub fn pid_file(&self) -> PathBuf {
+        self.0.join("pid")
+    }
+
     /// QEMU's own messages.
     pub fn log(&self) -> PathBuf {
         self.0.join("qemu.log")
@@ -147,6 +152,7 @@ impl MachineSpec {
         args.pair("-name", format!("guest={0},debug-threads=on", comma(&self.name)));
         args.word("-nodefaults");
         args.word("-no-user-config");
+        args.pair("-pidfile", run.pid_file().display());
         args.pair("-display", "none");
         args.pair("-vga", "none");
         let mebibytes = self.memory >> 20;

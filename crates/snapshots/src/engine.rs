@@ -1,11 +1,25 @@
-//! The engine: everything that can be asked of a state folder. (Signatures; being filled in.)
+//! The engine: one state folder, opened by one process. The verbs are in files of their own (`take.rs`, `goto.rs`, ...);
+//! here is what they share.
 
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::*;
+use pages::{GroupKey, Store};
+use qemu::accel::{self, Accel};
+use qemu::binary::Qemu;
+use qemu::image::QemuImg;
+use serde_json::Value;
+
+use crate::catalog::{Catalog, OpRow};
+use crate::context::Context;
+use crate::error::{Code, Error, Result};
+use crate::id::new_id;
+use crate::locks::TargetLocks;
+use crate::running::Running;
+use crate::types::OpState;
 
 /// Where the state is and which QEMU to use.
 #[derive(Clone, Debug)]
@@ -20,126 +34,206 @@ pub struct Settings {
     pub accel: Option<String>,
 }
 
-/// How far an operation is; read by others while it runs.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Units done.
-    pub done: AtomicU64,
-    /// Units in all; 0 if unknown.
-    pub total: AtomicU64,
-    /// What is being done ("saving memory").
-    pub phase: std::sync::Mutex<String>,
-}
-
-/// The caller's side of one operation: its id in the journal, its progress, its cancel flag.
+/// QEMU as it was found on this host.
 #[derive(Clone, Debug)]
-pub struct Context {
-    /// Id under which it is journalled, 16 hex digits.
-    pub id: String,
-    /// Progress.
-    pub progress: Arc<Progress>,
-    /// Set by whoever wants it rolled back.
-    pub cancel: Arc<AtomicBool>,
-}
-
-impl Context {
-    /// A context with a fresh random id.
-    pub fn new() -> Self {
-        todo!()
-    }
+pub(crate) struct Tools {
+    pub(crate) qemu: Qemu,
+    pub(crate) accel: Accel,
 }
 
 /// One state folder, opened by one process.
 #[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    pub(crate) settings: Settings,
+    pub(crate) catalog: Catalog,
+    /// Id of the group that machines belong to.
+    pub(crate) group: String,
+    /// Its pages.
+    pub(crate) store: Arc<Store>,
+    /// Machines that have a process, by target id.
+    pub(crate) running: Mutex<HashMap<String, Arc<Running>>>,
+    pub(crate) locks: TargetLocks,
+    tools: Mutex<Option<Tools>>,
+    /// Held for as long as the state folder is ours.
+    _lock: File,
+}
 
-#[allow(missing_docs, unused_variables)]
 impl Engine {
     /// Locks and opens the state folder, finds running machines, finishes or rolls back what was under way. The strings are
     /// notes for people on what was found.
     pub fn open(settings: Settings) -> Result<(Arc<Self>, Vec<String>)> {
-        todo!()
+        make_folder(&settings.state)?;
+        let lock = lock_folder(&settings.state)?;
+        for folder in ["run", "groups"] {
+            make_folder(&settings.state.join(folder))?;
+        }
+        let catalog = Catalog::open(&settings.state.join("catalog.db"))?;
+        let group = catalog.default_group(&new_id(), rustix::process::getuid().as_raw())?;
+        let folder = settings.state.join("groups").join(&group);
+        make_folder(&folder)?;
+        make_folder(&folder.join("layers"))?;
+        let store = Arc::new(open_store(&folder)?);
+        let engine = Self {
+            settings,
+            catalog,
+            group,
+            store,
+            running: Mutex::default(),
+            locks: TargetLocks::default(),
+            tools: Mutex::default(),
+            _lock: lock,
+        };
+        let notes = engine.recover()?;
+        Ok((Arc::new(engine), notes))
     }
 
-    pub fn create(&self, cx: &Context, name: &str, config: MachineConfig) -> Result<Machine> {
-        todo!()
-    }
-    pub fn start(&self, cx: &Context, target: &str) -> Result<Machine> {
-        todo!()
-    }
-    pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<Machine> {
-        todo!()
-    }
-    pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
-        todo!()
-    }
-    pub fn pause(&self, cx: &Context, target: &str) -> Result<Machine> {
-        todo!()
-    }
-    pub fn resume(&self, cx: &Context, target: &str) -> Result<Machine> {
-        todo!()
-    }
-    pub fn list(&self) -> Result<Vec<Machine>> {
-        todo!()
-    }
-    pub fn machine(&self, target: &str) -> Result<Machine> {
-        todo!()
-    }
-    /// `address` is `TARGET@...` in any form of the contract.
-    pub fn snapshot(&self, address: &str) -> Result<Snapshot> {
-        todo!()
-    }
-    pub fn tree(&self, target: &str) -> Result<Tree> {
-        todo!()
-    }
-
-    pub fn take(&self, cx: &Context, target: &str, options: TakeOptions) -> Result<Snapshot> {
-        todo!()
-    }
-    pub fn goto(&self, cx: &Context, address: &str, power: GotoPower, discard: bool) -> Result<GotoReport> {
-        todo!()
-    }
-    pub fn back(&self, cx: &Context, target: &str) -> Result<GotoReport> {
-        todo!()
-    }
-    /// What `goto --discard` of this target would throw away, in words; none if nothing.
-    pub fn discard_plan(&self, target: &str) -> Result<Option<String>> {
-        todo!()
-    }
-    /// `address` is a target or a snapshot. Returns its new full name.
-    pub fn edit(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
-        todo!()
-    }
-    pub fn protect(&self, cx: &Context, address: &str, protected: bool) -> Result<()> {
-        todo!()
-    }
-    pub fn rm_plan(&self, address: &str, whole_tree: bool) -> Result<RemovePlan> {
-        todo!()
-    }
-    pub fn rm(&self, cx: &Context, address: &str, whole_tree: bool) -> Result<RemovePlan> {
-        todo!()
-    }
-    pub fn du(&self, target: Option<&str>, without: &[String]) -> Result<Du> {
-        todo!()
-    }
-    pub fn gc(&self, cx: &Context, now: bool, dry_run: bool) -> Result<GcReport> {
-        todo!()
-    }
-    pub fn fsck(&self, cx: &Context) -> Result<FsckReport> {
-        todo!()
-    }
-    pub fn operations(&self, limit: usize) -> Result<Vec<Operation>> {
-        todo!()
-    }
-    /// Takes back operation `id`, or the last one that can be. Returns a sentence on what was done.
-    pub fn undo(&self, cx: &Context, id: Option<&str>) -> Result<String> {
-        todo!()
-    }
-    /// Usable without a state folder.
-    pub fn doctor(settings: &Settings) -> Vec<Check> {
-        todo!()
-    }
+    /// The state folder.
     pub fn state(&self) -> &Path {
-        todo!()
+        &self.settings.state
+    }
+
+    /// The folder of disk layers.
+    pub(crate) fn layers_folder(&self) -> PathBuf {
+        self.settings.state.join("groups").join(&self.group).join("layers")
+    }
+
+    pub(crate) fn running_map(&self) -> MutexGuard<'_, HashMap<String, Arc<Running>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// QEMU and the accelerator, found once.
+    pub(crate) fn tools(&self) -> Result<Tools> {
+        let mut tools = self.tools.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tools) = &*tools {
+            return Ok(tools.clone());
+        }
+        let found = find_tools(&self.settings)?;
+        *tools = Some(found.clone());
+        Ok(found)
+    }
+
+    /// qemu-img alone: enough for whatever does not start a machine.
+    pub(crate) fn img(&self) -> Result<QemuImg> {
+        let settings = &self.settings;
+        QemuImg::find(settings.qemu_img.as_deref(), settings.qemu.as_deref()).map_err(|error| {
+            Error::new(Code::Precondition, "there is no qemu-img to make disks with")
+                .because(error)
+                .hint("install it (Debian: apt install qemu-utils), or name it with SPINNEY_QEMU_IMG")
+        })
+    }
+
+    /// Runs `body` between the journal's entries. `body` writes the end itself, in the transaction that makes its result
+    /// exist ([`OpRow::finish`]); if it fails it must have rolled back what it did.
+    pub(crate) fn journaled<T>(
+        &self,
+        cx: &Context,
+        kind: &str,
+        subject: &str,
+        target: Option<&str>,
+        plan: &Value,
+        body: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        self.catalog.write(|tx| OpRow::begin(tx, &cx.id, kind, subject, target, plan))?;
+        let result = body();
+        if let Err(error) = &result {
+            let state = if error.code() == Code::Interrupted { OpState::Cancelled } else { OpState::Failed };
+            let words = error.to_string();
+            let closed = self.catalog.write(|tx| OpRow::close(tx, &cx.id, state, Some(&words)));
+            if let Err(second) = closed {
+                // The journal's entry stays open; the next start closes it.
+                tracing::error!(operation = cx.id, error = %second, "the end of an operation could not be journalled");
+            }
+        }
+        result
+    }
+}
+
+/// QEMU and the accelerator, as the settings have them or as they are found.
+pub(crate) fn find_tools(settings: &Settings) -> Result<Tools> {
+    let qemu = Qemu::find(settings.qemu.as_deref()).map_err(|error| {
+        Error::new(Code::Precondition, "there is no QEMU to run machines with")
+            .because(error)
+            .hint("install it (Debian: apt install qemu-system-x86), or name it with SPINNEY_QEMU; see `spinney doctor`")
+    })?;
+    let accel = match settings.accel.as_deref() {
+        None => accel::probe(&qemu).0,
+        Some(word) => Accel::parse(word).ok_or_else(|| {
+            Error::new(Code::Usage, format!("{word:?} is not an accelerator")).hint("write kvm or tcg")
+        })?,
+    };
+    Ok(Tools { qemu, accel })
+}
+
+fn open_store(folder: &Path) -> Result<Store> {
+    let key_file = folder.join("key");
+    let pages = folder.join("pages");
+    if key_file.exists() {
+        return Ok(Store::open(&pages, GroupKey::load(&key_file)?)?);
+    }
+    // The key is written last of all by `create_file`, so a folder without one never held a page.
+    Ok(Store::create(&pages, GroupKey::create_file(&key_file)?)?)
+}
+
+fn make_folder(path: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| {
+        Error::new(Code::NotPermitted, format!("the folder {} cannot be made", path.display()))
+            .because(error)
+            .hint("choose another state folder with --state or SPINNEY_STATE")
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    // It may have been there with wider rights: the key and the machines' memory lie in it.
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn lock_folder(state: &Path) -> Result<File> {
+    let path = state.join("lock");
+    let io = |error: std::io::Error| {
+        Error::new(Code::NotPermitted, format!("{} cannot be locked", path.display())).because(error)
+    };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::new(
+            Code::Refused,
+            format!("another Spinney uses the state folder {}", state.display()),
+        )
+        .hint("there is one daemon for a state folder; `spinney ls` talks to it")),
+        Err(error) => Err(io(error.into())),
+    }
+}
+
+impl From<pages::Error> for Error {
+    fn from(error: pages::Error) -> Self {
+        let code = if error.is_no_space() {
+            Code::NoSpace
+        } else if error.is_damage() {
+            Code::Damaged
+        } else {
+            Code::Failed
+        };
+        Self::new(code, "the page store failed").because(error)
+    }
+}
+
+impl From<qemu::image::ImageError> for Error {
+    fn from(error: qemu::image::ImageError) -> Self {
+        let code = match &error {
+            qemu::image::ImageError::InUse { .. } => Code::Refused,
+            qemu::image::ImageError::Failed { reason, .. } if reason.contains("No space left") => {
+                Code::NoSpace
+            }
+            _ => Code::Failed,
+        };
+        Self::new(code, "a disk image cannot be used").because(error)
+    }
+}
+
+impl From<qemu::qmp::QmpError> for Error {
+    fn from(error: qemu::qmp::QmpError) -> Self {
+        Self::new(Code::Failed, "QEMU did not do what it was asked for").because(error)
     }
 }

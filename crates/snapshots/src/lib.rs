@@ -1,11 +1,38 @@
 //! What happens to a target: take, go to, branch, remove. The catalog, the tree and the journal live here.
 //!
 //! **Must not know:** HTTP, terminals, the user's environment. Plain functions and threads, no async.
+//!
+//! Verbs are files: `take.rs` is the story of one snapshot from top to bottom, `goto.rs` the way back; `recover.rs` is what
+//! happens when either was cut short.
 
+mod address;
+mod catalog;
+mod collect;
+mod context;
+mod create;
+mod disks;
+mod doctor;
+mod du;
+mod edit;
 mod engine;
 mod error;
+mod fault;
+mod fsck;
+mod goto;
+mod id;
+mod locks;
+mod memory;
+mod name;
+mod power;
+mod recover;
+mod remove;
+mod running;
+mod take;
+mod tree;
 mod types;
+mod undo;
 
-pub use engine::{Context, Engine, Progress, Settings};
+pub use context::{Context, Progress};
+pub use engine::{Engine, Settings};
 pub use error::{Code, Error, Result};
 pub use types::*;

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Every byte read here was written by someone else: by QEMU on behalf of a guest, or long ago to a disk. All of it goes
-//! through [`codec::Bytes`], lengths are checked against a named limit before memory is taken, and nothing panics.
+//! through `codec::Bytes`, lengths are checked against a named limit before memory is taken, and nothing panics.
 
 mod codec;
 mod description;

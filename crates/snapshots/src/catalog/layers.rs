@@ -1,0 +1,97 @@
+//! Rows of disk layers. Who lies over whom is only known here.
+
+use rusqlite::{Row, Transaction, params};
+use serde::{Deserialize, Serialize};
+
+use super::{one, optional_json, to_json};
+use crate::error::{Code, Error, Result};
+
+/// What a user's own image looked like when it was last seen, so that a change behind our back is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BaseStamp {
+    pub(crate) bytes: u64,
+    pub(crate) mtime_ns: i128,
+}
+
+/// A layer: a qcow2 file of ours, or a user's image at the bottom of a chain (`stamp` is set).
+#[derive(Clone, Debug)]
+pub(crate) struct LayerRow {
+    pub(crate) id: String,
+    pub(crate) group: String,
+    /// File name in the group's `layers` folder; for a user's image its absolute path.
+    pub(crate) file: String,
+    pub(crate) format: String,
+    /// Bytes that the guest sees.
+    pub(crate) size: u64,
+    pub(crate) below: Option<String>,
+    /// Layers in the chain, itself included.
+    pub(crate) depth: u32,
+    pub(crate) stamp: Option<BaseStamp>,
+}
+
+impl LayerRow {
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            group: row.get("grp")?,
+            file: row.get("file")?,
+            format: row.get("format")?,
+            size: row.get("size")?,
+            below: row.get("below")?,
+            depth: row.get("depth")?,
+            stamp: optional_json(row, "stamp")?,
+        })
+    }
+
+    /// Writes a new one.
+    pub(crate) fn insert(&self, tx: &Transaction<'_>) -> Result<()> {
+        tx.execute(
+            "INSERT INTO layers (id, grp, file, format, size, below, depth, stamp)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            params![
+                self.id,
+                self.group,
+                self.file,
+                self.format,
+                self.size,
+                self.below,
+                self.depth,
+                self.stamp.as_ref().map(to_json).transpose()?,
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// One layer.
+    pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
+        let found = one(tx.query_row("SELECT * FROM layers WHERE id = ?1", [id], Self::from_row))?;
+        found.ok_or_else(|| Error::new(Code::Damaged, format!("the catalog has no layer {id}")))
+    }
+
+    /// A layer and what lies below it, base first.
+    pub(crate) fn chain(tx: &Transaction<'_>, id: &str) -> Result<Vec<Self>> {
+        let mut query = tx.prepare(
+            "WITH RECURSIVE chain (id) AS (
+                 SELECT ?1 UNION SELECT l.below FROM layers l JOIN chain c ON l.id = c.id WHERE l.below NOT NULL
+             ) SELECT l.* FROM layers l JOIN chain c ON c.id = l.id ORDER BY l.depth",
+        )?;
+        let rows: Vec<Self> = query.query_map([id], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        match rows.last() {
+            Some(top) if top.id == id => Ok(rows),
+            _ => Err(Error::new(Code::Damaged, format!("the catalog has no layer {id}"))),
+        }
+    }
+
+    /// All layers.
+    pub(crate) fn all(tx: &Transaction<'_>) -> Result<Vec<Self>> {
+        let mut query = tx.prepare("SELECT * FROM layers ORDER BY depth")?;
+        let rows = query.query_map([], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
+    /// Forgets a layer that nothing refers to any more.
+    pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("DELETE FROM layers WHERE id = ?1", [id])?;
+        Ok(())
+    }
+}

@@ -1,0 +1,198 @@
+//! Rows of snapshots.
+
+use jiff::Timestamp;
+use pages::{MapRoot, Saved};
+use rusqlite::{Row, Transaction, params};
+use serde::{Deserialize, Serialize};
+
+use super::{json_column, now, one, optional_json, time_column, to_json};
+use crate::error::{Code, Error, Result};
+use crate::types::{MachineConfig, Mode, Power};
+
+/// Where a snapshot's memory is in the page store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Memory {
+    /// RAM blocks: name in the stream, and page map.
+    pub(crate) blocks: Vec<(String, MapRoot)>,
+    /// The device state, as an image of its own.
+    pub(crate) state: MapRoot,
+    /// Its length in bytes.
+    pub(crate) state_bytes: u64,
+}
+
+impl Memory {
+    /// Every map that must live for this memory to live.
+    pub(crate) fn roots(&self) -> impl Iterator<Item = MapRoot> + '_ {
+        self.blocks.iter().map(|(_, root)| *root).chain([self.state])
+    }
+}
+
+/// What was measured and recorded when it was taken; never changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Facts {
+    pub(crate) power: Power,
+    pub(crate) mode: Mode,
+    pub(crate) pause_us: Option<u64>,
+    pub(crate) took_us: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) saved: Saved,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotRow {
+    pub(crate) id: String,
+    pub(crate) target: String,
+    pub(crate) target_name: String,
+    pub(crate) parent: Option<String>,
+    pub(crate) name: String,
+    pub(crate) note: String,
+    pub(crate) created: Timestamp,
+    pub(crate) undo_point: bool,
+    pub(crate) keep: bool,
+    pub(crate) protected: bool,
+    /// Versioned machine type.
+    pub(crate) machine: String,
+    pub(crate) config: MachineConfig,
+    pub(crate) memory: Option<Memory>,
+    pub(crate) facts: Facts,
+    pub(crate) removed: Option<i64>,
+}
+
+const SELECT: &str = "SELECT s.*, t.name AS target_name FROM snapshots s JOIN targets t ON t.id = s.target";
+
+impl SnapshotRow {
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            target: row.get("target")?,
+            target_name: row.get("target_name")?,
+            parent: row.get("parent")?,
+            name: row.get("name")?,
+            note: row.get("note")?,
+            created: time_column(row, "created")?,
+            undo_point: row.get("undo_point")?,
+            keep: row.get("keep")?,
+            protected: row.get("protected")?,
+            machine: row.get("machine")?,
+            config: json_column(row, "config")?,
+            memory: optional_json(row, "memory")?,
+            facts: json_column(row, "facts")?,
+            removed: row.get("removed")?,
+        })
+    }
+
+    /// `web@before`.
+    pub(crate) fn full_name(&self) -> String {
+        format!("{}@{}", self.target_name, self.name)
+    }
+
+    /// One snapshot, removed or not.
+    pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
+        let sql = format!("{SELECT} WHERE s.id = ?1");
+        one(tx.query_row(&sql, [id], Self::from_row))?
+            .ok_or_else(|| Error::new(Code::NotFound, format!("there is no snapshot with the id {id}")))
+    }
+
+    /// The snapshots of a target, oldest first; removed ones included.
+    pub(crate) fn of_target(tx: &Transaction<'_>, target: &str) -> Result<Vec<Self>> {
+        let mut query = tx.prepare(&format!("{SELECT} WHERE s.target = ?1 ORDER BY s.created, s.rowid"))?;
+        let rows = query.query_map([target], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
+    /// All snapshots of all targets, removed ones included.
+    pub(crate) fn all(tx: &Transaction<'_>) -> Result<Vec<Self>> {
+        let mut query = tx.prepare(&format!("{SELECT} ORDER BY s.created, s.rowid"))?;
+        let rows = query.query_map([], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
+    /// How many snapshots of a target people see.
+    pub(crate) fn count(tx: &Transaction<'_>, target: &str) -> Result<u64> {
+        let sql = "SELECT count(*) FROM snapshots WHERE target = ?1 AND removed IS NULL AND undo_point = 0";
+        Ok(tx.query_row(sql, [target], |row| row.get(0))?)
+    }
+
+    /// True if a snapshot of the target has this name.
+    pub(crate) fn name_taken(tx: &Transaction<'_>, target: &str, name: &str) -> Result<bool> {
+        let sql = "SELECT count(*) FROM snapshots WHERE target = ?1 AND name = ?2 AND removed IS NULL";
+        Ok(tx.query_row(sql, [target, name], |row| row.get::<_, i64>(0))? > 0)
+    }
+
+    /// Writes a new one with the layers of its disks.
+    pub(crate) fn insert(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<()> {
+        tx.execute(
+            "INSERT INTO snapshots
+                 (id, target, parent, name, note, created, undo_point, keep, machine, config, memory, facts)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+            params![
+                self.id,
+                self.target,
+                self.parent,
+                self.name,
+                self.note,
+                self.created.as_millisecond(),
+                self.undo_point,
+                self.keep,
+                self.machine,
+                to_json(&self.config)?,
+                self.memory.as_ref().map(to_json).transpose()?,
+                to_json(&self.facts)?,
+            ],
+        )?;
+        for (disk, layer) in disks {
+            tx.execute(
+                "INSERT INTO snapshot_disks (snapshot, disk, layer) VALUES (?1, ?2, ?3)",
+                params![self.id, disk, layer],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Its disks: disk id and layer id.
+    pub(crate) fn disks(tx: &Transaction<'_>, id: &str) -> Result<Vec<(String, String)>> {
+        let mut query = tx.prepare(
+            "SELECT disk, layer FROM snapshot_disks WHERE snapshot = ?1 ORDER BY length(disk), disk",
+        )?;
+        let rows = query.query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Changes name, note and keep.
+    pub(crate) fn set_text(tx: &Transaction<'_>, id: &str, name: &str, note: &str, keep: bool) -> Result<()> {
+        tx.execute(
+            "UPDATE snapshots SET name = ?2, note = ?3, keep = ?4 WHERE id = ?1",
+            params![id, name, note, keep],
+        )?;
+        Ok(())
+    }
+
+    /// Protects it, or no longer.
+    pub(crate) fn set_protected(tx: &Transaction<'_>, id: &str, protected: bool) -> Result<()> {
+        tx.execute("UPDATE snapshots SET protected = ?2 WHERE id = ?1", params![id, protected])?;
+        Ok(())
+    }
+
+    /// Takes its name away, or gives it back.
+    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: bool) -> Result<()> {
+        let at = removed.then(|| now().as_millisecond());
+        tx.execute("UPDATE snapshots SET removed = ?2 WHERE id = ?1", params![id, at])?;
+        Ok(())
+    }
+
+    /// Forgets it for good. Its children, and here, become its parent's.
+    pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute(
+            "UPDATE snapshots SET parent = (SELECT parent FROM snapshots WHERE id = ?1) WHERE parent = ?1",
+            [id],
+        )?;
+        tx.execute(
+            "UPDATE targets SET parent = (SELECT parent FROM snapshots WHERE id = ?1) WHERE parent = ?1",
+            [id],
+        )?;
+        tx.execute("DELETE FROM snapshot_disks WHERE snapshot = ?1", [id])?;
+        tx.execute("DELETE FROM snapshots WHERE id = ?1", [id])?;
+        Ok(())
+    }
+}

@@ -1,0 +1,216 @@
+//! Rows of targets, their groups and the disks of here.
+
+use jiff::Timestamp;
+use qemu::process::ProcessId;
+use rusqlite::{Row, Transaction, params};
+use serde::{Deserialize, Serialize};
+
+use super::{json_column, now, one, optional_json, time_column, to_json};
+use crate::error::{Code, Error, Result};
+use crate::types::{MachineConfig, Power};
+
+/// The QEMU that runs a machine, as it is found again after a restart of the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ProcessRow {
+    /// Process.
+    pub(crate) id: ProcessId,
+    /// Name of its run folder below `run/`.
+    pub(crate) run: String,
+    /// Accelerator.
+    pub(crate) accel: String,
+    /// QEMU's version.
+    pub(crate) version: String,
+    /// The kernel's boot id at its start.
+    pub(crate) boot: String,
+}
+
+/// A target.
+#[derive(Clone, Debug)]
+pub(crate) struct TargetRow {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    pub(crate) group: String,
+    pub(crate) group_name: String,
+    pub(crate) config: MachineConfig,
+    /// Versioned machine type that it was made with.
+    pub(crate) machine: String,
+    pub(crate) uuid: String,
+    pub(crate) macs: Vec<String>,
+    pub(crate) parent: Option<String>,
+    pub(crate) power: Power,
+    pub(crate) process: Option<ProcessRow>,
+    pub(crate) protected: bool,
+    pub(crate) created: Timestamp,
+    pub(crate) removed: Option<i64>,
+}
+
+const SELECT: &str = "SELECT t.*, g.name AS group_name FROM targets t JOIN groups g ON g.id = t.grp";
+
+impl TargetRow {
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            name: row.get("name")?,
+            group: row.get("grp")?,
+            group_name: row.get("group_name")?,
+            config: json_column(row, "config")?,
+            machine: row.get("machine")?,
+            uuid: row.get("uuid")?,
+            macs: json_column(row, "macs")?,
+            parent: row.get("parent")?,
+            power: json_column(row, "power")?,
+            process: optional_json(row, "process")?,
+            protected: row.get("protected")?,
+            created: time_column(row, "created")?,
+            removed: row.get("removed")?,
+        })
+    }
+
+    /// The target of that name that has not been removed.
+    pub(crate) fn by_name(tx: &Transaction<'_>, name: &str) -> Result<Self> {
+        let sql = format!("{SELECT} WHERE t.name = ?1 AND t.removed IS NULL");
+        one(tx.query_row(&sql, [name], Self::from_row))?.ok_or_else(|| {
+            Error::new(Code::NotFound, format!("there is no machine called {name:?}"))
+                .hint("`spinney ls` lists the machines")
+        })
+    }
+
+    /// The target of that id, removed or not.
+    pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
+        let sql = format!("{SELECT} WHERE t.id = ?1");
+        one(tx.query_row(&sql, [id], Self::from_row))?
+            .ok_or_else(|| Error::new(Code::NotFound, format!("there is no machine with the id {id}")))
+    }
+
+    /// All targets, by name; removed ones only if asked.
+    pub(crate) fn all(tx: &Transaction<'_>, removed: bool) -> Result<Vec<Self>> {
+        let filter = if removed { "" } else { "WHERE t.removed IS NULL" };
+        let mut query = tx.prepare(&format!("{SELECT} {filter} ORDER BY t.name, t.created"))?;
+        let rows = query.query_map([], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
+    /// True if the name is taken.
+    pub(crate) fn name_taken(tx: &Transaction<'_>, name: &str) -> Result<bool> {
+        let sql = "SELECT count(*) FROM targets WHERE name = ?1 AND removed IS NULL";
+        Ok(tx.query_row(sql, [name], |row| row.get::<_, i64>(0))? > 0)
+    }
+
+    /// Writes a new one.
+    pub(crate) fn insert(&self, tx: &Transaction<'_>) -> Result<()> {
+        tx.execute(
+            "INSERT INTO targets (id, name, grp, config, machine, uuid, macs, parent, power, created)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+            params![
+                self.id,
+                self.name,
+                self.group,
+                to_json(&self.config)?,
+                self.machine,
+                self.uuid,
+                to_json(&self.macs)?,
+                self.parent,
+                to_json(&self.power)?,
+                self.created.as_millisecond(),
+            ],
+        )?;
+        Ok(())
+    }
+
+    /// Sets power state and process.
+    pub(crate) fn set_process(
+        tx: &Transaction<'_>,
+        id: &str,
+        power: Power,
+        process: Option<&ProcessRow>,
+    ) -> Result<()> {
+        tx.execute(
+            "UPDATE targets SET power = ?2, process = ?3 WHERE id = ?1",
+            params![id, to_json(&power)?, process.map(to_json).transpose()?],
+        )?;
+        Ok(())
+    }
+
+    /// Sets which snapshot here comes from, and the settings that came with it.
+    pub(crate) fn set_parent(tx: &Transaction<'_>, id: &str, parent: Option<&str>) -> Result<()> {
+        tx.execute("UPDATE targets SET parent = ?2 WHERE id = ?1", params![id, parent])?;
+        Ok(())
+    }
+
+    /// Sets the settings.
+    pub(crate) fn set_config(tx: &Transaction<'_>, id: &str, config: &MachineConfig) -> Result<()> {
+        tx.execute("UPDATE targets SET config = ?2 WHERE id = ?1", params![id, to_json(config)?])?;
+        Ok(())
+    }
+
+    /// Renames it.
+    pub(crate) fn set_name(tx: &Transaction<'_>, id: &str, name: &str) -> Result<()> {
+        tx.execute("UPDATE targets SET name = ?2 WHERE id = ?1", params![id, name])?;
+        Ok(())
+    }
+
+    /// Protects it, or no longer.
+    pub(crate) fn set_protected(tx: &Transaction<'_>, id: &str, protected: bool) -> Result<()> {
+        tx.execute("UPDATE targets SET protected = ?2 WHERE id = ?1", params![id, protected])?;
+        Ok(())
+    }
+
+    /// Takes its name away, or gives it back.
+    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: bool) -> Result<()> {
+        let at = removed.then(|| now().as_millisecond());
+        tx.execute("UPDATE targets SET removed = ?2 WHERE id = ?1", params![id, at])?;
+        Ok(())
+    }
+
+    /// The next number for a name that nobody chose.
+    pub(crate) fn next_number(tx: &Transaction<'_>, id: &str) -> Result<i64> {
+        tx.execute("UPDATE targets SET counter = counter + 1 WHERE id = ?1", [id])?;
+        Ok(tx.query_row("SELECT counter FROM targets WHERE id = ?1", [id], |row| row.get(0))?)
+    }
+
+    /// Its disks now: disk id and layer id, in order of the disks.
+    pub(crate) fn disks(tx: &Transaction<'_>, id: &str) -> Result<Vec<(String, String)>> {
+        // "disk10" comes after "disk9".
+        let mut query =
+            tx.prepare("SELECT disk, layer FROM here_disks WHERE target = ?1 ORDER BY length(disk), disk")?;
+        let rows = query.query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Sets the layer that one of its disks writes to.
+    pub(crate) fn set_disk(tx: &Transaction<'_>, id: &str, disk: &str, layer: &str) -> Result<()> {
+        tx.execute(
+            "INSERT INTO here_disks (target, disk, layer) VALUES (?1, ?2, ?3)
+             ON CONFLICT (target, disk) DO UPDATE SET layer = excluded.layer",
+            params![id, disk, layer],
+        )?;
+        Ok(())
+    }
+
+    /// Forgets it for good; its snapshots must be gone.
+    pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
+        tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
+        Ok(())
+    }
+}
+
+/// The group called "default", made at the first call; returns its id.
+pub(super) fn default_group(tx: &Transaction<'_>, id: &str, owner: u32) -> Result<String> {
+    let found = one(tx.query_row("SELECT id FROM groups WHERE name = 'default'", [], |row| row.get(0)))?;
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    tx.execute(
+        "INSERT INTO groups (id, name, owner, created) VALUES (?1, 'default', ?2, ?3)",
+        params![id, owner, now().as_millisecond()],
+    )?;
+    Ok(id.to_owned())
+}
+
+impl super::Catalog {
+    /// The group called "default"; `id` becomes its id if it has to be made.
+    pub(crate) fn default_group(&self, id: &str, owner: u32) -> Result<String> {
+        self.write(|tx| default_group(tx, id, owner))
+    }
+}

@@ -1,0 +1,169 @@
+//! Disk layers as files: where they are, what QEMU is told of them, new overlays over them.
+//!
+//! Layers only ever get something put over them. A new overlay is durable (file, then folder) before the catalog speaks
+//! of it, and from the moment the catalog calls it here's disk every start uses it, whatever becomes of the take or goto
+//! that made it: empty, it is transparent.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use qemu::command::{Disk, Layer};
+use rusqlite::Transaction;
+
+use crate::catalog::{BaseStamp, LayerRow};
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::id::new_id;
+
+/// Deepest chain, for now: every layer is a descriptor, start time and pause of its machine.
+pub(crate) const DEPTH_LIMIT: u32 = 200;
+
+/// An overlay that is about to be made over the layer of a disk.
+#[derive(Clone, Debug)]
+pub(crate) struct NewOverlay {
+    pub(crate) disk: String,
+    pub(crate) row: LayerRow,
+    /// The layer that it lies over.
+    pub(crate) below: LayerRow,
+}
+
+impl Engine {
+    /// A layer's file.
+    pub(crate) fn layer_file(&self, row: &LayerRow) -> PathBuf {
+        self.layers_folder().join(&row.file)
+    }
+
+    /// What QEMU is told of a machine's disks.
+    pub(crate) fn disk_specs(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<Disk>> {
+        let spec = |(disk, layer): &(String, String)| {
+            let chain = LayerRow::chain(tx, layer)?;
+            let layers = chain.iter().map(|row| self.layer_spec(row)).collect();
+            Ok(Disk { id: disk.clone(), layers })
+        };
+        disks.iter().map(spec).collect()
+    }
+
+    pub(crate) fn layer_spec(&self, row: &LayerRow) -> Layer {
+        Layer { id: row.id.clone(), file: self.layer_file(row), format: row.format.clone() }
+    }
+
+    /// Sees to it that every file of the chains is there and that no user's image changed behind our back.
+    pub(crate) fn check_chains(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<()> {
+        for (disk, layer) in disks {
+            for row in LayerRow::chain(tx, layer)? {
+                self.check_layer(disk, &row)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_layer(&self, disk: &str, row: &LayerRow) -> Result<()> {
+        let path = self.layer_file(row);
+        let found = stamp(&path).map_err(|error| {
+            Error::new(Code::Damaged, format!("a layer of {disk} is missing: {}", path.display()))
+                .because(error)
+        })?;
+        if let Some(known) = row.stamp
+            && known != found
+        {
+            return Err(Error::new(Code::Damaged, format!("{} was changed behind our back", path.display()))
+                .because(format!(
+                    "it had {} bytes when the machine was made and has {} now, or was written to since",
+                    known.bytes, found.bytes
+                ))
+                .hint("put the image back as it was; disks made over it are only right together with it"));
+        }
+        Ok(())
+    }
+
+    /// Rows for one overlay over the layer of each disk. Fails if a chain is as deep as may be.
+    pub(crate) fn plan_overlays(
+        &self,
+        tx: &Transaction<'_>,
+        what: &str,
+        disks: &[(String, String)],
+    ) -> Result<Vec<NewOverlay>> {
+        let plan = |(disk, layer): &(String, String)| {
+            let below = LayerRow::by_id(tx, layer)?;
+            if below.depth >= DEPTH_LIMIT {
+                return Err(Error::new(
+                    Code::Refused,
+                    format!(
+                        "{disk} of {what} is {} layers deep; {DEPTH_LIMIT} is the most for now",
+                        below.depth
+                    ),
+                )
+                .hint("go back to an earlier snapshot and branch from there"));
+            }
+            let id = new_id();
+            let row = LayerRow {
+                file: format!("{id}.qcow2"),
+                id,
+                group: below.group.clone(),
+                format: "qcow2".into(),
+                size: below.size,
+                below: Some(below.id.clone()),
+                depth: below.depth + 1,
+                stamp: None,
+            };
+            Ok(NewOverlay { disk: disk.clone(), row, below })
+        };
+        disks.iter().map(plan).collect()
+    }
+
+    /// Makes the files of planned overlays, durable. On an error none is left.
+    pub(crate) fn make_overlays(&self, overlays: &[NewOverlay]) -> Result<()> {
+        let img = self.img()?;
+        let made = overlays.iter().try_for_each(|new| {
+            // Ours are named relative to their folder, so that the state folder can be moved.
+            let backing = if new.below.stamp.is_some() {
+                self.layer_file(&new.below)
+            } else {
+                PathBuf::from(&new.below.file)
+            };
+            img.create(&self.layer_file(&new.row), new.row.size, Some((&backing, &new.below.format)))
+        });
+        made.map_err(|error| {
+            self.remove_overlays(overlays);
+            error.into()
+        })
+    }
+
+    /// Removes the files of overlays that the catalog does not speak of.
+    pub(crate) fn remove_overlays(&self, overlays: &[NewOverlay]) {
+        for new in overlays {
+            remove_file(&self.layer_file(&new.row));
+        }
+    }
+
+    /// True if the layers' file system takes reads and writes past the page cache.
+    pub(crate) fn direct_io(&self) -> bool {
+        let path = self.layers_folder().join(format!(".direct-{}", new_id()));
+        let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT;
+        let opened = rustix::fs::open(&path, flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR);
+        let _ = fs::remove_file(&path);
+        opened.is_ok()
+    }
+}
+
+/// Removes a file that may already be gone.
+pub(crate) fn remove_file(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "a file that is no longer needed cannot be removed");
+    }
+}
+
+/// What a file looks like now.
+pub(crate) fn stamp(path: &Path) -> std::io::Result<BaseStamp> {
+    let meta = fs::metadata(path)?;
+    let mtime_ns = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
+    Ok(BaseStamp { bytes: meta.len(), mtime_ns })
+}
+
+/// Bytes that a file takes on the disk; 0 if it is not there.
+pub(crate) fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
+}

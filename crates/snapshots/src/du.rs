@@ -1,0 +1,224 @@
+//! Who needs how many bytes: of page packs and of disk layers.
+
+use std::collections::{HashMap, HashSet};
+
+use pages::{MapRoot, Saved};
+
+use crate::address;
+use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
+use crate::disks::allocated;
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::types::{Du, DuRow};
+
+/// Something that keeps data alive.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Holder {
+    /// A snapshot, by id.
+    Snapshot(String),
+    /// The present state of a target, by its id.
+    Here(String),
+}
+
+/// A holder with what it holds.
+#[derive(Debug)]
+struct Entry {
+    holder: Holder,
+    target: String,
+    /// Snapshot's name; empty for here.
+    name: String,
+    undo_point: bool,
+    /// Removed, and held only by the undo log.
+    removed: bool,
+    roots: Vec<MapRoot>,
+    layers: Vec<String>,
+    saved: Saved,
+}
+
+/// All holders, and the bytes of every layer of ours.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    entries: Vec<Entry>,
+    layer_bytes: HashMap<String, u64>,
+}
+
+impl Ledger {
+    /// Reads the catalog and looks at the layers' files.
+    pub(crate) fn read(engine: &Engine) -> Result<Self> {
+        engine.catalog.read(|tx| {
+            let layers = LayerRow::all(tx)?;
+            let below: HashMap<&str, Option<&str>> =
+                layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
+            let chains = |disks: Vec<(String, String)>| {
+                let mut out = Vec::new();
+                for (_, top) in &disks {
+                    let mut at = Some(top.as_str());
+                    while let Some(id) = at {
+                        out.push(id.to_owned());
+                        at = below.get(id).copied().flatten();
+                    }
+                }
+                out
+            };
+            let mut entries = Vec::new();
+            for row in SnapshotRow::all(tx)? {
+                entries.push(Entry {
+                    target: row.target_name.clone(),
+                    name: row.name.clone(),
+                    undo_point: row.undo_point,
+                    removed: row.removed.is_some(),
+                    roots: row.memory.iter().flat_map(|m| m.roots()).collect(),
+                    layers: chains(SnapshotRow::disks(tx, &row.id)?),
+                    saved: row.facts.saved,
+                    holder: Holder::Snapshot(row.id),
+                });
+            }
+            for row in TargetRow::all(tx, true)? {
+                entries.push(Entry {
+                    layers: chains(TargetRow::disks(tx, &row.id)?),
+                    holder: Holder::Here(row.id),
+                    target: row.name,
+                    name: String::new(),
+                    undo_point: false,
+                    removed: row.removed.is_some(),
+                    roots: Vec::new(),
+                    saved: Saved::default(),
+                });
+            }
+            let ours = layers.iter().filter(|l| l.stamp.is_none());
+            let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
+            Ok(Self { entries, layer_bytes })
+        })
+    }
+
+    fn bytes<'a>(&self, layers: impl Iterator<Item = &'a String>) -> u64 {
+        layers.filter_map(|id| self.layer_bytes.get(id)).sum()
+    }
+
+    /// Bytes that nothing would need any more if `gone` went; bytes of theirs that stay; and who needs those.
+    pub(crate) fn without(
+        &self,
+        engine: &Engine,
+        gone: &dyn Fn(&Holder) -> bool,
+    ) -> Result<(u64, u64, Vec<String>)> {
+        let (going, staying): (Vec<&Entry>, Vec<&Entry>) =
+            self.entries.iter().filter(|e| !e.removed).partition(|e| gone(&e.holder));
+        let roots = |entries: &[&Entry]| -> Vec<MapRoot> {
+            entries.iter().flat_map(|e| e.roots.iter().copied()).collect()
+        };
+        let (their_roots, other_roots) = (roots(&going), roots(&staying));
+        let freed_pages = engine.store.freed_by(&their_roots, &other_roots)?;
+        let all_pages = engine.store.freed_by(&their_roots, &[])?;
+        let theirs: HashSet<&String> = going.iter().flat_map(|e| &e.layers).collect();
+        let others: HashSet<&String> = staying.iter().flat_map(|e| &e.layers).collect();
+        let freed = freed_pages + self.bytes(theirs.difference(&others).copied());
+        let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others).copied());
+        let kept_by = if kept == 0 { Vec::new() } else { self.needing(&theirs, &their_roots, &staying) };
+        Ok((freed, kept, kept_by))
+    }
+
+    /// Names of those who need a layer of `layers` or a map of `roots`.
+    fn needing(&self, layers: &HashSet<&String>, roots: &[MapRoot], staying: &[&Entry]) -> Vec<String> {
+        let mut names: Vec<String> = staying
+            .iter()
+            .filter(|e| {
+                let disk = e.layers.iter().any(|l| layers.contains(l) && self.layer_bytes.contains_key(l));
+                disk || (!roots.is_empty() && !e.roots.is_empty())
+            })
+            .map(|e| {
+                if e.name.is_empty() {
+                    format!("{} (here)", e.target)
+                } else {
+                    format!("{}@{}", e.target, e.name)
+                }
+            })
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+impl Engine {
+    /// Space by snapshot, of one target or of all. `without` asks what dropping these snapshots would free.
+    pub fn du(&self, target: Option<&str>, without: &[String]) -> Result<Du> {
+        if let Some(name) = target {
+            self.machine(name)?;
+        }
+        let mut dropped = HashSet::new();
+        for address in without {
+            let address = match (address.contains('@'), target) {
+                (false, Some(target)) => format!("{target}@{address}"),
+                _ => address.clone(),
+            };
+            let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, &address))?;
+            dropped.insert(Holder::Snapshot(snapshot.id));
+        }
+        let ledger = Ledger::read(self)?;
+        let live: Vec<&Entry> = ledger.entries.iter().filter(|e| !e.removed).collect();
+        let shown = |e: &&&Entry| target.is_none_or(|name| e.target == name);
+
+        let pages = self.page_usage(&live)?;
+        let mut users: HashMap<&String, u32> = HashMap::new();
+        for layer in live.iter().flat_map(|e| &e.layers) {
+            *users.entry(layer).or_default() += 1;
+        }
+        let mut rows = Vec::new();
+        let mut saved = Saved::default();
+        for (entry, (exclusive, shared)) in live.iter().zip(pages).filter(|(e, _)| shown(e)) {
+            let (own, others): (Vec<_>, Vec<_>) = entry.layers.iter().partition(|l| users.get(l) == Some(&1));
+            rows.push(DuRow {
+                target: entry.target.clone(),
+                name: entry.name.clone(),
+                undo_point: entry.undo_point,
+                exclusive: exclusive + ledger.bytes(own.into_iter()),
+                shared: shared + ledger.bytes(others.into_iter()),
+            });
+            add(&mut saved, &entry.saved);
+        }
+        let needed: HashSet<&String> = live.iter().flat_map(|e| &e.layers).collect();
+        let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
+        let roots = |removed: bool| -> Vec<MapRoot> {
+            let entries = ledger.entries.iter().filter(|e| e.removed == removed);
+            entries.flat_map(|e| e.roots.iter().copied()).collect()
+        };
+        let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
+        let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
+        let dead = self.store.plan_gc(&all_roots)?.dead_bytes;
+        let without = if dropped.is_empty() {
+            None
+        } else {
+            Some(ledger.without(self, &|holder| dropped.contains(holder))?.0)
+        };
+        Ok(Du {
+            rows,
+            store_bytes: self.store.allocated_bytes()?,
+            disk_bytes: ledger.layer_bytes.values().sum(),
+            reclaimable: unneeded.sum::<u64>() + dead,
+            pinned_by_undo: self.store.freed_by(&roots(true), &roots(false))?
+                + ledger.bytes(pinned.difference(&needed).copied()),
+            saved,
+            without,
+        })
+    }
+
+    /// Exclusive and shared bytes of pages of each entry.
+    fn page_usage(&self, entries: &[&Entry]) -> Result<Vec<(u64, u64)>> {
+        let roots: Vec<MapRoot> = entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
+        let mut usage = self.store.usage(&roots)?.into_iter();
+        let of_entry = |entry: &&Entry| {
+            usage
+                .by_ref()
+                .take(entry.roots.len())
+                .fold((0, 0), |(own, shared), u| (own + u.exclusive, shared + u.shared))
+        };
+        Ok(entries.iter().map(of_entry).collect())
+    }
+}
+
+fn add(to: &mut Saved, more: &Saved) {
+    to.zero += more.zero;
+    to.same += more.same;
+    to.earlier += more.earlier;
+    to.new += more.new;
+    to.bytes_written += more.bytes_written;
+}

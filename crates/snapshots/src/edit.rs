@@ -1,0 +1,93 @@
+//! Names, notes, `keep` and protection: what of a snapshot or machine can be changed.
+
+use serde_json::json;
+
+use crate::address;
+use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::create::name_taken;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::name::{check_name, check_note};
+use crate::take::snapshot_name_taken;
+use crate::types::Edit;
+
+impl Engine {
+    /// Renames or annotates a machine or a snapshot. Returns its full name afterwards.
+    pub fn edit(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
+        if let Some(note) = &edit.note {
+            check_note(note)?;
+        }
+        match address::split(address) {
+            (_, Some(_)) => self.edit_snapshot(cx, address, edit),
+            (target, None) => self.edit_machine(cx, target, edit),
+        }
+    }
+
+    fn edit_snapshot(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
+        if let Some(name) = &edit.name {
+            check_name("snapshot", name)?;
+        }
+        self.journaled(cx, "edit", address, None, &json!({}), || {
+            self.catalog.write(|tx| {
+                let (target, old) = address::resolve(tx, address)?;
+                let name = edit.name.unwrap_or_else(|| old.name.clone());
+                if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
+                    return Err(snapshot_name_taken(&target.name, &name));
+                }
+                let note = edit.note.unwrap_or_else(|| old.note.clone());
+                SnapshotRow::set_text(tx, &old.id, &name, &note, edit.keep.unwrap_or(old.keep))?;
+                let undo =
+                    json!({ "snapshot": old.id, "name": old.name, "note": old.note, "keep": old.keep });
+                OpRow::finish(tx, &cx.id, Some(&undo))?;
+                Ok(format!("{}@{name}", target.name))
+            })
+        })
+    }
+
+    fn edit_machine(&self, cx: &Context, target: &str, edit: Edit) -> Result<String> {
+        if edit.note.is_some() || edit.keep.is_some() {
+            return Err(Error::new(
+                Code::Usage,
+                format!("{target} is a machine: only its name can be edited"),
+            )
+            .hint(format!("notes and --keep belong to snapshots: {target}@NAME")));
+        }
+        let Some(name) = edit.name else {
+            return Ok(target.to_owned());
+        };
+        check_name("machine", &name)?;
+        self.journaled(cx, "edit", target, None, &json!({}), || {
+            self.catalog.write(|tx| {
+                let old = TargetRow::by_name(tx, target)?;
+                if name != old.name && TargetRow::name_taken(tx, &name)? {
+                    return Err(name_taken(&name));
+                }
+                TargetRow::set_name(tx, &old.id, &name)?;
+                let undo = json!({ "target": old.id, "name": old.name });
+                OpRow::finish(tx, &cx.id, Some(&undo))
+            })
+        })?;
+        Ok(name)
+    }
+
+    /// Makes `rm` refuse a snapshot or a machine, or no longer.
+    pub fn protect(&self, cx: &Context, address: &str, protected: bool) -> Result<()> {
+        let kind = if protected { "protect" } else { "unprotect" };
+        self.journaled(cx, kind, address, None, &json!({}), || {
+            self.catalog.write(|tx| {
+                match address::split(address) {
+                    (_, Some(_)) => {
+                        let (_, snapshot) = address::resolve(tx, address)?;
+                        SnapshotRow::set_protected(tx, &snapshot.id, protected)?;
+                    }
+                    (target, None) => {
+                        let target = TargetRow::by_name(tx, target)?;
+                        TargetRow::set_protected(tx, &target.id, protected)?;
+                    }
+                }
+                OpRow::finish(tx, &cx.id, None)
+            })
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! `fsck`: everything that is stored, looked at, and what is wrong with it by name.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+
+use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::disks::stamp;
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::memory::read_state;
+use crate::types::{Damage, FsckReport};
+
+impl Engine {
+    /// Reads every pack, map, device state and layer, and compares them with their names and with the catalog. Changes
+    /// nothing.
+    pub fn fsck(&self, cx: &Context) -> Result<FsckReport> {
+        let (snapshots, layers, users) = self.catalog.read(|tx| {
+            let snapshots = SnapshotRow::all(tx)?;
+            let layers = LayerRow::all(tx)?;
+            let mut users: HashMap<String, Vec<String>> = HashMap::new();
+            let mut note = |disks: Vec<(String, String)>, name: &str| {
+                for (_, top) in disks {
+                    for layer in LayerRow::chain(tx, &top).unwrap_or_default() {
+                        users.entry(layer.id).or_default().push(name.to_owned());
+                    }
+                }
+            };
+            for snapshot in &snapshots {
+                note(SnapshotRow::disks(tx, &snapshot.id)?, &snapshot.full_name());
+            }
+            for target in TargetRow::all(tx, true)? {
+                note(TargetRow::disks(tx, &target.id)?, &format!("{} (here)", target.name));
+            }
+            Ok((snapshots, layers, users))
+        })?;
+        let mut report = FsckReport::default();
+        for problem in self.catalog.check()? {
+            report.damage.push(Damage { what: "the catalog".into(), problem, snapshots: Vec::new() });
+        }
+        self.check_pages(cx, &snapshots, &mut report)?;
+        cx.phase("checking disk layers", layers.len() as u64);
+        for layer in &layers {
+            cx.check()?;
+            report.layers += 1;
+            if let Some(problem) = self.layer_problem(layer)? {
+                report.damage.push(Damage {
+                    what: self.layer_file(layer).display().to_string(),
+                    problem,
+                    snapshots: users.get(&layer.id).cloned().unwrap_or_default(),
+                });
+            }
+            cx.advance(1);
+        }
+        Ok(report)
+    }
+
+    fn check_pages(&self, cx: &Context, snapshots: &[SnapshotRow], report: &mut FsckReport) -> Result<()> {
+        let roots: Vec<_> = snapshots
+            .iter()
+            .flat_map(|s| s.memory.iter().flat_map(|m| m.roots()).map(|root| (root, s.full_name())))
+            .collect();
+        cx.phase("reading pages", 0);
+        let pages = self.store.fsck(&roots, &|done, total| {
+            cx.progress.total.store(total, Ordering::Relaxed);
+            cx.progress.done.store(done, Ordering::Relaxed);
+            cx.check().is_ok()
+        })?;
+        cx.check()?;
+        report.packs = pages.packs;
+        report.pages = pages.pages;
+        report.snapshots = snapshots.len() as u64;
+        let found = pages.damage.into_iter();
+        report.damage.extend(found.map(|d| Damage { what: d.what, problem: d.problem, snapshots: d.labels }));
+        for snapshot in snapshots {
+            let Some(memory) = &snapshot.memory else { continue };
+            if let Err(error) = read_state(self.store.as_ref(), memory) {
+                let causes = error.causes();
+                report.damage.push(Damage {
+                    what: format!("the device state of {}", snapshot.full_name()),
+                    problem: causes.last().cloned().unwrap_or_else(|| error.to_string()),
+                    snapshots: vec![snapshot.full_name()],
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn layer_problem(&self, layer: &LayerRow) -> Result<Option<String>> {
+        let path = self.layer_file(layer);
+        let found = match stamp(&path) {
+            Ok(found) => found,
+            Err(error) => return Ok(Some(error.to_string())),
+        };
+        if let Some(known) = layer.stamp {
+            let changed = known != found;
+            return Ok(changed.then(|| "the image was changed since a machine was made over it".into()));
+        }
+        Ok(self.img()?.check(&path)?)
+    }
+}

@@ -1,0 +1,344 @@
+//! Going to a snapshot, from top to bottom.
+//!
+//! ```text
+//!   1  lock the target, resolve the address, look at every file that will be needed
+//!   2  overlays over the snapshot's layers: made, synced            nothing speaks of them yet
+//!   3  a new QEMU waits on them and loads the snapshot's memory     the old machine runs on
+//!   4  what would be lost is kept as an undo point                  the old machine stands still
+//!   5  the old QEMU ends
+//!   6  catalog: disks, parent, settings, process and power of here are the new ones, journal: "done"
+//!   7  the new guest runs
+//! ```
+//! Until 5 every failure leaves the machine as it was: a snapshot that cannot be loaded costs nothing. Between 5 and 6
+//! recovery finds here as it was, switched off; the undo point has its memory.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use qemu::load::load;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::address;
+use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::disks::NewOverlay;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
+use crate::memory::{feed, read_state};
+use crate::running::{Begin, Running, log_tail};
+use crate::take::{TakeJob, micros};
+use crate::tree::{view_by_id, visible_parent};
+use crate::types::{GotoPower, GotoReport, Mode, Power};
+
+/// Undo points that a target keeps.
+const UNDO_POINTS: usize = 5;
+
+/// What recovery has to know of a goto.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct GotoPlan {
+    /// The old guest ran.
+    pub(crate) was_running: bool,
+    /// The new process, once it exists.
+    pub(crate) new: Option<ProcessRow>,
+}
+
+impl Engine {
+    /// Makes a target what it was at a snapshot. What would be lost is kept as an undo point unless `discard`.
+    pub fn goto(&self, cx: &Context, address: &str, power: GotoPower, discard: bool) -> Result<GotoReport> {
+        let (target, _) = address::split(address);
+        let (row, _guard) = self.lock_target(cx, target, "goto")?;
+        let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, address))?;
+        self.goto_locked(cx, "goto", &row, &snapshot, power, discard)
+    }
+
+    /// Goes to the parent of here.
+    pub fn back(&self, cx: &Context, target: &str) -> Result<GotoReport> {
+        let (row, _guard) = self.lock_target(cx, target, "back")?;
+        let parent = self.catalog.read(|tx| {
+            let all = SnapshotRow::of_target(tx, &row.id)?;
+            Ok(visible_parent(&all, row.parent.as_deref()).cloned())
+        })?;
+        let Some(snapshot) = parent else {
+            return Err(Error::new(Code::NotFound, format!("{target} has no snapshot to go back to"))
+                .hint(format!("`spinney take {target}` takes one")));
+        };
+        self.goto_locked(cx, "goto", &row, &snapshot, GotoPower::Recorded, false)
+    }
+
+    /// What `goto --discard` would throw away, in words; none if nothing is lost.
+    pub fn discard_plan(&self, target: &str) -> Result<Option<String>> {
+        let row = self.catalog.read(|tx| TargetRow::by_name(tx, target))?;
+        let (power, _) = self.look(&row)?;
+        let bytes = self.here_bytes(&row)?;
+        let memory = match power {
+            Power::Running | Power::Paused => " and everything in its memory",
+            Power::Off | Power::LostPower => "",
+        };
+        Ok(Some(format!("what {target} wrote to its disks since its last snapshot ({bytes} bytes){memory}")))
+    }
+
+    /// Bytes in the layers that here writes to.
+    fn here_bytes(&self, row: &TargetRow) -> Result<u64> {
+        self.catalog.read(|tx| {
+            let mut bytes = 0;
+            for (_, layer) in TargetRow::disks(tx, &row.id)? {
+                let layer = crate::catalog::LayerRow::by_id(tx, &layer)?;
+                bytes += crate::disks::allocated(&self.layer_file(&layer));
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// All steps, for a target that is locked.
+    pub(crate) fn goto_locked(
+        &self,
+        cx: &Context,
+        kind: &str,
+        row: &TargetRow,
+        snapshot: &SnapshotRow,
+        power: GotoPower,
+        discard: bool,
+    ) -> Result<GotoReport> {
+        let began = Instant::now();
+        let (was, old) = self.look(row)?;
+        let wanted = wanted_power(snapshot, power);
+        let subject = snapshot.full_name();
+        let plan = json!(GotoPlan { was_running: was == Power::Running, new: None });
+        let report = self.journaled(cx, kind, &subject, Some(&row.id), &plan, || {
+            let overlays = self.catalog.read(|tx| {
+                let disks = SnapshotRow::disks(tx, &snapshot.id)?;
+                self.check_chains(tx, &disks)?;
+                self.plan_overlays(tx, &row.name, &disks)
+            })?;
+            cx.phase("preparing disks", 0);
+            self.make_overlays(&overlays)?;
+            let swapped =
+                self.swap(cx, kind, row, snapshot, wanted, discard, (was, old.as_deref()), &overlays);
+            if swapped.is_err() {
+                self.remove_overlays(&overlays);
+            }
+            swapped
+        });
+        let (undo_point, ended) = report?;
+        Ok(GotoReport {
+            snapshot: view_by_id(&self.catalog, &snapshot.id)?,
+            power: wanted,
+            undo_point: undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
+            took_us: micros(ended.unwrap_or(began)),
+        })
+    }
+
+    /// Steps 3 to 7. Returns the undo point's id, and when the old process began to end.
+    #[expect(clippy::too_many_arguments, reason = "one step of one story")]
+    fn swap(
+        &self,
+        cx: &Context,
+        kind: &str,
+        row: &TargetRow,
+        snapshot: &SnapshotRow,
+        wanted: Power,
+        discard: bool,
+        (was, old): (Power, Option<&Running>),
+        overlays: &[NewOverlay],
+    ) -> Result<(Option<String>, Option<Instant>)> {
+        let new = match wanted {
+            Power::Off | Power::LostPower => None,
+            Power::Paused | Power::Running => {
+                Some(self.load_beside(cx, row, snapshot, was == Power::Running, overlays)?)
+            }
+        };
+        let abandon = |error: Error| {
+            if let Some(new) = &new {
+                self.abandon(new);
+            }
+            if let Some(old) = old
+                && was == Power::Running
+            {
+                let _ = old.qmp.execute("cont", json!({}));
+            }
+            error
+        };
+        cx.check().map_err(abandon)?;
+        let undo_point =
+            if discard { None } else { Some(self.keep_undo_point(cx, row, was, old).map_err(abandon)?) };
+
+        let ended = Instant::now();
+        if let Some(old) = old {
+            self.end_process(&row.id, old);
+        }
+        let process = new.as_ref().map(|new| new.row.clone());
+        self.catalog
+            .write(|tx| {
+                for overlay in overlays {
+                    overlay.row.insert(tx)?;
+                    TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
+                }
+                TargetRow::set_parent(tx, &row.id, Some(&snapshot.id))?;
+                TargetRow::set_config(tx, &row.id, &snapshot.config)?;
+                TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
+                let undo = json!({ "undo_point": undo_point, "parent": row.parent });
+                // Undoing again goes further back; it does not swing to and fro.
+                OpRow::finish(tx, &cx.id, undo_point.as_ref().filter(|_| kind != "undo").map(|_| &undo))
+            })
+            .map_err(abandon)?;
+        if let Some(new) = new {
+            let new = Arc::new(new);
+            self.running_map().insert(row.id.clone(), Arc::clone(&new));
+            // From here on the goto has happened, and whatever fails is told, not taken back.
+            if wanted == Power::Running
+                && let Err(error) = new.qmp.execute("cont", json!({}))
+            {
+                tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
+            }
+        }
+        if let Err(error) = self.trim_undo_points(&row.id) {
+            tracing::warn!(%error, "old undo points could not be removed");
+        }
+        Ok((undo_point, ended.into()))
+    }
+
+    /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
+    fn load_beside(
+        &self,
+        cx: &Context,
+        row: &TargetRow,
+        snapshot: &SnapshotRow,
+        was_running: bool,
+        overlays: &[NewOverlay],
+    ) -> Result<Running> {
+        let disks = self.catalog.read(|tx| {
+            let mut disks = Vec::new();
+            for new in overlays {
+                let below = [(new.disk.clone(), new.below.id.clone())];
+                for mut disk in self.disk_specs(tx, &below)? {
+                    disk.layers.push(self.layer_spec(&new.row));
+                    disks.push(disk);
+                }
+            }
+            Ok(disks)
+        })?;
+        let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
+        cx.phase("starting", 0);
+        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
+        let loaded = self
+            .catalog
+            .write(|tx| {
+                let plan = GotoPlan { was_running, new: Some(new.row.clone()) };
+                OpRow::set_plan(tx, &cx.id, &json!(plan))
+            })
+            .and_then(|()| self.load_memory(cx, snapshot, &new));
+        if let Err(error) = loaded {
+            let words = log_tail(&new.run);
+            self.abandon(&new);
+            let noted = error.code() == Code::Failed && !words.is_empty();
+            return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
+        }
+        Ok(new)
+    }
+
+    fn load_memory(&self, cx: &Context, snapshot: &SnapshotRow, new: &Running) -> Result<()> {
+        let Some(memory) = &snapshot.memory else { return Ok(()) };
+        let mut state = read_state(self.store.as_ref(), memory)?;
+        if planted(Fault::OtherDeviceState)
+            && let Some(other) = self.other_state(snapshot)?
+        {
+            state.tail = other.tail;
+        }
+        let version = self.tools()?.qemu.version;
+        let mut store_failed = None;
+        cx.phase("loading memory", state.blocks.total());
+        let loaded = load(&new.qmp, version, &mut |socket| {
+            let fed = feed(self.store.as_ref(), memory, &state, cx, socket);
+            fed.map_err(|error| match error.downcast::<pages::Error>() {
+                Ok(error) => {
+                    store_failed = Some(*error);
+                    "the page store failed".into()
+                }
+                Err(other) => other,
+            })
+        });
+        if let Some(error) = store_failed {
+            return Err(Error::from(error));
+        }
+        cx.check()?;
+        loaded.map_err(|error| {
+            Error::new(Code::Failed, format!("{} could not be loaded", snapshot.full_name())).because(error)
+        })
+    }
+
+    /// For the planted fault: the device state of another snapshot of the same target.
+    fn other_state(&self, snapshot: &SnapshotRow) -> Result<Option<qemu::migration::DeviceState>> {
+        let all = self.catalog.read(|tx| SnapshotRow::of_target(tx, &snapshot.target))?;
+        let other = all.iter().find_map(|s| s.memory.as_ref().filter(|_| s.id != snapshot.id));
+        other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
+    }
+
+    fn abandon(&self, new: &Running) {
+        new.process.kill();
+        let _ = std::fs::remove_dir_all(&new.run.0);
+    }
+
+    /// Step 4: here as it is now, as a snapshot that `tree` folds away. A guest that ran stands still afterwards.
+    fn keep_undo_point(
+        &self,
+        cx: &Context,
+        row: &TargetRow,
+        was: Power,
+        old: Option<&Running>,
+    ) -> Result<String> {
+        let mode = match (old, row.config.memory_snapshots) {
+            (None, _) => Mode::Off,
+            (Some(_), true) => Mode::StopCopy,
+            (Some(_), false) => Mode::DiskOnly,
+        };
+        if let Some(old) = old
+            && was == Power::Running
+        {
+            // Nothing that the guest does from now on is lost, because it does nothing.
+            old.qmp.execute("stop", json!({}))?;
+        }
+        let power = match (mode, was) {
+            (Mode::DiskOnly | Mode::Off, _) | (_, Power::LostPower) => Power::Off,
+            (_, was) => was,
+        };
+        let job = TakeJob {
+            target: row,
+            name: self.choose_name(row, None, "undo")?,
+            note: "before goto".into(),
+            keep: false,
+            undo_point: true,
+            mode,
+            power,
+        };
+        self.take_job(cx, &job, old, |_, _| Ok(()))
+    }
+
+    /// Removes undo points beyond the newest few.
+    fn trim_undo_points(&self, target: &str) -> Result<()> {
+        self.catalog.write(|tx| {
+            let all = SnapshotRow::of_target(tx, target)?;
+            let here = TargetRow::by_id(tx, target)?.parent;
+            let points: Vec<_> = all.iter().filter(|s| s.undo_point && s.removed.is_none()).collect();
+            let excess = points.len().saturating_sub(UNDO_POINTS);
+            for old in points
+                .into_iter()
+                .take(excess)
+                .filter(|s| Some(&s.id) != here.as_ref() && !s.protected && !s.keep)
+            {
+                SnapshotRow::set_removed(tx, &old.id, true)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn wanted_power(snapshot: &SnapshotRow, power: GotoPower) -> Power {
+    match power {
+        GotoPower::Recorded => snapshot.facts.power,
+        GotoPower::Off => Power::Off,
+        GotoPower::Paused => Power::Paused,
+        GotoPower::Running => Power::Running,
+    }
+}

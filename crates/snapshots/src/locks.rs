@@ -1,0 +1,56 @@
+//! One operation at a time for each target; others wait their turn.
+
+use std::collections::HashMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::context::Context;
+use crate::error::Result;
+
+/// Which targets are being worked on, and with what.
+#[derive(Debug, Default)]
+pub(crate) struct TargetLocks {
+    busy: Mutex<HashMap<String, &'static str>>,
+    freed: Condvar,
+}
+
+/// The right to change a target, until dropped.
+#[derive(Debug)]
+pub(crate) struct TargetGuard<'a> {
+    locks: &'a TargetLocks,
+    target: String,
+}
+
+impl TargetLocks {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, &'static str>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nothing else works on `target`, or until the caller cancels.
+    pub(crate) fn acquire(&self, target: &str, kind: &'static str, cx: &Context) -> Result<TargetGuard<'_>> {
+        let mut busy = self.lock();
+        while let Some(other) = busy.get(target).copied() {
+            cx.phase(&format!("waiting for {other}"), 0);
+            busy = self
+                .freed
+                .wait_timeout(busy, Duration::from_millis(50))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            cx.check()?;
+        }
+        busy.insert(target.to_owned(), kind);
+        Ok(TargetGuard { locks: self, target: target.to_owned() })
+    }
+
+    /// What is being done to a target, if anything.
+    pub(crate) fn busy_with(&self, target: &str) -> Option<&'static str> {
+        self.lock().get(target).copied()
+    }
+}
+
+impl Drop for TargetGuard<'_> {
+    fn drop(&mut self) {
+        self.locks.lock().remove(&self.target);
+        self.locks.freed.notify_all();
+    }
+}

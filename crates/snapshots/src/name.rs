@@ -1,0 +1,68 @@
+//! Which names and notes are allowed.
+
+use crate::error::{Code, Error, Result};
+
+/// Longest name, in bytes.
+const NAME_LIMIT: usize = 64;
+/// Longest note, in characters.
+const NOTE_LIMIT: usize = 4096;
+
+/// Letters, digits, `.`, `_`, `-`; the first a letter or digit.
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let bad = |reason: &str| {
+        Err(Error::new(Code::Usage, format!("{:?} cannot be the name of a {what}: {reason}", short(name)))
+            .hint("names are letters, digits, '.', '_' and '-', and start with a letter or digit"))
+    };
+    if name.is_empty() {
+        return bad("it is empty");
+    }
+    if name.len() > NAME_LIMIT {
+        return bad("it is longer than 64 characters");
+    }
+    if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        return bad("it starts with neither a letter nor a digit");
+    }
+    match name.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))) {
+        Some(c) => bad(&format!("it has {c:?} in it")),
+        None => Ok(()),
+    }
+}
+
+/// Any text of bounded length.
+pub(crate) fn check_note(note: &str) -> Result<()> {
+    let length = note.chars().count();
+    if length > NOTE_LIMIT {
+        return Err(Error::new(
+            Code::Usage,
+            format!("the note has {length} characters; {NOTE_LIMIT} is the most"),
+        ));
+    }
+    Ok(())
+}
+
+fn short(name: &str) -> String {
+    let cut: String = name.chars().take(40).collect();
+    if cut.len() < name.len() { cut + "…" } else { cut }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rule_is_kept() {
+        for good in ["web", "9a", "a.b_c-d", "A"] {
+            check_name("machine", good).unwrap();
+        }
+        let long = "a".repeat(65);
+        for bad in ["", "-a", ".a", "_a", "a b", "a@b", "a/b", "é", "a\n", &long] {
+            assert_eq!(check_name("machine", bad).unwrap_err().code(), Code::Usage, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn notes_are_bounded() {
+        check_note(&"ä".repeat(4096)).unwrap();
+        assert_eq!(check_note(&"a".repeat(5000)).unwrap_err().code(), Code::Usage);
+    }
+}

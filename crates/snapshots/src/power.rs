@@ -1,0 +1,232 @@
+//! Power: start, stop, kill, pause, resume; and what `ls` and `show` say of a machine.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use qemu::command::Disk;
+use serde_json::json;
+
+use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::running::{Begin, Running};
+use crate::tree::visible_parent;
+use crate::types::{Machine, Power};
+
+impl Engine {
+    /// All machines, by name.
+    pub fn list(&self) -> Result<Vec<Machine>> {
+        let rows = self.catalog.read(|tx| TargetRow::all(tx, false))?;
+        rows.into_iter().map(|row| self.machine_view(row)).collect()
+    }
+
+    /// One machine.
+    pub fn machine(&self, target: &str) -> Result<Machine> {
+        let (name, snapshot) = crate::address::split(target);
+        if snapshot.is_some() {
+            return Err(Error::new(
+                Code::Usage,
+                format!("{target:?} is the address of a snapshot, not a machine"),
+            ));
+        }
+        self.machine_view(self.catalog.read(|tx| TargetRow::by_name(tx, name))?)
+    }
+
+    pub(crate) fn machine_view(&self, row: TargetRow) -> Result<Machine> {
+        let (power, running) = self.look(&row)?;
+        let (parent, snapshots) = self.catalog.read(|tx| {
+            let all = SnapshotRow::of_target(tx, &row.id)?;
+            let parent = visible_parent(&all, row.parent.as_deref()).map(|s| s.name.clone());
+            Ok((parent, SnapshotRow::count(tx, &row.id)?))
+        })?;
+        let busy = self.locks.busy_with(&row.id).map(str::to_owned);
+        Ok(Machine {
+            id: row.id,
+            name: row.name,
+            power,
+            group: row.group_name,
+            config: row.config,
+            uuid: row.uuid,
+            macs: row.macs,
+            parent,
+            snapshots,
+            protected: row.protected,
+            created: row.created,
+            pid: running.as_ref().map(|r| r.process.id().pid),
+            console: running.as_ref().map(|r| r.run.console()),
+            busy,
+            accel: running.as_ref().map(|r| r.row.accel.clone()),
+            qemu: running.as_ref().map(|r| r.row.version.clone()),
+        })
+    }
+
+    /// A target by name, locked for one operation.
+    pub(crate) fn lock_target(
+        &self,
+        cx: &Context,
+        name: &str,
+        kind: &'static str,
+    ) -> Result<(TargetRow, crate::locks::TargetGuard<'_>)> {
+        let (name, snapshot) = crate::address::split(name);
+        if snapshot.is_some() {
+            return Err(Error::new(Code::Usage, format!("{kind} takes a machine, not a snapshot"))
+                .hint(format!("write `spinney {kind} {name}`")));
+        }
+        let id = self.catalog.read(|tx| TargetRow::by_name(tx, name))?.id;
+        let guard = self.locks.acquire(&id, kind, cx)?;
+        // Read again: whoever held the lock may have renamed or removed it.
+        let row = self.catalog.read(|tx| TargetRow::by_name(tx, name))?;
+        Ok((row, guard))
+    }
+
+    /// Boots a machine that is off.
+    pub fn start(&self, cx: &Context, target: &str) -> Result<Machine> {
+        let (row, _guard) = self.lock_target(cx, target, "start")?;
+        match self.look(&row)? {
+            (Power::Off | Power::LostPower, _) => {}
+            (Power::Running, _) => {
+                return Err(Error::new(Code::Refused, format!("{target} is running already")));
+            }
+            (Power::Paused, _) => {
+                return Err(Error::new(Code::Refused, format!("{target} is paused, not off"))
+                    .hint(format!("`spinney resume {target}` lets it run on")));
+            }
+        }
+        cx.phase("starting", 0);
+        self.journaled(cx, "start", target, Some(&row.id), &json!({}), || {
+            self.boot(&row, Begin::Boot)?;
+            self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))
+        })?;
+        self.machine(target)
+    }
+
+    /// Starts the process of a machine that is off and writes it down.
+    pub(crate) fn boot(&self, row: &TargetRow, begin: Begin) -> Result<Arc<Running>> {
+        let disks = self.here_specs(row)?;
+        let running = self.launch(row, &row.config, &row.machine, disks, begin)?;
+        let power = if begin == Begin::Boot { Power::Running } else { Power::Paused };
+        self.keep_process(row, running, power)
+    }
+
+    /// What QEMU is told of the disks of here, after a look at their files.
+    pub(crate) fn here_specs(&self, row: &TargetRow) -> Result<Vec<Disk>> {
+        self.catalog.read(|tx| {
+            let disks = TargetRow::disks(tx, &row.id)?;
+            self.check_chains(tx, &disks)?;
+            self.disk_specs(tx, &disks)
+        })
+    }
+
+    /// Writes a process down and puts it where commands find it. If that fails, it is ended.
+    pub(crate) fn keep_process(
+        &self,
+        row: &TargetRow,
+        running: Running,
+        power: Power,
+    ) -> Result<Arc<Running>> {
+        let kept = self.catalog.write(|tx| TargetRow::set_process(tx, &row.id, power, Some(&running.row)));
+        if let Err(error) = kept {
+            self.end_process(&row.id, &running);
+            return Err(error);
+        }
+        let running = Arc::new(running);
+        self.running_map().insert(row.id.clone(), Arc::clone(&running));
+        Ok(running)
+    }
+
+    fn write_off(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+        self.catalog.write(|tx| {
+            TargetRow::set_process(tx, &row.id, Power::Off, None)?;
+            OpRow::finish(tx, &cx.id, None)
+        })
+    }
+
+    /// Presses the power button and waits for the guest to power off. Fails with [`Code::TimedOut`] if it does not, unless
+    /// `kill` allows to cut the power then.
+    pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<Machine> {
+        let (row, _guard) = self.lock_target(cx, target, "stop")?;
+        let running = self.needs_process(&row)?;
+        self.journaled(cx, "stop", target, Some(&row.id), &json!({}), || {
+            cx.phase("waiting for the guest to power off", 0);
+            if self.look(&row)?.0 == Power::Paused {
+                running.qmp.execute("cont", json!({}))?;
+            }
+            let deadline = Instant::now() + timeout;
+            let mut pressed = Instant::now();
+            running.qmp.execute("system_powerdown", json!({}))?;
+            while !running.process.wait(Duration::from_millis(50)) {
+                cx.check()?;
+                if Instant::now() >= deadline {
+                    if kill {
+                        break;
+                    }
+                    return Err(Error::new(
+                        Code::TimedOut,
+                        format!("{target} did not power off within {} s; it runs on", timeout.as_secs()),
+                    )
+                    .hint(format!(
+                        "`spinney stop {target} --kill` cuts the power when the guest ignores the button"
+                    )));
+                }
+                // A guest that was just booting had nobody at the button yet.
+                if pressed.elapsed() > Duration::from_secs(5) {
+                    pressed = Instant::now();
+                    running.qmp.execute("system_powerdown", json!({})).ok();
+                }
+            }
+            self.end_process(&row.id, &running);
+            self.write_off(cx, &row)
+        })?;
+        self.machine(target)
+    }
+
+    /// Cuts the power.
+    pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
+        let (row, _guard) = self.lock_target(cx, target, "kill")?;
+        let running = self.needs_process(&row)?;
+        self.journaled(cx, "kill", target, Some(&row.id), &json!({}), || {
+            self.end_process(&row.id, &running);
+            self.write_off(cx, &row)
+        })?;
+        self.machine(target)
+    }
+
+    /// Lets the guest's CPUs stand still.
+    pub fn pause(&self, cx: &Context, target: &str) -> Result<Machine> {
+        self.set_running(cx, target, "pause", "stop", Power::Paused)
+    }
+
+    /// Lets a paused guest run on.
+    pub fn resume(&self, cx: &Context, target: &str) -> Result<Machine> {
+        self.set_running(cx, target, "resume", "cont", Power::Running)
+    }
+
+    fn set_running(
+        &self,
+        cx: &Context,
+        target: &str,
+        kind: &'static str,
+        command: &str,
+        power: Power,
+    ) -> Result<Machine> {
+        let (row, _guard) = self.lock_target(cx, target, kind)?;
+        let running = self.needs_process(&row)?;
+        self.journaled(cx, kind, target, Some(&row.id), &json!({}), || {
+            running.qmp.execute(command, json!({}))?;
+            self.catalog.write(|tx| {
+                TargetRow::set_process(tx, &row.id, power, Some(&running.row))?;
+                OpRow::finish(tx, &cx.id, None)
+            })
+        })?;
+        self.machine(target)
+    }
+
+    fn needs_process(&self, row: &TargetRow) -> Result<Arc<Running>> {
+        let (_, running) = self.look(row)?;
+        running.ok_or_else(|| {
+            Error::new(Code::Refused, format!("{} is off", row.name))
+                .hint(format!("`spinney start {}` starts it", row.name))
+        })
+    }
+}

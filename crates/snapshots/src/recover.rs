@@ -1,0 +1,159 @@
+//! What the daemon does when it starts: it reads the journal, looks at what exists, and finishes or rolls back.
+//!
+//! What exists decides, not what was planned: a process is there or not, the catalog names it or not, a disk's device
+//! writes to one layer or the other. So recovery can itself be interrupted and run again.
+//!
+//! | found | done |
+//! |---|---|
+//! | a machine's process is gone | power "off" if QEMU ended in order, else "lost power" |
+//! | a process that the catalog does not name as a machine's | ended: a goto or start that did not get to its commit |
+//! | a guest standing still in a migration, or stopped by a goto or take that is unfinished | let go on |
+//! | here's disk is an overlay that QEMU does not write to | the overlay is taken back |
+//! | a layer file or run folder that the catalog does not know | removed |
+//! | an unfinished operation | "failed", with a note for people |
+
+use std::collections::HashSet;
+use std::fs;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::catalog::{LayerRow, OpRow, ProcessRow, TargetRow};
+use crate::disks::remove_file;
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::running::{Running, boot_id, power_after_end};
+use crate::take::free_guest;
+use crate::types::{OpState, Power};
+
+/// The parts of plans that recovery reads; each kind of operation has some of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Plan {
+    was_running: bool,
+    new: Option<ProcessRow>,
+}
+
+impl Engine {
+    /// Brings files, processes and catalog together again. Returns what people should know.
+    pub(crate) fn recover(&self) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        let (targets, unfinished) =
+            self.catalog.read(|tx| Ok((TargetRow::all(tx, true)?, OpRow::unfinished(tx)?)))?;
+        for op in &unfinished {
+            self.end_stray(op, &targets);
+        }
+        for target in &targets {
+            let plan = unfinished.iter().find(|op| op.target.as_ref() == Some(&target.id));
+            let was_running = plan.map(|op| plan_of(&op.plan).was_running);
+            self.recover_target(target, was_running, &mut notes)?;
+        }
+        for op in &unfinished {
+            notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
+            let words = "the daemon ended while it was under way";
+            self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(words)))?;
+        }
+        self.remove_strays()?;
+        Ok(notes)
+    }
+
+    /// Ends the process that an unfinished goto had started, unless it became the machine's.
+    fn end_stray(&self, op: &OpRow, targets: &[TargetRow]) {
+        let Some(new) = plan_of(&op.plan).new else { return };
+        let kept = targets.iter().any(|t| t.process.as_ref() == Some(&new));
+        if !kept
+            && new.boot == boot_id()
+            && let Some(process) = qemu::process::Process::find(new.id)
+        {
+            process.kill();
+        }
+    }
+
+    fn recover_target(
+        &self,
+        target: &TargetRow,
+        was_running: Option<bool>,
+        notes: &mut Vec<String>,
+    ) -> Result<()> {
+        let Some(row) = &target.process else { return Ok(()) };
+        let name = &target.name;
+        let Some(running) = self.adopt(row) else {
+            let power = if row.boot == boot_id() {
+                power_after_end(&self.run_folder(&row.run))
+            } else {
+                Power::LostPower
+            };
+            self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
+            if power == Power::LostPower {
+                notes.push(format!("{name} lost its power; `spinney start {name}` boots it, `spinney back {name}` goes to its newest snapshot"));
+            }
+            return Ok(());
+        };
+        if let Err(error) = self.mend_running(target, &running, was_running) {
+            notes.push(format!("{name} runs, but could not be put in order: {error}"));
+        }
+        self.running_map().insert(target.id.clone(), running.into());
+        Ok(())
+    }
+
+    /// Frees the guest and takes back overlays that it does not write to.
+    fn mend_running(&self, target: &TargetRow, running: &Running, was_running: Option<bool>) -> Result<()> {
+        free_guest(running, was_running.unwrap_or(target.power == Power::Running))?;
+        let here = self.catalog.read(|tx| {
+            let disks = TargetRow::disks(tx, &target.id)?;
+            disks
+                .into_iter()
+                .map(|(disk, id)| Ok((disk, LayerRow::by_id(tx, &id)?)))
+                .collect::<Result<Vec<_>>>()
+        })?;
+        for (disk, layer) in here {
+            if let Some(below) = layer.below.clone() {
+                self.take_back_overlay(&target.id, running, &disk, &layer, &below)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes files that no record speaks of, and processes whose start was not written down.
+    fn remove_strays(&self) -> Result<()> {
+        let (layers, targets) =
+            self.catalog.read(|tx| Ok((LayerRow::all(tx)?, TargetRow::all(tx, true)?)))?;
+        let files: HashSet<&str> = layers.iter().map(|l| l.file.as_str()).collect();
+        for entry in fs::read_dir(self.layers_folder()).into_iter().flatten().flatten() {
+            if !entry.file_name().to_str().is_some_and(|name| files.contains(name)) {
+                remove_file(&entry.path());
+            }
+        }
+        let runs: HashSet<&str> =
+            targets.iter().filter_map(|t| t.process.as_ref()).map(|p| p.run.as_str()).collect();
+        for entry in fs::read_dir(self.state().join("run")).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|name| runs.contains(name)) {
+                continue;
+            }
+            end_unrecorded(&entry.path());
+            let _ = fs::remove_dir_all(entry.path());
+        }
+        Ok(())
+    }
+}
+
+/// Ends a QEMU that was started in this run folder and never written down: the daemon died in the milliseconds between.
+fn end_unrecorded(run: &std::path::Path) {
+    let pid = fs::read_to_string(run.join("pid")).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    let Some(pid) = pid else { return };
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let folder = run.as_os_str().as_encoded_bytes();
+    if !folder.is_empty() && line.windows(folder.len()).any(|part| part == folder) {
+        let raw = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        if let Some(raw) = raw {
+            let _ = rustix::process::kill_process(raw, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+fn plan_of(plan: &Value) -> Plan {
+    serde_json::from_value(plan.clone()).unwrap_or_else(|error| {
+        tracing::warn!(%plan, %error, "a plan in the journal cannot be read");
+        Plan::default()
+    })
+}

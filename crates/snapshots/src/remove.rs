@@ -1,0 +1,123 @@
+//! Removing a snapshot, a subtree, a machine: names go, at once; data stays for as long as anything needs it.
+//!
+//! Nothing is merged and no layer is touched. Whatever nothing needs any more comes back through `gc`, once undo does not
+//! pin it.
+
+use serde_json::json;
+
+use crate::address;
+use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::du::{Holder, Ledger};
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::types::RemovePlan;
+
+/// What goes, by ids.
+struct Doomed {
+    target: TargetRow,
+    machine: bool,
+    snapshots: Vec<SnapshotRow>,
+}
+
+impl Engine {
+    /// What [`Engine::rm`] would take away.
+    pub fn rm_plan(&self, address: &str, whole_tree: bool) -> Result<RemovePlan> {
+        self.show_plan(&self.doomed(address, whole_tree)?)
+    }
+
+    /// Removes a snapshot (with `whole_tree`, all below it too) or a machine with all its snapshots. Can be undone.
+    pub fn rm(&self, cx: &Context, address: &str, whole_tree: bool) -> Result<RemovePlan> {
+        let (name, _) = address::split(address);
+        let (row, _guard) = self.lock_target(cx, name, "rm")?;
+        let doomed = self.doomed(address, whole_tree)?;
+        let plan = self.show_plan(&doomed)?;
+        if doomed.machine
+            && let (_, Some(_)) = self.look(&row)?
+        {
+            return Err(Error::new(Code::Refused, format!("{name} is running"))
+                .hint(format!("`spinney stop {name}` or `spinney kill {name}` first")));
+        }
+        self.journaled(cx, "rm", address, Some(&row.id), &json!({}), || {
+            self.catalog.write(|tx| {
+                let ids: Vec<&str> = doomed.snapshots.iter().map(|s| s.id.as_str()).collect();
+                for id in &ids {
+                    SnapshotRow::set_removed(tx, id, true)?;
+                }
+                if doomed.machine {
+                    TargetRow::set_removed(tx, &row.id, true)?;
+                }
+                let undo = json!({ "snapshots": ids, "target": doomed.machine.then_some(&row.id) });
+                OpRow::finish(tx, &cx.id, Some(&undo))
+            })
+        })?;
+        Ok(plan)
+    }
+
+    fn doomed(&self, address: &str, whole_tree: bool) -> Result<Doomed> {
+        let (name, rest) = address::split(address);
+        if rest == Some("") {
+            return Err(Error::new(
+                Code::Usage,
+                format!("rm does not take {address:?} with nothing behind the @"),
+            )
+            .hint(format!("name the snapshot, or write {name}@~1 for the parent of here")));
+        }
+        self.catalog.read(|tx| {
+            let target = TargetRow::by_name(tx, name)?;
+            let all = SnapshotRow::of_target(tx, &target.id)?;
+            let visible = all.iter().filter(|s| s.removed.is_none());
+            let snapshots: Vec<SnapshotRow> = match rest {
+                None => visible.cloned().collect(),
+                Some(_) => {
+                    let (_, top) = address::resolve(tx, address)?;
+                    if whole_tree { subtree(&all, &top) } else { vec![top] }
+                }
+            };
+            let machine = rest.is_none();
+            if machine && target.protected {
+                return Err(protected(&target.name));
+            }
+            if let Some(kept) = snapshots.iter().find(|s| s.protected) {
+                return Err(protected(&kept.full_name()));
+            }
+            Ok(Doomed { target, machine, snapshots })
+        })
+    }
+
+    fn show_plan(&self, doomed: &Doomed) -> Result<RemovePlan> {
+        let ledger = Ledger::read(self)?;
+        let goes = |holder: &Holder| match holder {
+            Holder::Snapshot(id) => doomed.snapshots.iter().any(|s| s.id == *id),
+            Holder::Here(target) => doomed.machine && *target == doomed.target.id,
+        };
+        let (reclaimable_bytes, kept_bytes, kept_by) = ledger.without(self, &goes)?;
+        Ok(RemovePlan {
+            snapshots: doomed.snapshots.iter().map(SnapshotRow::full_name).collect(),
+            machine: doomed.machine.then(|| doomed.target.name.clone()),
+            reclaimable_bytes,
+            kept_bytes,
+            kept_by,
+            needs_confirmation: doomed.machine || doomed.snapshots.len() > 1,
+        })
+    }
+}
+
+/// A snapshot and everything below it that has not been removed.
+fn subtree(all: &[SnapshotRow], top: &SnapshotRow) -> Vec<SnapshotRow> {
+    let mut ids = vec![top.id.as_str()];
+    let mut next = 0;
+    while let Some(id) = ids.get(next).copied() {
+        ids.extend(all.iter().filter(|s| s.parent.as_deref() == Some(id)).map(|s| s.id.as_str()));
+        next += 1;
+        if next > all.len() {
+            break;
+        }
+    }
+    all.iter().filter(|s| s.removed.is_none() && ids.contains(&s.id.as_str())).cloned().collect()
+}
+
+fn protected(name: &str) -> Error {
+    Error::new(Code::Refused, format!("{name} is protected"))
+        .hint(format!("`spinney unprotect {name}` lets it be removed"))
+}

@@ -1,0 +1,273 @@
+//! Machines that have a process: starting one, finding it again, seeing that it is gone.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use qemu::command::{Card, Disk, MachineSpec, RunFolder};
+use qemu::process::Process;
+use qemu::qmp::{Qmp, QmpError};
+
+use crate::catalog::{ProcessRow, TargetRow};
+use crate::engine::{Engine, Tools};
+use crate::error::{Code, Error, Result};
+use crate::id::{new_id, new_uuid};
+use crate::types::{MachineConfig, Power};
+
+/// How long QEMU may take until its monitor answers.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long looking at a machine may take.
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// Longest path of a Unix socket.
+const SOCKET_PATH_LIMIT: usize = 107;
+
+/// A machine's QEMU, with the daemon's monitor.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) process: Process,
+    pub(crate) qmp: Qmp,
+    pub(crate) run: RunFolder,
+    pub(crate) row: ProcessRow,
+}
+
+/// How a process is to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// Boot.
+    Boot,
+    /// Boot, with the CPUs standing still until `cont`.
+    BootPaused,
+    /// Wait for a state to load.
+    Incoming,
+}
+
+impl Engine {
+    /// The folder of a run.
+    pub(crate) fn run_folder(&self, name: &str) -> RunFolder {
+        RunFolder(self.settings.state.join("run").join(name))
+    }
+
+    /// Starts QEMU for a machine with these settings and disks, and waits until its monitor answers. It is not in the
+    /// catalog yet.
+    pub(crate) fn launch(
+        &self,
+        target: &TargetRow,
+        config: &MachineConfig,
+        machine: &str,
+        disks: Vec<Disk>,
+        begin: Begin,
+    ) -> Result<Running> {
+        let Tools { qemu, accel, .. } = self.tools()?;
+        let name = new_id().chars().take(8).collect::<String>();
+        let run = self.run_folder(&name);
+        check_socket_path(&run.console())?;
+        check_host_memory(config.memory)?;
+        let made = fs::create_dir(&run.0);
+        made.map_err(|e| Error::new(Code::Failed, format!("cannot make {}", run.0.display())).because(e))?;
+        let cards = target.macs.iter().enumerate();
+        let spec = MachineSpec {
+            name: target.name.clone(),
+            machine: machine.to_owned(),
+            accel,
+            memory: config.memory,
+            cpus: config.cpus,
+            uuid: target.uuid.clone(),
+            generation: new_uuid(),
+            disks,
+            cards: cards.map(|(i, mac)| Card { id: format!("net{i}"), mac: mac.clone() }).collect(),
+            kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
+            only_migratable: config.memory_snapshots,
+            direct: self.direct_io(),
+            incoming: begin == Begin::Incoming,
+            stopped: begin != Begin::Boot,
+            extra: config.qemu_args.clone(),
+        };
+        let args = spec.arguments(&run);
+        let process = Process::spawn(&qemu.path, &args, &run.log()).map_err(|error| {
+            Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
+                .because(error)
+        })?;
+        let row = ProcessRow {
+            id: process.id(),
+            run: name,
+            accel: accel.to_string(),
+            version: qemu.version.to_string(),
+            boot: boot_id(),
+        };
+        match wait_for_monitor(&process, &run) {
+            Ok(qmp) => Ok(Running { process, qmp, run, row }),
+            Err(error) => {
+                process.kill();
+                let words = log_tail(&run);
+                let _ = fs::remove_dir_all(&run.0);
+                Err(start_error(&target.name, error, &words))
+            }
+        }
+    }
+
+    /// Finds the process of a catalog entry again, if it still runs.
+    pub(crate) fn adopt(&self, row: &ProcessRow) -> Option<Running> {
+        if row.boot != boot_id() {
+            return None;
+        }
+        let process = Process::find(row.id)?;
+        let run = self.run_folder(&row.run);
+        let qmp = Qmp::connect(&run.monitor(), false, LOOK_LIMIT).ok()?;
+        Some(Running { process, qmp, run, row: row.clone() })
+    }
+
+    /// A machine's power state at this moment, and its process if it has one. A process that is gone is noticed here.
+    pub(crate) fn look(&self, target: &TargetRow) -> Result<(Power, Option<Arc<Running>>)> {
+        let Some(running) = self.running_map().get(&target.id).cloned() else {
+            return Ok((target.power, None));
+        };
+        if !running.process.is_alive() {
+            let power = self.forget(target, &running)?;
+            return Ok((power, None));
+        }
+        let state = running.qmp.execute_within("query-status", serde_json::json!({}), LOOK_LIMIT);
+        let power = match state.as_ref().ok().and_then(|s| s.get("status")?.as_str()) {
+            Some("running" | "finish-migrate") => Power::Running,
+            Some(_) => Power::Paused,
+            None if running.process.wait(Duration::from_millis(100)) => self.forget(target, &running)?,
+            None => target.power,
+        };
+        let process = running.process.is_alive().then_some(running);
+        Ok((power, process))
+    }
+
+    /// Writes down that a machine's process has ended, and how: QEMU removes its pid file when the guest powers off, and
+    /// leaves it behind when it is killed.
+    fn forget(&self, target: &TargetRow, running: &Arc<Running>) -> Result<Power> {
+        let power = power_after_end(&running.run);
+        let mut map = self.running_map();
+        if map.get(&target.id).is_some_and(|now| Arc::ptr_eq(now, running)) {
+            map.remove(&target.id);
+            self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
+            let _ = fs::remove_dir_all(&running.run.0);
+        }
+        Ok(power)
+    }
+
+    /// Ends a machine's process: politely first, so that its images are closed, then for certain. The catalog is the
+    /// caller's business.
+    pub(crate) fn end_process(&self, id: &str, running: &Running) {
+        // Out of the map first: whoever looks meanwhile must not take this for a power cut.
+        self.running_map().remove(id);
+        let quit = running.qmp.execute_within("quit", serde_json::json!({}), LOOK_LIMIT);
+        if quit.is_err() || !running.process.wait(LOOK_LIMIT) {
+            running.process.kill();
+        }
+        let _ = fs::remove_dir_all(&running.run.0);
+    }
+}
+
+/// How a process that is gone must have ended.
+pub(crate) fn power_after_end(run: &RunFolder) -> Power {
+    if run.pid_file().exists() { Power::LostPower } else { Power::Off }
+}
+
+/// The kernel's id of this boot of the host.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+fn wait_for_monitor(process: &Process, run: &RunFolder) -> Result<Qmp, QmpError> {
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        match Qmp::connect(&run.monitor(), false, Duration::from_millis(20)) {
+            Ok(qmp) => return Ok(qmp),
+            Err(error) if Instant::now() >= deadline || !process.is_alive() => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+/// The last lines that QEMU wrote.
+pub(crate) fn log_tail(run: &RunFolder) -> String {
+    let text = fs::read(run.log()).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    let last = lines.iter().rev().take(3).rev().copied().collect::<Vec<_>>();
+    last.join("; ").chars().take(600).collect()
+}
+
+fn start_error(name: &str, error: QmpError, words: &str) -> Error {
+    let failed = |code, message: String| {
+        if words.is_empty() {
+            Error::new(code, message).because(error)
+        } else {
+            Error::new(code, message).because(words.to_owned())
+        }
+    };
+    if let Some(device) = not_migratable(words) {
+        return failed(
+            Code::Precondition,
+            format!("{name} has a device that cannot be snapshotted: {device}"),
+        )
+        .hint(
+            "leave the device out, or make the machine with --no-memory and take it off or with --disk-only",
+        );
+    }
+    if words.contains("Failed to get") && words.contains("lock") {
+        return failed(Code::Refused, format!("a disk of {name} is in use by another process"));
+    }
+    if words.contains("annot allocate memory") || words.contains("cannot set up guest memory") {
+        return failed(Code::Precondition, format!("this host has not enough memory for {name}"));
+    }
+    failed(Code::Failed, format!("QEMU could not start {name}"))
+        .hint("if --qemu-arg was used, look there first")
+}
+
+/// `Device nvme is not migratable, but --only-migratable was specified`.
+fn not_migratable(words: &str) -> Option<String> {
+    let (before, _) = words.split_once(" is not migratable")?;
+    let device = before.rsplit(['\'', ' ', ':']).find(|word| !word.is_empty())?;
+    Some(device.to_owned())
+}
+
+fn check_socket_path(path: &Path) -> Result<()> {
+    if path.as_os_str().len() <= SOCKET_PATH_LIMIT {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::Precondition,
+        format!("the state folder's path is too long for a Unix socket: {}", path.display()),
+    )
+    .hint("choose a shorter one with --state or SPINNEY_STATE"))
+}
+
+fn check_host_memory(bytes: u64) -> Result<()> {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    let Some(available) = kib.map(|kib| kib << 10) else { return Ok(()) };
+    if bytes <= available {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::Precondition,
+        format!(
+            "the machine wants {} MiB of memory; this host has {} MiB left",
+            bytes >> 20,
+            available >> 20
+        ),
+    )
+    .hint("end another machine first, or make this one with less --memory"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_that_cannot_be_migrated_is_named() {
+        let words = "qemu-system-x86_64: -device nvme,serial=1: Device nvme is not migratable, but --only-migratable was specified";
+        assert_eq!(not_migratable(words).as_deref(), Some("nvme"));
+        let words = "qemu: State blocked by non-migratable device '0000:00:04.0/nvme'";
+        assert_eq!(not_migratable(words), None);
+    }
+}

@@ -1,0 +1,380 @@
+//! Taking a snapshot, from top to bottom.
+//!
+//! ```text
+//!   1  lock the target, choose name and mode
+//!   2  overlay files: made, synced, folder synced                       nothing speaks of them yet
+//!   3  catalog: "here's disks are the overlays", journal: "switching"   from now on every start uses them
+//!   4  memory streams into a session of the page store                  the guest runs, or stands still
+//!   5  pause: last pages, device state, one transaction switches all disks
+//!   6  the guest runs on
+//!   7  pages durable (data, footer, folder)
+//!   8  catalog: the snapshot exists, here is its child, journal: "done"
+//! ```
+//! A failure before 5 takes 3 back, as long as it is certain that QEMU did not switch. After 5 disks only roll forward: the
+//! guest has written to the overlays, so they stay, with or without a snapshot. A machine that is off skips 4 to 7.
+
+use std::time::Instant;
+
+use pages::{PageStore, Saved, Session};
+use qemu::save::{CopyMode, SaveError, SavedState, run_state, save, settle};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::catalog::{Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, now};
+use crate::context::Context;
+use crate::disks::NewOverlay;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
+use crate::id::new_id;
+use crate::memory::{ingest, memory_bytes, store_maps};
+use crate::name::{check_name, check_note};
+use crate::running::Running;
+use crate::tree::view_by_id;
+use crate::types::{Mode, Power, Snapshot, TakeOptions};
+
+/// What recovery has to know of a take.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct TakePlan {
+    /// The guest ran when the take began.
+    pub(crate) was_running: bool,
+}
+
+/// What a take is to make.
+pub(crate) struct TakeJob<'a> {
+    pub(crate) target: &'a TargetRow,
+    pub(crate) name: String,
+    pub(crate) note: String,
+    pub(crate) keep: bool,
+    pub(crate) undo_point: bool,
+    pub(crate) mode: Mode,
+    pub(crate) power: Power,
+}
+
+/// What the memory part brought.
+#[derive(Default)]
+struct Captured {
+    memory: Option<Memory>,
+    pause_us: Option<u64>,
+    saved: Saved,
+}
+
+impl Engine {
+    /// Takes a snapshot of a machine as it is: running, paused or off. Returns when it is durable.
+    pub fn take(&self, cx: &Context, target: &str, options: TakeOptions) -> Result<Snapshot> {
+        check_note(&options.note)?;
+        if let Some(name) = &options.name {
+            check_name("snapshot", name)?;
+        }
+        let (row, _guard) = self.lock_target(cx, target, "take")?;
+        let (power, running) = self.look(&row)?;
+        let mode = choose_mode(&row, power, &options)?;
+        let name = self.choose_name(&row, options.name, "snap")?;
+        let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
+        let job = TakeJob {
+            target: &row,
+            name,
+            note: options.note,
+            keep: options.keep,
+            undo_point: false,
+            mode,
+            power,
+        };
+        let subject = format!("{}@{}", row.name, job.name);
+        let was_running = power == Power::Running;
+        let plan = json!(TakePlan { was_running });
+        let id = self.journaled(cx, "take", &subject, Some(&row.id), &plan, || {
+            self.take_job(cx, &job, running.as_deref(), |tx, id| {
+                let undo = json!({ "snapshot": id, "parent": row.parent });
+                OpRow::finish(tx, &cx.id, Some(&undo))
+            })
+        })?;
+        view_by_id(&self.catalog, &id)
+    }
+
+    /// The steps from 2 on. `finish` runs in the transaction that makes the snapshot exist. Returns its id.
+    pub(crate) fn take_job(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: Option<&Running>,
+        finish: impl FnOnce(&rusqlite::Transaction<'_>, &str) -> Result<()>,
+    ) -> Result<String> {
+        let began = Instant::now();
+        let target = job.target;
+        let (frozen, overlays) = self.catalog.read(|tx| {
+            let frozen = TargetRow::disks(tx, &target.id)?;
+            let overlays = self.plan_overlays(tx, &target.name, &frozen)?;
+            Ok((frozen, overlays))
+        })?;
+        cx.phase("preparing disks", 0);
+        self.make_overlays(&overlays)?;
+
+        // What the collector finds unreferenced stays until the catalog refers to it.
+        let _hold = self.store.hold();
+        let captured = match running {
+            Some(running) if !matches!(job.mode, Mode::Off) => {
+                self.capture_running(cx, job, running, &overlays)?
+            }
+            _ => Captured::default(),
+        };
+
+        let id = new_id();
+        let snapshot = SnapshotRow {
+            id: id.clone(),
+            target: target.id.clone(),
+            target_name: target.name.clone(),
+            parent: target.parent.clone(),
+            name: job.name.clone(),
+            note: job.note.clone(),
+            created: now(),
+            undo_point: job.undo_point,
+            keep: job.keep,
+            protected: false,
+            machine: target.machine.clone(),
+            config: target.config.clone(),
+            facts: Facts {
+                power: job.power,
+                mode: job.mode,
+                pause_us: captured.pause_us,
+                took_us: micros(began),
+                memory_bytes: captured.memory.as_ref().map_or(0, |m| memory_bytes(m.roots())),
+                saved: captured.saved,
+            },
+            memory: captured.memory,
+            removed: None,
+        };
+        let written = self.catalog.write(|tx| {
+            if running.is_none() {
+                point_here_at(tx, &target.id, &overlays)?;
+            }
+            snapshot.insert(tx, &frozen)?;
+            TargetRow::set_parent(tx, &target.id, Some(&id))?;
+            finish(tx, &id)
+        });
+        if let Err(error) = written {
+            if running.is_none() {
+                self.remove_overlays(&overlays);
+            }
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Steps 3 to 7.
+    fn capture_running(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: &Running,
+        overlays: &[NewOverlay],
+    ) -> Result<Captured> {
+        let target = &job.target.id;
+        let taken_back = |error: Error| {
+            self.take_back_overlays(target, running, overlays);
+            error
+        };
+        self.add_overlay_nodes(running, overlays).map_err(taken_back)?;
+        self.catalog.write(|tx| point_here_at(tx, target, overlays)).map_err(taken_back)?;
+
+        if job.mode == Mode::DiskOnly {
+            cx.check().and_then(|()| switch_disks(running, overlays)).map_err(taken_back)?;
+            return Ok(Captured::default());
+        }
+        let session = self.store.begin().map_err(|e| taken_back(e.into()))?;
+        let mut switched = false;
+        let saved = self.capture_memory(cx, job, running, overlays, session.as_ref(), &mut switched);
+        let (saved, memory) = match saved {
+            Ok(done) => done,
+            Err(error) if switched => return Err(error),
+            Err(error) => return Err(taken_back(error)),
+        };
+        cx.phase("making it durable", 0);
+        let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
+        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()? })
+    }
+
+    fn capture_memory(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: &Running,
+        overlays: &[NewOverlay],
+        session: &dyn Session,
+        switched: &mut bool,
+    ) -> Result<(SavedState, Memory)> {
+        let mode = if job.mode == Mode::PreCopy { CopyMode::PreCopy } else { CopyMode::StopCopy };
+        cx.phase("saving memory", job.target.config.memory);
+        let (saved, blocks) = ingest(session, cx, |sink| {
+            let mut at_end = || {
+                switch_disks(running, overlays)?;
+                *switched = true;
+                Ok(())
+            };
+            save(&running.qmp, mode, sink, &cx.cancel, &mut at_end).map_err(save_error)
+        })?;
+        let memory = store_maps(session, &blocks, &saved.finished.state)?;
+        Ok((saved, memory))
+    }
+
+    /// Opens the overlays in QEMU, not yet in use.
+    fn add_overlay_nodes(&self, running: &Running, overlays: &[NewOverlay]) -> Result<()> {
+        let direct = self.direct_io();
+        for new in overlays {
+            running.qmp.execute("blockdev-add", self.layer_spec(&new.row).blockdev(None, true, direct))?;
+        }
+        Ok(())
+    }
+
+    /// Undoes step 3 if QEMU still writes to the layers below; else leaves everything: empty overlays harm nothing.
+    fn take_back_overlays(&self, target: &str, running: &Running, overlays: &[NewOverlay]) {
+        for new in overlays {
+            if let Err(error) = self.take_back_overlay(target, running, &new.disk, &new.row, &new.below.id) {
+                tracing::warn!(%error, disk = new.disk, "an overlay of a take that was rolled back stays in use");
+            }
+        }
+    }
+
+    /// Takes one overlay back, unless the guest writes to it.
+    pub(crate) fn take_back_overlay(
+        &self,
+        target: &str,
+        running: &Running,
+        disk: &str,
+        overlay: &LayerRow,
+        below: &str,
+    ) -> Result<()> {
+        let node = format!("l-{}", overlay.id);
+        if active_node(running, disk)?.is_none_or(|active| active == node) {
+            return Ok(());
+        }
+        self.catalog.write(|tx| {
+            let here = TargetRow::disks(tx, target)?;
+            if here.iter().any(|(d, layer)| d == disk && *layer == overlay.id) {
+                TargetRow::set_disk(tx, target, disk, below)?;
+                LayerRow::purge(tx, &overlay.id)?;
+            }
+            Ok(())
+        })?;
+        let _ = running.qmp.execute("blockdev-del", json!({ "node-name": node }));
+        crate::disks::remove_file(&self.layer_file(overlay));
+        Ok(())
+    }
+
+    /// The name that was asked for, if it is free; else the next number that is.
+    pub(crate) fn choose_name(
+        &self,
+        target: &TargetRow,
+        wanted: Option<String>,
+        prefix: &str,
+    ) -> Result<String> {
+        if let Some(name) = wanted {
+            if self.catalog.read(|tx| SnapshotRow::name_taken(tx, &target.id, &name))? {
+                return Err(snapshot_name_taken(&target.name, &name));
+            }
+            return Ok(name);
+        }
+        self.catalog.write(|tx| {
+            loop {
+                let name = format!("{prefix}-{}", TargetRow::next_number(tx, &target.id)?);
+                if !SnapshotRow::name_taken(tx, &target.id, &name)? {
+                    return Ok(name);
+                }
+            }
+        })
+    }
+}
+
+pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
+    Error::new(Code::Refused, format!("there already is a snapshot {target}@{name}"))
+        .hint("choose another name, or leave it out to have one chosen")
+}
+
+/// Whole microseconds since `began`.
+pub(crate) fn micros(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A machine that lost its power is off.
+fn settled(power: Power) -> Power {
+    if power == Power::LostPower { Power::Off } else { power }
+}
+
+fn choose_mode(target: &TargetRow, power: Power, options: &TakeOptions) -> Result<Mode> {
+    let name = &target.name;
+    if matches!(power, Power::Off | Power::LostPower) {
+        return Ok(Mode::Off);
+    }
+    if options.disk_only {
+        return Ok(Mode::DiskOnly);
+    }
+    if !target.config.memory_snapshots {
+        return Err(Error::new(
+            Code::Precondition,
+            format!("{name} was made with --no-memory: its memory cannot be snapshotted"),
+        )
+        .hint(format!("`spinney take {name} --disk-only`, or stop it first")));
+    }
+    match options.mode {
+        None | Some(Mode::PreCopy) => Ok(Mode::PreCopy),
+        Some(Mode::StopCopy) => Ok(Mode::StopCopy),
+        Some(mode) => Err(Error::new(Code::Usage, format!("{mode:?} is not a mode that can be asked for"))),
+    }
+}
+
+fn point_here_at(tx: &rusqlite::Transaction<'_>, target: &str, overlays: &[NewOverlay]) -> Result<()> {
+    for new in overlays {
+        new.row.insert(tx)?;
+        TargetRow::set_disk(tx, target, &new.disk, &new.row.id)?;
+    }
+    Ok(())
+}
+
+/// Puts all overlays over their layers in one transaction of QEMU's: all disks or none.
+fn switch_disks(running: &Running, overlays: &[NewOverlay]) -> Result<()> {
+    if overlays.is_empty() || planted(Fault::SwitchNoDisk) {
+        return Ok(());
+    }
+    let actions: Vec<_> = overlays
+        .iter()
+        .map(|new| {
+            let data =
+                json!({ "node": format!("l-{}", new.below.id), "overlay": format!("l-{}", new.row.id) });
+            json!({ "type": "blockdev-snapshot", "data": data })
+        })
+        .collect();
+    running.qmp.execute("transaction", json!({ "actions": actions }))?;
+    Ok(())
+}
+
+/// The node that a disk's device writes to.
+fn active_node(running: &Running, disk: &str) -> Result<Option<String>> {
+    let devices = running.qmp.execute("query-block", json!({}))?;
+    let node = devices.as_array().into_iter().flatten().find_map(|device| {
+        let path = device.get("qdev")?.as_str()?;
+        let ours = path == disk || path.split('/').any(|part| part == disk);
+        ours.then(|| device.get("inserted")?.get("node-name")?.as_str().map(str::to_owned)).flatten()
+    });
+    Ok(node)
+}
+
+pub(crate) fn save_error(error: SaveError) -> Error {
+    let code = match &error {
+        SaveError::Cancelled => {
+            return Error::new(Code::Interrupted, "cancelled; the machine runs on as before");
+        }
+        SaveError::Blocked { .. } => Code::Precondition,
+        SaveError::State { .. } => Code::Refused,
+        _ => Code::Failed,
+    };
+    Error::new(code, "the machine's state could not be saved; it runs on as before").because(error)
+}
+
+/// Lets a guest go on that was left standing in a migration of ours.
+pub(crate) fn free_guest(running: &Running, was_running: bool) -> Result<()> {
+    let state = run_state(&running.qmp)?;
+    if was_running && state != "running" || matches!(state.as_str(), "finish-migrate" | "postmigrate") {
+        settle(&running.qmp, if was_running { "running" } else { "paused" }).map_err(save_error)?;
+    }
+    Ok(())
+}

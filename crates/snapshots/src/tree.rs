@@ -1,0 +1,105 @@
+//! The tree of a target's snapshots as people see it.
+
+use crate::catalog::{Catalog, LayerRow, SnapshotRow, TargetRow};
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::types::{Snapshot, Tree};
+
+/// The nearest ancestor that has not been removed, starting with `id` itself.
+pub(crate) fn visible_parent<'a>(all: &'a [SnapshotRow], id: Option<&str>) -> Option<&'a SnapshotRow> {
+    let mut at = id?.to_owned();
+    // A chain is never longer than the list; the bound ends a circle that a damaged catalog might hold.
+    for _ in 0..=all.len() {
+        let row = all.iter().find(|s| s.id == at)?;
+        match (&row.removed, &row.parent) {
+            (None, _) => return Some(row),
+            (Some(_), Some(parent)) => at.clone_from(parent),
+            (Some(_), None) => return None,
+        }
+    }
+    None
+}
+
+impl Engine {
+    /// A target's snapshots, parents before children, and where it stands.
+    pub fn tree(&self, target: &str) -> Result<Tree> {
+        let (row, mut snapshots, here) = self.catalog.read(|tx| {
+            let row = TargetRow::by_name(tx, target)?;
+            let all = SnapshotRow::of_target(tx, &row.id)?;
+            let here = visible_parent(&all, row.parent.as_deref()).map(|s| s.id.clone());
+            let mut out = Vec::new();
+            for snapshot in all.iter().filter(|s| s.removed.is_none()) {
+                out.push(view(tx, snapshot, &all)?);
+            }
+            Ok((row, out, here))
+        })?;
+        order(&mut snapshots);
+        Ok(Tree { machine: self.machine_view(row)?, snapshots, here })
+    }
+
+    /// One snapshot, by any form of address.
+    pub fn snapshot(&self, address: &str) -> Result<Snapshot> {
+        self.catalog.read(|tx| {
+            let (target, snapshot) = crate::address::resolve(tx, address)?;
+            view(tx, &snapshot, &SnapshotRow::of_target(tx, &target.id)?)
+        })
+    }
+}
+
+/// A row as callers get it.
+pub(crate) fn view(
+    tx: &rusqlite::Transaction<'_>,
+    row: &SnapshotRow,
+    all: &[SnapshotRow],
+) -> Result<Snapshot> {
+    let mut depth = 0;
+    for (_, layer) in SnapshotRow::disks(tx, &row.id)? {
+        depth = depth.max(LayerRow::by_id(tx, &layer)?.depth);
+    }
+    let facts = &row.facts;
+    Ok(Snapshot {
+        id: row.id.clone(),
+        target: row.target_name.clone(),
+        name: row.name.clone(),
+        note: row.note.clone(),
+        parent: visible_parent(all, row.parent.as_deref()).map(|s| s.id.clone()),
+        created: row.created,
+        undo_point: row.undo_point,
+        power: facts.power,
+        mode: facts.mode,
+        pause_us: facts.pause_us,
+        took_us: facts.took_us,
+        memory_bytes: facts.memory_bytes,
+        stored_bytes: facts.saved.bytes_written,
+        saved: facts.saved,
+        keep: row.keep,
+        protected: row.protected,
+        depth,
+        config: row.config.clone(),
+    })
+}
+
+/// View of one snapshot by id.
+pub(crate) fn view_by_id(catalog: &Catalog, id: &str) -> Result<Snapshot> {
+    catalog.read(|tx| {
+        let row = SnapshotRow::by_id(tx, id)?;
+        view(tx, &row, &SnapshotRow::of_target(tx, &row.target)?)
+    })
+}
+
+/// Parents before children, siblings by time. A child can be older than its parent only if the clock jumped.
+fn order(snapshots: &mut Vec<Snapshot>) {
+    use std::collections::HashMap;
+    let mut children: HashMap<Option<String>, Vec<Snapshot>> = HashMap::new();
+    for snapshot in snapshots.drain(..) {
+        children.entry(snapshot.parent.clone()).or_default().push(snapshot);
+    }
+    let mut open: Vec<Snapshot> = children.remove(&None).unwrap_or_default();
+    open.reverse();
+    while let Some(next) = open.pop() {
+        let mut below = children.remove(&Some(next.id.clone())).unwrap_or_default();
+        below.reverse();
+        snapshots.push(next);
+        open.append(&mut below);
+    }
+}
