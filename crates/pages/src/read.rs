@@ -19,6 +19,9 @@ const STEP: u32 = (PAGE_SIZE / 8) as u32;
 /// Look-ups of one name before it counts as missing. The collector moves a page at most once while we look.
 const ATTEMPTS: usize = 3;
 
+/// A pack with its open file.
+pub(crate) type OpenPack = (Arc<Pack>, Arc<dyn DiskFile>);
+
 /// One page to be read: where it lies, and where it goes.
 #[derive(Clone, Copy)]
 struct Wanted {
@@ -77,7 +80,7 @@ impl Inner {
     }
 
     /// Pack and file, or None if it was collected.
-    pub(crate) fn open_pack(&self, number: u32) -> Result<Option<(Arc<Pack>, Arc<dyn DiskFile>)>> {
+    pub(crate) fn open_pack(&self, number: u32) -> Result<Option<OpenPack>> {
         let Some(pack) = self.packs.get(number) else { return Ok(None) };
         match self.packs.file(&pack) {
             Ok(file) => Ok(Some((pack, file))),

@@ -1,1 +1,115 @@
-//! Tests of the pack format.
+//! The pack's structures by hand from `docs/formats/pages.md`, encode and decode apart, so that a mistake made in both
+//! directions shows.
+
+use super::footer::{self, ENTRY, Entry};
+use super::frame::{Header, TRAILER, Trailer};
+use super::{HEADER, PackId};
+use crate::PageHash;
+use crate::error::{Kind, Problem};
+
+fn with_checksum(mut bytes: Vec<u8>, len: usize) -> Vec<u8> {
+    bytes.resize(len - 32, 0);
+    let checksum = *blake3::hash(&bytes).as_bytes();
+    bytes.extend(checksum);
+    bytes
+}
+
+fn header() -> (Header, Vec<u8>) {
+    let mut bytes = b"SPINPACK".to_vec();
+    bytes.extend([1, 0, 0, 0]);
+    bytes.extend([0, 16, 0, 0]);
+    bytes.extend([8, 7, 6, 5, 4, 3, 2, 1]);
+    bytes.extend([0xfe; 16]);
+    (Header::new(PackId(0x0102_0304_0506_0708), [0xfe; 16]), with_checksum(bytes, 4096))
+}
+
+fn trailer() -> (Trailer, Vec<u8>) {
+    let mut bytes = b"SPINTAIL".to_vec();
+    for field in 1..=7u8 {
+        bytes.extend([field, 0, 0, 0, 0, 0, 0, field]);
+    }
+    bytes.extend([0xab; 32]);
+    let field = |n: u64| n << 56 | n;
+    let trailer = Trailer {
+        id: PackId(field(1)),
+        pages: field(2),
+        nodes: field(3),
+        node_offset: field(4),
+        node_bytes: field(5),
+        footer_offset: field(6),
+        footer_bytes: field(7),
+        footer_checksum: [0xab; 32],
+    };
+    (trailer, with_checksum(bytes, 128))
+}
+
+fn entries() -> (Vec<Entry>, Vec<u8>) {
+    let page = Entry { name: PageHash([1; 32]), at: 512, len: 4096, kind: Kind::Page };
+    let node = Entry { name: PageHash([2; 32]), at: 1024, len: 48, kind: Kind::Node };
+    let mut bytes = vec![1; 32];
+    bytes.extend([0, 2, 0, 0, 0, 16, 0, 0]);
+    bytes.extend([2; 32]);
+    bytes.extend([0, 4, 0, 0, 48, 0, 1, 0]);
+    (vec![page, node], bytes)
+}
+
+#[test]
+fn encodes_the_documented_bytes() {
+    assert_eq!(header().0.encode(), header().1);
+    assert_eq!(trailer().0.encode(), trailer().1);
+    let (mut unsorted, bytes) = entries();
+    unsorted.reverse();
+    assert_eq!(footer::encode(&mut unsorted), bytes);
+}
+
+#[test]
+fn decodes_the_documented_bytes() {
+    let block: [u8; HEADER as usize] = header().1.try_into().unwrap();
+    assert_eq!(Header::decode(&block), Ok(header().0));
+    let tail: [u8; TRAILER] = trailer().1.try_into().unwrap();
+    assert_eq!(Trailer::decode(&tail), Ok(trailer().0));
+    assert_eq!(footer::decode(&entries().1), Ok(entries().0));
+}
+
+#[test]
+fn a_changed_byte_anywhere_is_refused() {
+    for at in 0..TRAILER {
+        let mut tail: [u8; TRAILER] = trailer().1.try_into().unwrap();
+        tail[at] ^= 0x10;
+        assert!(Trailer::decode(&tail).is_err(), "trailer byte {at}");
+    }
+    for at in 0..HEADER as usize {
+        let mut block: [u8; HEADER as usize] = header().1.try_into().unwrap();
+        block[at] ^= 0x10;
+        assert!(Header::decode(&block).is_err(), "header byte {at}");
+    }
+}
+
+#[test]
+fn footers_that_contradict_themselves_are_refused() {
+    let (_, bytes) = entries();
+    for len in (1..bytes.len()).filter(|len| len % ENTRY != 0) {
+        assert_eq!(footer::decode(&bytes[..len]), Err(Problem::Field("footer length")));
+    }
+    let swapped = [&bytes[ENTRY..], &bytes[..ENTRY]].concat();
+    let twice = [&bytes[..ENTRY], &bytes[..ENTRY]].concat();
+    let zero = [&[0; 32], &bytes[32..]].concat();
+    for bad in [swapped, twice, zero] {
+        assert_eq!(footer::decode(&bad), Err(Problem::Field("footer order")));
+    }
+    for (at, value) in [(38, 2), (39, 1)] {
+        let mut bad = bytes.clone();
+        bad[at] = value;
+        assert_eq!(footer::decode(&bad), Err(Problem::Field("footer entry kind")));
+    }
+}
+
+#[test]
+fn a_later_version_is_told_from_damage() {
+    let (_, mut bytes) = header();
+    bytes[8] = 9;
+    bytes[12] = 1; // what follows the version may mean something else by then
+    bytes.truncate(4064);
+    let block: [u8; HEADER as usize] = with_checksum(bytes, 4096).try_into().unwrap();
+    assert_eq!(Header::decode(&block).unwrap().version, 9);
+}

@@ -42,10 +42,13 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// A session, the numbers of the pages put so far, and their names.
+type OpenSession = (Box<dyn Session>, Vec<u64>, Vec<PageHash>);
+
 struct World {
     disk: CrashDisk,
     store: Store,
-    session: Option<(Box<dyn Session>, Vec<u64>, Vec<PageHash>)>,
+    session: Option<OpenSession>,
     plan: Option<GcPlan>,
     kept: Vec<(MapRoot, Vec<u64>)>,
 }
