@@ -1,0 +1,246 @@
+//! The client: blocking HTTP over the daemon's Unix socket. Every failure is a [`Problem`], the daemon's as ours.
+
+mod operation;
+mod start;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+use reqwest::Method;
+use reqwest::blocking::{RequestBuilder, Response};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use snapshots::Code;
+
+use crate::api::Version;
+use crate::{Problem, socket};
+
+pub use operation::{Following, follow};
+
+/// Longest time for an answer that needs no waiting.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What must not stand in a path segment as it is.
+const SEGMENT: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'%')
+    .add(b'/')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'[')
+    .add(b'\\')
+    .add(b']')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}')
+    .add(b'&')
+    .add(b'+')
+    .add(b'=')
+    .add(b',');
+
+/// A connection to the daemon of one state folder.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::blocking::Client,
+    state: PathBuf,
+}
+
+impl Client {
+    /// Connects to the daemon, and starts it with `executable` if it is not there.
+    ///
+    /// # Errors
+    /// No daemon answers and none can be started, or it is of another version.
+    pub fn start(state: &Path, executable: &Path) -> Result<Self, Problem> {
+        if let Some(client) = Self::existing(state)? {
+            return Ok(client);
+        }
+        start::start(state, executable)
+    }
+
+    /// Connects to the daemon if it is there.
+    ///
+    /// # Errors
+    /// It answers nonsense or is of another version.
+    pub fn existing(state: &Path) -> Result<Option<Self>, Problem> {
+        let client = Self::new(state)?;
+        let version = match client.version() {
+            Ok(version) => version,
+            Err(Unanswered::Nobody) => return Ok(None),
+            Err(Unanswered::Problem(problem)) => return Err(problem),
+        };
+        if version.version != crate::VERSION {
+            return Err(Problem::new(
+                Code::Refused,
+                format!("the daemon is version {}, this is {}", version.version, crate::VERSION),
+            )
+            .hint("`spinney serve --stop` ends it, the next command starts the new one; machines run on"));
+        }
+        Ok(Some(client))
+    }
+
+    /// Connects to whatever daemon is there, of any version, to ask it to end.
+    ///
+    /// # Errors
+    /// It refuses because it is busy, or answers nonsense. None there is fine: false comes back.
+    pub fn shutdown(state: &Path) -> Result<bool, Problem> {
+        let client = Self::new(state)?;
+        match client.version() {
+            Ok(_) => {
+                client.send(client.request(Method::POST, "/v1/shutdown").timeout(PATIENCE)).map(|_| true)
+            }
+            Err(Unanswered::Nobody) => Ok(false),
+            Err(Unanswered::Problem(problem)) => Err(problem),
+        }
+    }
+
+    /// State folder of the daemon.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Reads.
+    ///
+    /// # Errors
+    /// The daemon's problem, or no answer.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
+        decode(self.send(self.request(Method::GET, path).timeout(PATIENCE))?)
+    }
+
+    /// Reads with a query.
+    ///
+    /// # Errors
+    /// The daemon's problem, or no answer.
+    pub fn get_with<T: DeserializeOwned>(&self, path: &str, query: &[(&str, &str)]) -> Result<T, Problem> {
+        self.get(&with_query(path, query))
+    }
+
+    /// Asks for a change or its plan: `method` is POST, PATCH or DELETE. Sent once, under a key of its own.
+    ///
+    /// # Errors
+    /// The daemon's problem, or no answer.
+    pub fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Problem> {
+        let mut request = self.request(method, path).timeout(PATIENCE).header("idempotency-key", key());
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        decode(self.send(request)?)
+    }
+
+    fn new(state: &Path) -> Result<Self, Problem> {
+        let path = socket::path(state)?;
+        let http = reqwest::blocking::Client::builder()
+            .unix_socket(path)
+            .timeout(None)
+            .build()
+            .map_err(|error| Problem::new(Code::Failed, "cannot make an HTTP client").because(&error))?;
+        Ok(Self { http, state: state.to_owned() })
+    }
+
+    /// The first words with a daemon.
+    fn version(&self) -> Result<Version, Unanswered> {
+        let sent = self.request(Method::GET, "/v1/version").timeout(Duration::from_secs(10)).send();
+        match sent {
+            Ok(response) => decode(response).map_err(Unanswered::Problem),
+            Err(error) if error.is_connect() => Err(Unanswered::Nobody),
+            Err(error) => Err(Unanswered::Problem(self.silent(&error))),
+        }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        // The host is not looked at: the connection is to the socket.
+        self.http.request(method, format!("http://spinney{path}"))
+    }
+
+    fn send(&self, request: RequestBuilder) -> Result<Response, Problem> {
+        let response = request.send().map_err(|error| self.silent(&error))?;
+        if response.status().is_success() { Ok(response) } else { Err(problem_of(response)) }
+    }
+
+    fn silent(&self, error: &reqwest::Error) -> Problem {
+        Problem::new(Code::Failed, format!("no answer from the daemon of {}", self.state.display()))
+            .because(error)
+            .hint("daemon.log in that folder says why; the next command starts the daemon again")
+    }
+}
+
+/// Why there is no version.
+enum Unanswered {
+    /// No daemon is there.
+    Nobody,
+    /// One is there, but.
+    Problem(Problem),
+}
+
+/// A path below `/v1` with its variable segments encoded.
+///
+/// # Errors
+/// A segment that no URL can hold (`.`, `..`, nothing): no name looks like this.
+pub fn path(segments: &[&str]) -> Result<String, Problem> {
+    let mut out = String::from("/v1");
+    for segment in segments {
+        if matches!(*segment, "" | "." | "..") {
+            return Err(Problem::new(Code::Usage, format!("{segment:?} is not a name"))
+                .hint("names are letters, digits, `.`, `_`, `-`, and start with a letter or digit"));
+        }
+        out.push('/');
+        out.extend(utf8_percent_encode(segment, SEGMENT));
+    }
+    Ok(out)
+}
+
+/// `path` with a query.
+pub fn with_query(path: &str, query: &[(&str, &str)]) -> String {
+    let mut out = path.to_owned();
+    for (n, (name, value)) in query.iter().enumerate() {
+        out.push(if n == 0 { '?' } else { '&' });
+        out.push_str(name);
+        out.push('=');
+        out.extend(utf8_percent_encode(value, SEGMENT));
+    }
+    out
+}
+
+fn decode<T: DeserializeOwned>(response: Response) -> Result<T, Problem> {
+    response
+        .json()
+        .map_err(|error| Problem::new(Code::Failed, "the daemon's answer makes no sense").because(&error))
+}
+
+fn problem_of(response: Response) -> Problem {
+    let status = response.status();
+    let otherwise = || Problem::new(Code::Failed, format!("the daemon answered {status}"));
+    response.json().unwrap_or_else(|_| otherwise())
+}
+
+/// A key that no other request has.
+fn key() -> String {
+    snapshots::Context::new().id
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_encoded() {
+        assert_eq!(path(&["snapshots", "shop/db1@{2h}"]).unwrap(), "/v1/snapshots/shop%2Fdb1@%7B2h%7D");
+        assert_eq!(with_query("/v1/du", &[("without", "a b,c")]), "/v1/du?without=a%20b%2Cc");
+    }
+
+    #[test]
+    fn segments_that_urls_swallow_are_refused() {
+        for bad in ["", ".", ".."] {
+            assert_eq!(path(&["targets", bad]).unwrap_err().code, Code::Usage);
+        }
+    }
+}

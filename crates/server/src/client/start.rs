@@ -1,0 +1,85 @@
+//! Starting the daemon when it is not there, as gpg and adb do.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+use snapshots::Code;
+
+use super::Client;
+use crate::{Problem, log, socket};
+
+/// How long a daemon may take until it answers, while its process lives: it may have much to recover.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often we knock.
+const KNOCK_EVERY: Duration = Duration::from_millis(10);
+/// Lines of the log shown when it does not start.
+const LINES: usize = 8;
+
+/// Starts the daemon and waits until it answers. Of several that try at once one starts it, and the others connect.
+pub(super) fn start(state: &Path, executable: &Path) -> Result<Client, Problem> {
+    socket::make_folder(state)?;
+    let _lock = lock(state).map_err(|error| cannot(state).because(&error))?;
+    if let Some(client) = Client::existing(state)? {
+        return Ok(client);
+    }
+    let written = std::fs::metadata(log::path(state)).map_or(0, |metadata| metadata.len());
+    let mut child = spawn(state, executable).map_err(|error| cannot(state).because(&error))?;
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(client) = Client::existing(state)? {
+            return Ok(client);
+        }
+        if let Ok(Some(status)) = child.try_wait() {
+            // It may have lost against a daemon that somebody started by hand.
+            if let Some(client) = Client::existing(state)? {
+                return Ok(client);
+            }
+            return Err(died(state, status, written));
+        }
+        if Instant::now() >= until {
+            return Err(cannot(state).hint(format!(
+                "process {} is still at it; daemon.log in that folder says what it does",
+                child.id()
+            )));
+        }
+        std::thread::sleep(KNOCK_EVERY);
+    }
+}
+
+/// Keeps two clients from starting two daemons; released when the file is closed.
+fn lock(state: &Path) -> io::Result<File> {
+    let path = state.join("start.lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    flock(&file, FlockOperation::LockExclusive)?;
+    Ok(file)
+}
+
+fn spawn(state: &Path, executable: &Path) -> io::Result<Child> {
+    let log = log::open(state)?;
+    Command::new(executable)
+        .arg("--state")
+        .arg(state)
+        .args(["serve", "--detached"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .current_dir("/")
+        .spawn()
+}
+
+fn cannot(state: &Path) -> Problem {
+    Problem::new(Code::Failed, format!("cannot start the daemon for {}", state.display()))
+}
+
+fn died(state: &Path, status: ExitStatus, written: u64) -> Problem {
+    let mut problem = cannot(state)
+        .hint("`spinney serve` starts it in the foreground; `spinney doctor` looks at this host");
+    problem.cause.push(format!("it ended with {status}; the end of its log:"));
+    problem.cause.extend(log::tail(state, written, LINES));
+    problem
+}

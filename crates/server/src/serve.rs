@@ -1,0 +1,122 @@
+//! The daemon from start to end: log, lock, socket, requests, signals.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use snapshots::{Code, Engine, Settings};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::api::{App, router};
+use crate::{Problem, log, socket};
+
+/// How long the end waits for operations, and then for answers under way.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How to serve.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Leave the caller's session and terminal, and log to the file alone.
+    pub detached: bool,
+}
+
+/// Serves the state folder until SIGTERM, SIGINT or `POST /v1/shutdown`. Machines run on afterwards.
+///
+/// # Errors
+/// The state folder cannot be used or belongs to another daemon; the socket cannot be bound.
+pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
+    let path = socket::path(&settings.state)?;
+    socket::make_folder(&settings.state)?;
+    let file = log::open(&settings.state)
+        .map_err(|error| Problem::new(Code::Failed, "cannot open daemon.log").because(&error))?;
+    if options.detached {
+        // Fails only for the leader of a process group, who has nothing to leave.
+        let _ = rustix::process::setsid();
+    }
+    log::start(file, !options.detached);
+    let result = run(settings, &path);
+    if let Err(problem) = &result {
+        tracing::error!(cause = ?problem.cause, "{}", problem.detail);
+    }
+    result
+}
+
+fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
+    let (engine, notes) = Engine::open(settings.clone())?;
+    tracing::info!(version = crate::VERSION, state = %settings.state.display(), "open");
+    for note in notes {
+        tracing::info!("{note}");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Problem::new(Code::Failed, "cannot start the runtime").because(&error))?;
+    let result = runtime.block_on(listen(App::new(engine, settings), path));
+    // What still reads must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
+    let cannot = |error: std::io::Error| {
+        Problem::new(Code::Failed, format!("cannot serve {}", path.display())).because(&error)
+    };
+    let ended = end(&app).map_err(cannot)?;
+    let listener = socket::bind(path)?;
+    tracing::info!(socket = %path.display(), "listen");
+    let mut stop = app.stop.subscribe();
+    let graceful = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(graceful);
+    let mut server = tokio::spawn(server.into_future());
+    let result = tokio::select! {
+        () = ended => {
+            // From here on new clients find no socket and start the next daemon, which waits for our lock.
+            let _ = std::fs::remove_file(path);
+            drain(&app).await;
+            match tokio::time::timeout(PATIENCE, &mut server).await {
+                Ok(Ok(result)) => result.map_err(cannot),
+                // A reader that does not go away is left behind.
+                Ok(Err(_)) | Err(_) => Ok(()),
+            }
+        }
+        result = &mut server => match result {
+            Ok(result) => result.map_err(cannot),
+            Err(error) => Err(Problem::new(Code::Failed, "the server died").because(&error)),
+        },
+    };
+    tracing::info!("end");
+    result
+}
+
+/// Comes when somebody wants the daemon to end, by signal or by request.
+fn end(app: &Arc<App>) -> std::io::Result<impl Future<Output = ()> + use<>> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let app = Arc::clone(app);
+    Ok(async move {
+        let mut stop = app.stop.subscribe();
+        tokio::select! {
+            _ = term.recv() => tracing::info!("SIGTERM"),
+            _ = int.recv() => tracing::info!("SIGINT"),
+            _ = stop.wait_for(|stop| *stop) => tracing::info!("asked to end"),
+        }
+        app.operations.close();
+        app.stop.send_replace(true);
+    })
+}
+
+/// Waits a moment for what is under way. Nothing is cancelled: what does not make it is rolled back or finished by the
+/// next daemon, from the journal.
+async fn drain(app: &App) {
+    let until = tokio::time::Instant::now() + PATIENCE;
+    while !app.operations.running().is_empty() {
+        if tokio::time::Instant::now() >= until {
+            let left = app.operations.running().len();
+            tracing::warn!(left, "operations are left to the next start");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
