@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the test guest from what `setup.sh` brought: `vmlinuz`, `initrd.img`, `data.img` and the
-# kernel's command line `cmdline`, in the folder `guest` of the cache. Needs neither root nor the network, and does nothing when no input has
-# changed since. docs/decisions/0003-test-guest.md says why the guest is made as it is.
+# kernel's command line `cmdline`, in the folder `guest` of the cache. Needs neither root nor the
+# network, and does nothing when no input has changed since. docs/decisions/0003-test-guest.md says
+# why the guest is made as it is.
 set -eu -o pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"

@@ -1,1 +1,3 @@
 //! What the tests on real guests share.
+
+pub mod guest;
