@@ -215,13 +215,10 @@ impl MachineSpec {
             }
             let slot = 0x08 + index;
             let drive = below.unwrap_or_default();
-            args.pair(
-                "-device",
-                format!(
-                    "virtio-blk-pci,id={0},serial={0},drive={drive},addr={slot:#x},bootindex={index}",
-                    disk.id
-                ),
-            );
+            // A kernel that is booted directly has QEMU's boot index 0 for itself.
+            let boot = if self.kernel.is_some() { String::new() } else { format!(",bootindex={index}") };
+            let address = format!("drive={drive},addr={slot:#x}{boot}");
+            args.pair("-device", format!("virtio-blk-pci,id={0},serial={0},{address}", disk.id));
         }
     }
 }

@@ -165,13 +165,12 @@ pub(crate) fn find_tools(settings: &Settings) -> Result<Tools> {
 }
 
 fn open_store(folder: &Path) -> Result<Store> {
-    let key_file = folder.join("key");
     let pages = folder.join("pages");
-    if key_file.exists() {
-        return Ok(Store::open(&pages, GroupKey::load(&key_file)?)?);
+    // The key is the last thing that `create` writes before any page: without it there is nothing to lose.
+    if pages.join("key").exists() {
+        return Ok(Store::open(&pages, GroupKey::load(&pages.join("key"))?)?);
     }
-    // The key is written last of all by `create_file`, so a folder without one never held a page.
-    Ok(Store::create(&pages, GroupKey::create_file(&key_file)?)?)
+    Ok(Store::create(&pages, GroupKey::generate()?)?)
 }
 
 fn make_folder(path: &Path) -> Result<()> {

@@ -166,7 +166,7 @@ impl Engine {
 
         let ended = Instant::now();
         if let Some(old) = old {
-            self.end_process(&row.id, old);
+            self.replace_process(&row.id, old);
         }
         let process = new.as_ref().map(|new| new.row.clone());
         self.catalog
@@ -305,7 +305,7 @@ impl Engine {
         };
         let job = TakeJob {
             target: row,
-            name: self.choose_name(row, None, "undo")?,
+            name: self.undo_point_name(row)?,
             note: "before goto".into(),
             keep: false,
             undo_point: true,
@@ -313,6 +313,17 @@ impl Engine {
             power,
         };
         self.take_job(cx, &job, old, |_, _| Ok(()))
+    }
+
+    /// "undo-N", counted apart from the names that people see.
+    fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
+        self.catalog.read(|tx| {
+            let all = SnapshotRow::of_target(tx, &row.id)?;
+            let first = all.iter().filter(|s| s.undo_point).count() + 1;
+            let free =
+                (first..).map(|n| format!("undo-{n}")).find(|name| all.iter().all(|s| s.name != *name));
+            Ok(free.unwrap_or_default())
+        })
     }
 
     /// Removes undo points beyond the newest few.

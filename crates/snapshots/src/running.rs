@@ -150,6 +150,14 @@ impl Engine {
         Ok(power)
     }
 
+    /// Ends the process of a machine that another one has taken the place of. At once: asked politely, QEMU would remove the
+    /// sockets of its chardevs by their paths, and these may by now be the successor's.
+    pub(crate) fn replace_process(&self, id: &str, running: &Running) {
+        self.running_map().remove(id);
+        running.process.kill();
+        let _ = fs::remove_dir_all(&running.run.0);
+    }
+
     /// Ends a machine's process: politely first, so that its images are closed, then for certain. The catalog is the
     /// caller's business.
     pub(crate) fn end_process(&self, id: &str, running: &Running) {

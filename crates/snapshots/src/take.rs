@@ -69,7 +69,7 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
         let mode = choose_mode(&row, power, &options)?;
-        let name = self.choose_name(&row, options.name, "snap")?;
+        let name = self.choose_name(&row, options.name)?;
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {
             target: &row,
@@ -262,12 +262,7 @@ impl Engine {
     }
 
     /// The name that was asked for, if it is free; else the next number that is.
-    pub(crate) fn choose_name(
-        &self,
-        target: &TargetRow,
-        wanted: Option<String>,
-        prefix: &str,
-    ) -> Result<String> {
+    fn choose_name(&self, target: &TargetRow, wanted: Option<String>) -> Result<String> {
         if let Some(name) = wanted {
             if self.catalog.read(|tx| SnapshotRow::name_taken(tx, &target.id, &name))? {
                 return Err(snapshot_name_taken(&target.name, &name));
@@ -276,7 +271,7 @@ impl Engine {
         }
         self.catalog.write(|tx| {
             loop {
-                let name = format!("{prefix}-{}", TargetRow::next_number(tx, &target.id)?);
+                let name = format!("snap-{}", TargetRow::next_number(tx, &target.id)?);
                 if !SnapshotRow::name_taken(tx, &target.id, &name)? {
                     return Ok(name);
                 }
