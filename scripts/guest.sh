@@ -73,7 +73,8 @@ image=$work/image
 mkdir -p "$image"/{bin,sbin,dev,proc,sys,data,tmp,etc,root,lib/modules}
 for module in "${modules[@]}"; do with_dependencies "$module"; done | awk '!seen[$0]++' >"$work/modules"
 while read -r path; do
-    cp "$tree/$release/$path" "$image/lib/modules/"
+    # Without its signature, which an emulated guest would take long to check, and debug sections.
+    strip --strip-debug -o "$image/lib/modules/$(basename "$path")" "$tree/$release/$path"
     basename "$path"
 done <"$work/modules" >"$image/lib/modules/list"
 

@@ -15,6 +15,8 @@ command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
 command -v qemu-img >/dev/null || missing+=(qemu-utils)
 PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing+=(e2fsprogs)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
+command -v strip >/dev/null || missing+=(binutils)
+command -v xz >/dev/null || missing+=(xz-utils)
 
 need_kernel=false
 need_busybox=false

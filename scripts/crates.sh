@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Holds the crates' arrows against the layout in ARCHITECTURE.md: they point down only.
+set -eu -o pipefail
+
+# Every crate of ours with the crates of ours that it may use.
+allowed() {
+    case $1 in
+        spinney-pages | spinney-qemu | spinney-guest-workload) echo ;;
+        spinney-snapshots) echo spinney-pages spinney-qemu ;;
+        spinney-server) echo spinney-snapshots ;;
+        spinney) echo spinney-server ;;
+        spinney-vm-tests) echo ;;
+        spinney-bench) echo spinney-vm-tests spinney-pages spinney-qemu ;;
+        *) return 1 ;;
+    esac
+}
+
+bad=0
+while read -r crate uses; do
+    if ! may=$(allowed "$crate"); then
+        echo "$crate is not in ARCHITECTURE.md's layout (scripts/crates.sh)" >&2
+        bad=1
+        continue
+    fi
+    for one in $uses; do
+        if [[ " $may " != *" $one "* ]]; then
+            echo "$crate must not use $one: arrows point down only" >&2
+            bad=1
+        fi
+    done
+done < <(cargo metadata --no-deps --format-version 1 --locked | python3 -c '
+import json, sys
+packages = json.load(sys.stdin)["packages"]
+names = {p["name"] for p in packages}
+for p in packages:
+    uses = sorted({d["name"] for d in p["dependencies"] if d["kind"] is None} & names)
+    print(p["name"], *uses)
+')
+exit $bad
