@@ -28,12 +28,8 @@ while read -r crate uses; do
             bad=1
         fi
     done
-done < <(cargo metadata --no-deps --format-version 1 --locked | python3 -c '
-import json, sys
-packages = json.load(sys.stdin)["packages"]
-names = {p["name"] for p in packages}
-for p in packages:
-    uses = sorted({d["name"] for d in p["dependencies"] if d["kind"] is None} & names)
-    print(p["name"], *uses)
-')
+done < <(cargo tree --workspace --depth 1 --edges normal --prefix depth --locked | awk '
+    /^0/ { if (crate) print crate, uses; sub(/^0/, "", $1); crate = $1; uses = "" }
+    /^1spinney/ { sub(/^1/, "", $1); uses = uses " " $1 }
+    END { print crate, uses }')
 exit $bad

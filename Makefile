@@ -1,0 +1,55 @@
+# make demo    the main job on a real guest, from nothing
+# make test    set-up, checks, all tests; real guests included
+# make bench   the figures, printed and written to benches/results/
+# make soak    what takes too long for `make test`; raw results go to benches/results/
+
+SHELL := /bin/bash
+CARGO ?= cargo
+export SPINNEY_CACHE ?= $(CURDIR)/.cache
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+
+.PHONY: all setup guest old-qemu build demo test check unit vm bench soak fuzz
+
+all: build
+
+setup:
+	@scripts/setup.sh
+
+guest: setup
+	@scripts/guest.sh
+
+old-qemu: setup
+	@scripts/qemu-7.2.sh
+
+build:
+	$(CARGO) build --release --locked -p spinney
+
+demo: guest build
+	@$(TARGET)/release/spinney demo --guest $(SPINNEY_CACHE)/guest
+
+test: guest old-qemu check unit vm
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	scripts/crates.sh
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
+	else echo 'cargo-deny is not installed: licences and bans are not checked'; fi
+
+unit:
+	$(CARGO) test --locked
+
+# The executable under test has planted faults built in; they do nothing unless a test asks for one.
+vm: guest old-qemu
+	$(CARGO) build --locked -p spinney --features faults
+	SPINNEY_BIN=$(TARGET)/debug/spinney $(CARGO) test --locked -p spinney-vm-tests -- --test-threads=1
+
+bench: guest build
+	SPINNEY_BIN=$(TARGET)/release/spinney $(CARGO) run --release --locked -p spinney-bench
+
+soak: guest old-qemu
+	$(CARGO) build --release --locked -p spinney --features faults
+	SPINNEY_BIN=$(TARGET)/release/spinney scripts/soak.sh
+
+fuzz:
+	scripts/fuzz.sh
