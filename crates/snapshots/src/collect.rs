@@ -1,5 +1,9 @@
 //! `gc`: what nothing needs any more goes. First the catalog's tombstones that undo no longer pins, then layers that no chain
 //! reaches, then pages that no map reaches.
+//!
+//! It runs beside everything else. A target that is being worked on keeps its tombstones this time: a goto on its way to one
+//! (undo goes to an undo point that may have been removed) has overlays over its layers that the catalog does not know yet.
+//! Pages of a take under way are the page store's own care, and a hold covers the time until the catalog refers to them.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -34,7 +38,7 @@ impl Engine {
     pub fn gc(&self, cx: &Context, now: bool, dry_run: bool) -> Result<GcReport> {
         let before = undo_border(now);
         if dry_run {
-            let plan = self.catalog.read(|tx| plan_catalog(tx, before))?;
+            let plan = self.catalog.read(|tx| plan_catalog(tx, before, &|_| false))?;
             let pages = self.store.plan_gc(&plan.roots)?;
             return Ok(self.report(&plan, true, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes));
         }
@@ -42,12 +46,21 @@ impl Engine {
             cx.phase("looking for what nothing needs", 0);
             // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
             // between the two leaves files that the next start removes.
+            let ids = self.catalog.read(|tx| Ok(TargetRow::all(tx, true)?.into_iter().map(|t| t.id)))?;
+            let (mut idle, mut busy) = (Vec::new(), HashSet::new());
+            for id in ids {
+                match self.locks.try_acquire(&id, "gc") {
+                    Some(guard) => idle.push(guard),
+                    None => drop(busy.insert(id)),
+                }
+            }
             let (plan, mut report) = self.catalog.write(|tx| {
-                let plan = plan_catalog(tx, before)?;
+                let plan = plan_catalog(tx, before, &|target| busy.contains(target))?;
                 let report = self.report(&plan, false, 0, 0);
                 purge(tx, &plan, before)?;
                 Ok((plan, report))
             })?;
+            drop(idle);
             for layer in plan.layers.iter().filter(|l| l.stamp.is_none()) {
                 remove_file(&self.layer_file(layer));
             }
@@ -95,7 +108,7 @@ fn roots_of(snapshots: &[SnapshotRow]) -> Vec<pages::MapRoot> {
     snapshots.iter().filter_map(|s| s.memory.as_ref()).flat_map(|m| m.roots()).collect()
 }
 
-fn plan_catalog(tx: &Transaction<'_>, before: Timestamp) -> Result<CatalogPlan> {
+fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> bool) -> Result<CatalogPlan> {
     let border = before.as_millisecond();
     let mut plan = CatalogPlan::default();
     let snapshots = SnapshotRow::all(tx)?;
@@ -103,7 +116,7 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp) -> Result<CatalogPlan> 
     let old = |removed: Option<i64>| removed.is_some_and(|at| at <= border);
     let mut kept = Vec::new();
     for snapshot in snapshots {
-        if old(snapshot.removed) {
+        if old(snapshot.removed) && !busy(&snapshot.target) {
             plan.snapshots.push(snapshot.id);
         } else {
             kept.push(snapshot);
@@ -122,7 +135,7 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp) -> Result<CatalogPlan> 
     }
     for target in targets {
         // A machine goes only after its snapshots, so that no snapshot is ever without its machine.
-        if old(target.removed) && !kept.iter().any(|s| s.target == target.id) {
+        if old(target.removed) && !busy(&target.id) && !kept.iter().any(|s| s.target == target.id) {
             plan.targets.push(target.id);
         } else {
             reach(TargetRow::disks(tx, &target.id)?)?;

@@ -11,6 +11,9 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::types::{Du, DuRow};
 
+/// Those who need what `rm` leaves: after so many it is enough to say that there are more.
+const NAMES_SHOWN: usize = 8;
+
 /// Something that keeps data alive.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Holder {
@@ -113,28 +116,36 @@ impl Ledger {
         let others: HashSet<&String> = staying.iter().flat_map(|e| &e.layers).collect();
         let freed = freed_pages + self.bytes(theirs.difference(&others).copied());
         let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others).copied());
-        let kept_by = if kept == 0 { Vec::new() } else { self.needing(&theirs, &their_roots, &staying) };
+        let kept_by =
+            if kept == 0 { Vec::new() } else { self.needing(engine, &theirs, &their_roots, &staying)? };
         Ok((freed, kept, kept_by))
     }
 
-    /// Names of those who need a layer of `layers` or a map of `roots`.
-    fn needing(&self, layers: &HashSet<&String>, roots: &[MapRoot], staying: &[&Entry]) -> Vec<String> {
-        let mut names: Vec<String> = staying
-            .iter()
-            .filter(|e| {
-                let disk = e.layers.iter().any(|l| layers.contains(l) && self.layer_bytes.contains_key(l));
-                disk || (!roots.is_empty() && !e.roots.is_empty())
-            })
-            .map(|e| {
-                if e.name.is_empty() {
-                    format!("{} (here)", e.target)
-                } else {
-                    format!("{}@{}", e.target, e.name)
-                }
-            })
-            .collect();
-        names.sort();
-        names
+    /// Names of those who need a layer of `layers` or a page of `roots`.
+    fn needing(
+        &self,
+        engine: &Engine,
+        layers: &HashSet<&String>,
+        roots: &[MapRoot],
+        staying: &[&Entry],
+    ) -> Result<Vec<String>> {
+        let all = engine.store.freed_by(roots, &[])?;
+        let mut names = Vec::new();
+        for entry in staying {
+            let disk = entry.layers.iter().any(|l| layers.contains(l) && self.layer_bytes.contains_key(l));
+            if disk || (!roots.is_empty() && engine.store.freed_by(roots, &entry.roots)? < all) {
+                names.push(match entry.name.as_str() {
+                    "" => format!("{} (here)", entry.target),
+                    name => format!("{}@{name}", entry.target),
+                });
+            }
+            if names.len() > NAMES_SHOWN {
+                names.truncate(NAMES_SHOWN);
+                names.push("others".into());
+                break;
+            }
+        }
+        Ok(names)
     }
 }
 

@@ -50,7 +50,7 @@ impl Engine {
         let (target, _) = address::split(address);
         let (row, _guard) = self.lock_target(cx, target, "goto")?;
         let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, address))?;
-        self.goto_locked(cx, "goto", &row, &snapshot, power, discard)
+        self.goto_locked(cx, "goto", &snapshot.full_name(), &row, &snapshot, power, discard)
     }
 
     /// Goes to the parent of here.
@@ -64,7 +64,7 @@ impl Engine {
             return Err(Error::new(Code::NotFound, format!("{target} has no snapshot to go back to"))
                 .hint(format!("`spinney take {target}` takes one")));
         };
-        self.goto_locked(cx, "goto", &row, &snapshot, GotoPower::Recorded, false)
+        self.goto_locked(cx, "goto", &snapshot.full_name(), &row, &snapshot, GotoPower::Recorded, false)
     }
 
     /// What `goto --discard` would throw away, in words; none if nothing is lost.
@@ -91,11 +91,13 @@ impl Engine {
         })
     }
 
-    /// All steps, for a target that is locked.
+    /// All steps, for a target that is locked. `kind` and `subject` are what the journal calls it.
+    #[expect(clippy::too_many_arguments, reason = "the whole question of one verb")]
     pub(crate) fn goto_locked(
         &self,
         cx: &Context,
         kind: &str,
+        subject: &str,
         row: &TargetRow,
         snapshot: &SnapshotRow,
         power: GotoPower,
@@ -104,9 +106,8 @@ impl Engine {
         let began = Instant::now();
         let (was, old) = self.look(row)?;
         let wanted = wanted_power(snapshot, power);
-        let subject = snapshot.full_name();
         let plan = json!(GotoPlan { was_running: was == Power::Running, new: None });
-        let report = self.journaled(cx, kind, &subject, Some(&row.id), &plan, || {
+        let report = self.journaled(cx, kind, subject, Some(&row.id), &plan, || {
             let overlays = self.catalog.read(|tx| {
                 let disks = SnapshotRow::disks(tx, &snapshot.id)?;
                 self.check_chains(tx, &disks)?;

@@ -42,6 +42,16 @@ impl TargetLocks {
         Ok(TargetGuard { locks: self, target: target.to_owned() })
     }
 
+    /// As [`Self::acquire`], but never waits.
+    pub(crate) fn try_acquire(&self, target: &str, kind: &'static str) -> Option<TargetGuard<'_>> {
+        let mut busy = self.lock();
+        if busy.contains_key(target) {
+            return None;
+        }
+        busy.insert(target.to_owned(), kind);
+        Some(TargetGuard { locks: self, target: target.to_owned() })
+    }
+
     /// What is being done to a target, if anything.
     pub(crate) fn busy_with(&self, target: &str) -> Option<&'static str> {
         self.lock().get(target).copied()

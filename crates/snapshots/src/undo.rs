@@ -84,7 +84,8 @@ impl Engine {
             return Err(Error::new(Code::Refused, format!("{} has been removed", row.name))
                 .hint("undo its removal first; `spinney op log` has its id"));
         }
-        self.goto_locked(cx, "undo", &row, &snapshot, GotoPower::Recorded, false)?;
+        let subject = format!("goto {}", op.subject);
+        self.goto_locked(cx, "undo", &subject, &row, &snapshot, GotoPower::Recorded, false)?;
         self.catalog.write(|tx| OpRow::set_undone(tx, &op.id))
     }
 }
