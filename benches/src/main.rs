@@ -1,0 +1,3 @@
+//! The figures of `make bench`.
+
+fn main() {}
