@@ -4,13 +4,15 @@
 //!   1  lock the target, resolve the address, look at every file that will be needed
 //!   2  overlays over the snapshot's layers: made, synced            nothing speaks of them yet
 //!   3  a new QEMU waits on them and loads the snapshot's memory     the old machine runs on
-//!   4  what would be lost is kept as an undo point                  the old machine stands still
-//!   5  the old QEMU ends
-//!   6  catalog: disks, parent, settings, process and power of here are the new ones, journal: "done"
+//!   4  the old machine stands still, its disks flushed; its memory goes into the page store
+//!   5  catalog, one transaction: the undo point exists; disks, parent, settings, process and power of here are the new ones;
+//!      journal: "done"
+//!   6  the old QEMU ends
 //!   7  the new guest runs
 //! ```
-//! Until 5 every failure leaves the machine as it was: a snapshot that cannot be loaded costs nothing. Between 5 and 6
-//! recovery finds here as it was, switched off; the undo point has its memory.
+//! Until 5 every failure leaves the machine as it was, running on: a snapshot that cannot be loaded costs nothing. From 5 on the
+//! goto has happened; recovery ends the old process and lets the new guest run. The undo point freezes the layers that here wrote
+//! to, without overlays of its own: nobody writes to them again.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,7 +30,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::memory::{feed, read_state};
 use crate::running::{Begin, Running, log_tail};
-use crate::take::{TakeJob, micros};
+use crate::take::{TakeJob, Unwritten, micros};
 use crate::tree::{view_by_id, visible_parent};
 use crate::types::{GotoPower, GotoReport, Mode, Power};
 
@@ -162,16 +164,16 @@ impl Engine {
             error
         };
         cx.check().map_err(abandon)?;
-        let undo_point =
-            if discard { None } else { Some(self.keep_undo_point(cx, row, was, old).map_err(abandon)?) };
-
-        let ended = Instant::now();
-        if let Some(old) = old {
-            self.replace_process(&row.id, old);
-        }
+        let undo_point = match discard {
+            true => None,
+            false => Some(self.capture_undo_point(cx, row, was, old).map_err(abandon)?),
+        };
         let process = new.as_ref().map(|new| new.row.clone());
         self.catalog
             .write(|tx| {
+                if let Some(point) = &undo_point {
+                    point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
+                }
                 for overlay in overlays {
                     overlay.row.insert(tx)?;
                     TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
@@ -179,15 +181,20 @@ impl Engine {
                 TargetRow::set_parent(tx, &row.id, Some(&snapshot.id))?;
                 TargetRow::set_config(tx, &row.id, &snapshot.config)?;
                 TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
-                let undo = json!({ "undo_point": undo_point, "parent": row.parent });
                 // Undoing again goes further back; it does not swing to and fro.
-                OpRow::finish(tx, &cx.id, undo_point.as_ref().filter(|_| kind != "undo").map(|_| &undo))
+                let undo = undo_point.as_ref().filter(|_| kind != "undo");
+                let undo = undo.map(|point| json!({ "undo_point": point.row.id, "parent": row.parent }));
+                OpRow::finish(tx, &cx.id, undo.as_ref())
             })
             .map_err(abandon)?;
+        // From here on the goto has happened, and whatever fails is told, not taken back.
+        let ended = Instant::now();
+        if let Some(old) = old {
+            self.replace_process(&row.id, old);
+        }
         if let Some(new) = new {
             let new = Arc::new(new);
             self.running_map().insert(row.id.clone(), Arc::clone(&new));
-            // From here on the goto has happened, and whatever fails is told, not taken back.
             if wanted == Power::Running
                 && let Err(error) = new.qmp.execute("cont", json!({}))
             {
@@ -197,7 +204,7 @@ impl Engine {
         if let Err(error) = self.trim_undo_points(&row.id) {
             tracing::warn!(%error, "old undo points could not be removed");
         }
-        Ok((undo_point, ended.into()))
+        Ok((undo_point.map(|point| point.row.id), old.map(|_| ended)))
     }
 
     /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
@@ -281,14 +288,15 @@ impl Engine {
         let _ = std::fs::remove_dir_all(&new.run.0);
     }
 
-    /// Step 4: here as it is now, as a snapshot that `tree` folds away. A guest that ran stands still afterwards.
-    fn keep_undo_point(
+    /// Step 4: here as it is now, to become a snapshot that `tree` folds away. A guest that ran stands still afterwards.
+    fn capture_undo_point(
         &self,
         cx: &Context,
         row: &TargetRow,
         was: Power,
         old: Option<&Running>,
-    ) -> Result<String> {
+    ) -> Result<Unwritten> {
+        let began = Instant::now();
         let mode = match (old, row.config.memory_snapshots) {
             (None, _) => Mode::Off,
             (Some(_), true) => Mode::StopCopy,
@@ -313,7 +321,7 @@ impl Engine {
             mode,
             power,
         };
-        self.take_job(cx, &job, old, |_, _| Ok(()))
+        self.capture(cx, &job, old, &[], began)
     }
 
     /// "undo-N", counted apart from the names that people see.

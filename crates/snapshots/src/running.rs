@@ -144,7 +144,13 @@ impl Engine {
         let mut map = self.running_map();
         if map.get(&target.id).is_some_and(|now| Arc::ptr_eq(now, running)) {
             map.remove(&target.id);
-            self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
+            self.catalog.write(|tx| {
+                // Unless a goto has just given the machine another process.
+                if TargetRow::by_id(tx, &target.id)?.process.as_ref() == Some(&running.row) {
+                    TargetRow::set_process(tx, &target.id, power, None)?;
+                }
+                Ok(())
+            })?;
             let _ = fs::remove_dir_all(&running.run.0);
         }
         Ok(power)

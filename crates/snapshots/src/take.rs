@@ -59,6 +59,13 @@ struct Captured {
     saved: Saved,
 }
 
+/// A snapshot that is durable in every part but its catalog entry.
+pub(crate) struct Unwritten {
+    pub(crate) row: SnapshotRow,
+    /// Keeps its pages from the collector until the catalog refers to them.
+    _hold: pages::Hold,
+}
+
 impl Engine {
     /// Takes a snapshot of a machine as it is: running, paused or off. Returns when it is durable.
     pub fn take(&self, cx: &Context, target: &str, options: TakeOptions) -> Result<Snapshot> {
@@ -84,23 +91,13 @@ impl Engine {
         let was_running = power == Power::Running;
         let plan = json!(TakePlan { was_running });
         let id = self.journaled(cx, "take", &subject, Some(&row.id), &plan, || {
-            self.take_job(cx, &job, running.as_deref(), |tx, id| {
-                let undo = json!({ "snapshot": id, "parent": row.parent });
-                OpRow::finish(tx, &cx.id, Some(&undo))
-            })
+            self.take_job(cx, &job, running.as_deref())
         })?;
         view_by_id(&self.catalog, &id)
     }
 
-    /// The steps from 2 on. `finish` runs in the transaction that makes the snapshot exist. Returns its id.
-    pub(crate) fn take_job(
-        &self,
-        cx: &Context,
-        job: &TakeJob<'_>,
-        running: Option<&Running>,
-        finish: impl FnOnce(&rusqlite::Transaction<'_>, &str) -> Result<()>,
-    ) -> Result<String> {
-        let began = Instant::now();
+    /// The steps from 2 on. Returns the snapshot's id.
+    fn take_job(&self, cx: &Context, job: &TakeJob<'_>, running: Option<&Running>) -> Result<String> {
         let target = job.target;
         let (frozen, overlays) = self.catalog.read(|tx| {
             let frozen = TargetRow::disks(tx, &target.id)?;
@@ -108,20 +105,43 @@ impl Engine {
             Ok((frozen, overlays))
         })?;
         cx.phase("preparing disks", 0);
+        let began = Instant::now();
         self.make_overlays(&overlays)?;
-
-        // What the collector finds unreferenced stays until the catalog refers to it.
-        let _hold = self.store.hold();
-        let captured = match running {
-            Some(running) if !matches!(job.mode, Mode::Off) => {
-                self.capture_running(cx, job, running, &overlays)?
+        let snapshot = self.capture(cx, job, running, &overlays, began)?;
+        let row = &snapshot.row;
+        let written = self.catalog.write(|tx| {
+            if running.is_none() {
+                point_here_at(tx, &target.id, &overlays)?;
             }
+            row.insert(tx, &frozen)?;
+            TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
+            let undo = json!({ "snapshot": row.id, "parent": target.parent });
+            OpRow::finish(tx, &cx.id, Some(&undo))
+        });
+        if written.is_err() && running.is_none() {
+            self.remove_overlays(&overlays);
+        }
+        written.map(|()| snapshot.row.id)
+    }
+
+    /// Steps 3 to 7: everything but the catalog entry. Without overlays the disks are left as they are, which is right only for a
+    /// machine that will not write to them again.
+    pub(crate) fn capture(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: Option<&Running>,
+        overlays: &[NewOverlay],
+        began: Instant,
+    ) -> Result<Unwritten> {
+        let target = job.target;
+        let hold = self.store.hold();
+        let captured = match running {
+            Some(running) if job.mode != Mode::Off => self.capture_running(cx, job, running, overlays)?,
             _ => Captured::default(),
         };
-
-        let id = new_id();
-        let snapshot = SnapshotRow {
-            id: id.clone(),
+        let row = SnapshotRow {
+            id: new_id(),
             target: target.id.clone(),
             target_name: target.name.clone(),
             parent: target.parent.clone(),
@@ -144,21 +164,7 @@ impl Engine {
             memory: captured.memory,
             removed: None,
         };
-        let written = self.catalog.write(|tx| {
-            if running.is_none() {
-                point_here_at(tx, &target.id, &overlays)?;
-            }
-            snapshot.insert(tx, &frozen)?;
-            TargetRow::set_parent(tx, &target.id, Some(&id))?;
-            finish(tx, &id)
-        });
-        if let Err(error) = written {
-            if running.is_none() {
-                self.remove_overlays(&overlays);
-            }
-            return Err(error);
-        }
-        Ok(id)
+        Ok(Unwritten { row, _hold: hold })
     }
 
     /// Steps 3 to 7.
