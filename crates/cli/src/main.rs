@@ -1,3 +1,40 @@
-//! The `spinney` executable.
+//! The `spinney` executable: what people type, and what they get to see.
+//!
+//! One file per verb in `commands/`: an `Args` struct whose comment is the help text, and a function that is read from
+//! top to bottom. Everything that happens to machines happens in the daemon; here are words, tables and exit codes.
+//!
+//! **Must not know:** the engine's insides. It asks the daemon, through `server::client`.
 
-fn main() {}
+mod address;
+mod commands;
+mod complete;
+mod config;
+mod draw;
+mod errors;
+mod output;
+mod progress;
+mod session;
+mod size;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::commands::Cli;
+use crate::output::Output;
+use crate::session::Session;
+
+fn main() -> ExitCode {
+    clap_complete::CompleteEnv::with_factory(Cli::command).bin("spinney").complete();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return errors::usage(&error),
+    };
+    let out = Output::new(cli.json, cli.quiet, cli.verbose);
+    let result = config::Config::load(cli.state.as_deref())
+        .and_then(|config| commands::run(cli.command, &Session::new(config, out)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => errors::print(&problem, out.json),
+    }
+}

@@ -16,7 +16,8 @@ pub struct Problem {
     #[serde(rename = "type")]
     pub kind: String,
     /// The class in words; the same for every problem of a code.
-    pub title: String,
+    #[schema(value_type = String)]
+    pub title: Box<str>,
     /// HTTP status.
     pub status: u16,
     /// The sentence that names the thing.
@@ -37,7 +38,7 @@ impl Problem {
         let (status, title) = class(code);
         Self {
             kind: format!("urn:spinney:problem:{}", word(code)),
-            title: title.to_owned(),
+            title: title.into(),
             status,
             detail: detail.into(),
             code,

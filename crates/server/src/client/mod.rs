@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
-use reqwest::Method;
 use reqwest::blocking::{RequestBuilder, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,7 +15,7 @@ use snapshots::Code;
 use crate::api::Version;
 use crate::{Problem, socket};
 
-pub use operation::{Following, follow};
+pub use reqwest::Method;
 
 /// Longest time for an answer that needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,4 +1,4 @@
-//! Following an operation from its start to its end, with a way out.
+//! Following an operation from its start to its end.
 
 use reqwest::Method;
 use serde::de::DeserializeOwned;
@@ -9,52 +9,43 @@ use crate::Problem;
 use crate::operations::OperationView;
 
 /// Seconds that one request waits for news.
-const WAIT: &str = "2";
+const WAIT: &str = "30";
 
-/// What the caller of [`follow`] wants after each look at the operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Following {
-    /// Look again.
-    On,
-    /// Have it rolled back, and look again.
-    Cancel,
-    /// Leave it to itself.
-    Detach,
-}
-
-/// Follows an operation to its end. `look` sees it each time it has changed, and at least every two seconds. The
-/// result is none if `look` detached.
-///
-/// # Errors
-/// The problem that the operation failed with, or no answer.
-pub fn follow<T: DeserializeOwned>(
-    client: &Client,
-    first: OperationView,
-    mut look: impl FnMut(&OperationView) -> Following,
-) -> Result<Option<T>, Problem> {
-    let place = path(&["operations", &first.id])?;
-    let mut view = first;
-    let mut cancelled = false;
-    while view.state == OpState::Running {
-        match look(&view) {
-            Following::On => {}
-            Following::Detach => return Ok(None),
-            Following::Cancel if cancelled => {}
-            Following::Cancel => {
-                cancelled = true;
-                let _: OperationView = client.ask(Method::DELETE, &place, None::<&()>)?;
-            }
+impl Client {
+    /// Follows an operation to its end and returns its result. `look` sees it each time that it has changed.
+    ///
+    /// # Errors
+    /// The problem that the operation failed with, or no answer.
+    pub fn follow<T: DeserializeOwned>(
+        &self,
+        first: OperationView,
+        mut look: impl FnMut(&OperationView),
+    ) -> Result<T, Problem> {
+        let place = with_query(&path(&["operations", &first.id])?, &[("wait", WAIT)]);
+        let mut view = first;
+        while view.state == OpState::Running {
+            look(&view);
+            view = decode(self.send(self.request(Method::GET, &place).timeout(PATIENCE))?)?;
         }
-        let request = client.request(Method::GET, &with_query(&place, &[("wait", WAIT)])).timeout(PATIENCE);
-        view = decode(client.send(request)?)?;
-    }
-    look(&view);
-    if let Some(problem) = view.problem {
-        return Err(problem);
-    }
-    // Results without a body (protect) are null; a journal entry of an earlier daemon has none either.
-    serde_json::from_value(view.result.unwrap_or_default()).map(Some).map_err(|error| {
-        Problem::new(Code::Failed, format!("{} {} is done, but its result is lost", view.kind, view.subject))
+        look(&view);
+        if let Some(problem) = view.problem {
+            return Err(problem);
+        }
+        // What has no result (protect) is null here; so is what an earlier daemon did.
+        serde_json::from_value(view.result.unwrap_or_default()).map_err(|error| {
+            Problem::new(
+                Code::Failed,
+                format!("{} {} is done, but its result is lost", view.kind, view.subject),
+            )
             .because(&error)
-    })
+        })
+    }
+
+    /// Asks for an operation to be rolled back; [`Client::follow`] says when it is.
+    ///
+    /// # Errors
+    /// There is no such operation, or no answer.
+    pub fn cancel(&self, id: &str) -> Result<OperationView, Problem> {
+        self.ask(Method::DELETE, &path(&["operations", id])?, None::<&()>)
+    }
 }

@@ -1,0 +1,45 @@
+//! `edit`: another name, another note.
+
+use clap::ArgGroup;
+use clap_complete::ArgValueCompleter;
+use server::Problem;
+use server::api::Renamed;
+use server::client::Method;
+use server::snapshots::Edit;
+
+use crate::session::Session;
+use crate::{address, complete};
+
+/// Change a name, a note, or whether it is kept
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  spinney edit web --name www
+  spinney edit web@snap-1 --name before-upgrade -m \"all is well\"
+  spinney edit web@snap-1 --keep=false")]
+#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep"])))]
+pub(crate) struct Args {
+    /// Machine or snapshot
+    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    address: String,
+    /// New name
+    #[arg(long)]
+    name: Option<String>,
+    /// New note
+    #[arg(short, long = "message", value_name = "TEXT")]
+    message: Option<String>,
+    /// Let nothing but rm remove it, or with =false anything
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    keep: Option<bool>,
+}
+
+pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
+    let edit = Edit { name: args.name, note: args.message, keep: args.keep };
+    let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
+    if session.out.json {
+        session.out.document("spinney.edit/1", &renamed);
+    } else {
+        session.out.line(renamed.address);
+    }
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! `kill`: end its process at once.
+
+use clap_complete::ArgValueCompleter;
+use server::Problem;
+use server::snapshots::Machine;
+
+use crate::session::Session;
+use crate::{address, complete};
+
+/// End a machine's process at once
+///
+/// What the guest has not written to its disks is lost, as if the power had gone.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  spinney kill web")]
+pub(crate) struct Args {
+    /// Machine
+    #[arg(add = ArgValueCompleter::new(complete::targets))]
+    target: String,
+}
+
+pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
+    let path = format!("{}/kill", address::target(&args.target)?);
+    let machine: Machine = session.post(&path)?;
+    if session.out.json {
+        session.out.document("spinney.machine/1", &machine);
+    } else {
+        session.out.line(format_args!("{} is off", machine.name));
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! `protect`: make a machine or a snapshot refuse `rm`.
+
+use clap_complete::ArgValueCompleter;
+use serde_json::{Value, json};
+use server::Problem;
+
+use crate::session::Session;
+use crate::{address, complete};
+
+/// Make a machine or a snapshot refuse rm
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  spinney protect web\n  spinney protect web@base")]
+pub(crate) struct Args {
+    /// Machine or snapshot
+    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    address: String,
+}
+
+pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
+    let _: Value = session.post(&address::verb(&args.address, "protect")?)?;
+    if session.out.json {
+        session.out.document("spinney.protection/1", &json!({ "address": args.address, "protected": true }));
+    } else {
+        session.out.line(format_args!("{} is protected", args.address));
+    }
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! `take`: a snapshot of where a machine stands.
+
+use clap::ValueEnum;
+use clap_complete::ArgValueCompleter;
+use server::Problem;
+use server::client::Method;
+use server::snapshots::{Mode, Snapshot, TakeOptions};
+
+use super::show::mode;
+use crate::draw::power;
+use crate::output::{bytes, span};
+use crate::session::Session;
+use crate::{address, complete};
+
+/// Take a snapshot
+///
+/// The machine may run, be paused or off; that state is recorded and comes back with `goto`. Returns when the snapshot
+/// is durable, and says for how long the guest stood still.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  spinney take web                                     named snap-1, snap-2, ...
+  spinney take web before-upgrade -m \"all is well\"
+  spinney take web --disk-only")]
+pub(crate) struct Args {
+    /// Machine
+    #[arg(add = ArgValueCompleter::new(complete::targets))]
+    target: String,
+    /// Name of the snapshot [default: snap-N]
+    name: Option<String>,
+    /// Note
+    #[arg(short, long = "message", value_name = "TEXT", default_value = "", hide_default_value = true)]
+    message: String,
+    /// How memory is copied [default: the one with the least pause]
+    #[arg(long, value_name = "MODE")]
+    mode: Option<CopyMode>,
+    /// Leave memory out
+    #[arg(long, conflicts_with = "mode")]
+    disk_only: bool,
+    /// Let nothing but rm remove it
+    #[arg(long)]
+    keep: bool,
+}
+
+/// Modes that can be asked for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CopyMode {
+    /// Paused throughout
+    StopCopy,
+    /// Copied in rounds while the machine runs, paused for the last
+    PreCopy,
+}
+
+pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
+    let path = format!("{}/take", address::target(&args.target)?);
+    let mode = args.mode.map(|mode| match mode {
+        CopyMode::StopCopy => Mode::StopCopy,
+        CopyMode::PreCopy => Mode::PreCopy,
+    });
+    let options =
+        TakeOptions { name: args.name, note: args.message, mode, disk_only: args.disk_only, keep: args.keep };
+    let snapshot: Snapshot = session.change(Method::POST, &path, &options)?;
+    if session.out.json {
+        session.out.document("spinney.snapshot/1", &snapshot);
+    } else {
+        session.out.line(line(&snapshot));
+    }
+    Ok(())
+}
+
+/// `web@snap-1  running, 512 MiB → 38.2 MiB stored, paused 212 ms (stop-copy), durable in 480 ms`
+fn line(s: &Snapshot) -> String {
+    let stored = bytes(s.stored_bytes);
+    let size = match s.memory_bytes {
+        0 => format!("{stored} stored"),
+        memory => format!("{} → {stored} stored", bytes(memory)),
+    };
+    let pause = match s.pause_us {
+        Some(us) => format!("paused {} ({})", span(us), mode(s.mode)),
+        None => mode(s.mode).to_owned(),
+    };
+    format!("{}@{}  {}, {size}, {pause}, durable in {}", s.target, s.name, power(s.power), span(s.took_us))
+}

@@ -1,0 +1,147 @@
+//! A target's tree, drawn with box characters; "here" is a child like any other.
+
+use std::collections::{HashMap, HashSet};
+
+use jiff::Timestamp;
+use server::snapshots::{Power, Snapshot, Tree};
+
+use crate::output::{ago, bytes, plain, span};
+
+/// One line of the drawing: branches and name first, then what stands in columns.
+struct Line {
+    label: String,
+    cells: Vec<String>,
+}
+
+/// Draws the tree. Undo points are folded away unless `all`; one that here comes from is shown.
+pub(crate) fn draw(tree: &Tree, now: Timestamp, all: bool) -> Vec<String> {
+    let by_id: HashMap<&str, &Snapshot> = tree.snapshots.iter().map(|s| (s.id.as_str(), s)).collect();
+    let shown = |s: &Snapshot| all || !s.undo_point || tree.here.as_deref() == Some(&s.id);
+    // The nearest shown ancestor; bounded, should parents ever form a ring.
+    let above = |id: Option<&str>| {
+        let mut next = id.and_then(|id| by_id.get(id));
+        for _ in 0..tree.snapshots.len() {
+            match next {
+                Some(s) if !shown(s) => next = s.parent.as_deref().and_then(|id| by_id.get(id)),
+                _ => break,
+            }
+        }
+        next.map(|s| s.id.as_str())
+    };
+    let mut children: HashMap<Option<&str>, Vec<Child<'_>>> = HashMap::new();
+    for snapshot in tree.snapshots.iter().filter(|s| shown(s)) {
+        children.entry(above(snapshot.parent.as_deref())).or_default().push(Child::Snapshot(snapshot));
+    }
+    children.entry(above(tree.here.as_deref())).or_default().push(Child::Here);
+
+    let mut drawing = Drawing { tree, now, children, lines: Vec::new(), seen: HashSet::new() };
+    drawing.descend(None, "");
+    let folded = tree.snapshots.iter().filter(|s| !shown(s)).count();
+    drawing.finish(folded)
+}
+
+/// What hangs below a snapshot.
+#[derive(Clone, Copy)]
+enum Child<'a> {
+    Snapshot(&'a Snapshot),
+    Here,
+}
+
+struct Drawing<'a> {
+    tree: &'a Tree,
+    now: Timestamp,
+    children: HashMap<Option<&'a str>, Vec<Child<'a>>>,
+    lines: Vec<Line>,
+    seen: HashSet<&'a str>,
+}
+
+impl<'a> Drawing<'a> {
+    fn descend(&mut self, parent: Option<&'a str>, prefix: &str) {
+        // A tree may be a hundred thousand snapshots deep; the stack of this program is not.
+        let mut stack =
+            vec![(self.children.remove(&parent).unwrap_or_default().into_iter(), prefix.to_owned())];
+        while let Some((siblings, prefix)) = stack.last_mut() {
+            let Some(child) = siblings.next() else {
+                stack.pop();
+                continue;
+            };
+            let last = siblings.len() == 0;
+            let label = format!("{prefix}{}", if last { "└─ " } else { "├─ " });
+            let below = format!("{prefix}{}", if last { "   " } else { "│  " });
+            match child {
+                Child::Here => {
+                    let label = format!("{label}● You are here ({})", power(self.tree.machine.power));
+                    self.lines.push(Line { label, cells: Vec::new() });
+                }
+                Child::Snapshot(snapshot) => {
+                    if !self.seen.insert(&snapshot.id) {
+                        continue;
+                    }
+                    self.lines.push(Line { label: label + &snapshot.name, cells: self.cells(snapshot) });
+                    let children = self.children.remove(&Some(snapshot.id.as_str())).unwrap_or_default();
+                    stack.push((children.into_iter(), below));
+                }
+            }
+        }
+    }
+
+    fn cells(&self, s: &Snapshot) -> Vec<String> {
+        let mut words = Vec::new();
+        if s.undo_point {
+            words.push("undo point".to_owned());
+        }
+        if s.protected {
+            words.push("protected".to_owned());
+        }
+        if s.keep {
+            words.push("kept".to_owned());
+        }
+        if !s.note.is_empty() {
+            words.push(format!("\"{}\"", plain(&s.note)));
+        }
+        vec![
+            ago(self.now, s.created),
+            power(s.power).to_owned(),
+            bytes(s.stored_bytes),
+            s.pause_us.map(|us| format!("paused {}", span(us))).unwrap_or_default(),
+            words.join("  "),
+        ]
+    }
+
+    /// Sets the cells under each other and adds head and foot.
+    fn finish(self, folded: usize) -> Vec<String> {
+        let wide = |n: usize| {
+            self.lines.iter().filter_map(|l| l.cells.get(n)).map(|c| c.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..5).map(wide).collect();
+        let with_cells = self.lines.iter().filter(|line| !line.cells.is_empty());
+        let label_width = with_cells.map(|line| line.label.chars().count()).max().unwrap_or(0);
+        let mut out = vec![self.tree.machine.name.clone()];
+        for line in &self.lines {
+            let mut text = format!("{:<label_width$}", line.label);
+            for (cell, width) in line.cells.iter().zip(&widths).filter(|(_, width)| **width > 0) {
+                text.push_str(&format!("  {cell:<width$}"));
+            }
+            out.push(text.trim_end().to_owned());
+        }
+        match folded {
+            0 => {}
+            1 => out.push("(1 undo point; --all shows it)".to_owned()),
+            n => out.push(format!("({n} undo points; --all shows them)")),
+        }
+        out
+    }
+}
+
+/// A power state in words.
+pub(crate) fn power(power: Power) -> &'static str {
+    match power {
+        Power::Off => "off",
+        Power::Paused => "paused",
+        Power::Running => "running",
+        Power::LostPower => "lost power",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,236 @@
+//! What goes to stdout and stderr: documents, tables, units, colours.
+
+use std::fmt::Display;
+use std::io::{self, ErrorKind, IsTerminal, Write};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
+
+/// How to speak.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    /// One JSON document instead of words.
+    pub(crate) json: bool,
+    /// No notes.
+    pub(crate) quiet: bool,
+    /// More notes.
+    pub(crate) verbose: bool,
+    colours: bool,
+}
+
+/// How a piece of text looks on a terminal.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Style {
+    Bold,
+    Dim,
+    Good,
+    Warning,
+    Bad,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool, quiet: bool, verbose: bool) -> Self {
+        Self { json, quiet, verbose, colours: !json && colours(&io::stdout()) }
+    }
+
+    /// Data, on stdout.
+    pub(crate) fn line(&self, text: impl Display) {
+        let result = writeln!(io::stdout(), "{text}");
+        match result {
+            Ok(()) => {}
+            // `| head` has seen enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+            Err(error) => {
+                let _ = writeln!(io::stderr(), "error: cannot write to stdout\n  {error}");
+                std::process::exit(1);
+            }
+        }
+    }
+
+    /// The one document of `--json`: `value` with a `schema` field.
+    pub(crate) fn document(&self, schema: &str, value: &impl Serialize) {
+        let mut value = serde_json::to_value(value).unwrap_or_default();
+        match value.as_object_mut() {
+            Some(object) => _ = object.insert("schema".to_owned(), schema.into()),
+            None => value = serde_json::json!({ "schema": schema, "value": value }),
+        }
+        self.line(format_args!("{value:#}"));
+    }
+
+    /// A note for people, on stderr.
+    pub(crate) fn note(&self, text: impl Display) {
+        if !self.quiet && !self.json {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// A detail that only `-v` shows, on stderr.
+    pub(crate) fn detail(&self, text: impl Display) {
+        if self.verbose && !self.json {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// An event of `--json`, one line on stderr.
+    pub(crate) fn event(&self, schema: &str, value: &impl Serialize) {
+        let mut value = serde_json::to_value(value).unwrap_or(Value::Null);
+        if let Some(object) = value.as_object_mut() {
+            object.insert("schema".to_owned(), schema.into());
+        }
+        let _ = writeln!(io::stderr(), "{value}");
+    }
+
+    /// Text in a style, if there are colours.
+    pub(crate) fn paint(&self, style: Style, text: impl Display) -> String {
+        if !self.colours {
+            return text.to_string();
+        }
+        let code = match style {
+            Style::Bold => "1",
+            Style::Dim => "2",
+            Style::Good => "32",
+            Style::Warning => "33",
+            Style::Bad => "31",
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+
+    /// A table, on stdout. The first row is the head.
+    pub(crate) fn table(&self, rows: &[Vec<String>]) {
+        for (n, line) in columns(rows).iter().enumerate() {
+            if n == 0 {
+                self.line(self.paint(Style::Bold, line));
+            } else {
+                self.line(line);
+            }
+        }
+    }
+}
+
+/// True if a stream shows colours: a terminal, and nobody asked for none.
+pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    stream.is_terminal() && !refused && !dumb
+}
+
+/// Rows as lines, their columns under each other, two spaces apart. A column whose cells below the head all start with
+/// a digit is set to the right.
+pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let column = |n: usize| rows.iter().filter_map(move |row| row.get(n));
+    let width: Vec<usize> =
+        (0..count).map(|n| column(n).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
+    let number =
+        |cell: &String| cell.is_empty() || cell == "-" || cell.starts_with(|c: char| c.is_ascii_digit());
+    let right: Vec<bool> = (0..count)
+        .map(|n| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell.len() > 1))
+        .collect();
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&width).zip(&right).map(|((cell, width), right)| {
+            if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+/// Bytes in the unit that leaves one to four digits.
+pub(crate) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let mut value = bytes as f64;
+    let mut units = UNITS.iter();
+    let mut unit = units.next().copied().unwrap_or_default();
+    for next in units {
+        if value < 1023.95 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    let digits = if value < 99.95 { format!("{value:.1}") } else { format!("{value:.0}") };
+    format!("{} {unit}", digits.strip_suffix(".0").unwrap_or(&digits))
+}
+
+/// A span of microseconds: `0.4 ms`, `38 ms`, `1.2 s`.
+pub(crate) fn span(microseconds: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "two digits are shown")]
+    let ms = microseconds as f64 / 1000.0;
+    match ms {
+        ms if ms < 9.95 => format!("{ms:.1} ms"),
+        ms if ms < 999.5 => format!("{ms:.0} ms"),
+        ms if ms < 59_950.0 => format!("{:.1} s", ms / 1000.0),
+        ms => format!("{:.0} min", ms / 60_000.0),
+    }
+}
+
+/// How long ago: `now`, `5 min ago`, `2 h ago`, `3 d ago`.
+pub(crate) fn ago(now: Timestamp, then: Timestamp) -> String {
+    let seconds = now.as_second().saturating_sub(then.as_second());
+    match seconds {
+        ..2 => "now".to_owned(),
+        2..60 => format!("{seconds} s ago"),
+        60..3600 => format!("{} min ago", seconds / 60),
+        3600..172_800 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} d ago", seconds / 86_400),
+    }
+}
+
+/// One line of foreign text without what a terminal would obey.
+pub(crate) fn plain(text: &str) -> String {
+    let mut lines = text.lines();
+    let first = lines.next().unwrap_or_default();
+    let mut out: String = first.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if lines.next().is_some() {
+        out.push_str(" ...");
+    }
+    out
+}
+
+/// `1 page`, `2 pages`.
+pub(crate) fn count(n: u64, one: &str) -> String {
+    if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units() {
+        let shown: Vec<_> = [0, 1, 1023, 1024, 1536, 40_055_603, 512 << 20, (1 << 30) - 1, 1 << 40, u64::MAX]
+            .map(bytes)
+            .into();
+        assert_eq!(
+            shown,
+            ["0 B", "1 B", "1023 B", "1 KiB", "1.5 KiB", "38.2 MiB", "512 MiB", "1 GiB", "1 TiB", "16 EiB"]
+        );
+        let shown: Vec<_> = [0, 400, 38_000, 212_400, 1_250_000, 90_000_000].map(span).into();
+        assert_eq!(shown, ["0.0 ms", "0.4 ms", "38 ms", "212 ms", "1.2 s", "2 min"]);
+    }
+
+    #[test]
+    fn ages() {
+        let now = Timestamp::from_second(1_000_000).unwrap();
+        let before = |s: i64| ago(now, Timestamp::from_second(1_000_000 - s).unwrap());
+        assert_eq!(
+            [-5, 0, 59, 60, 7200, 172_800].map(before),
+            ["now", "now", "59 s ago", "1 min ago", "2 h ago", "2 d ago"]
+        );
+    }
+
+    #[test]
+    fn foreign_text_cannot_command_the_terminal() {
+        assert_eq!(plain("a\x1b[2Jb\nsecond"), "a\u{fffd}[2Jb ...");
+    }
+
+    #[test]
+    fn numbers_are_set_to_the_right() {
+        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+        let rows =
+            [row(["NAME", "SIZE", "NOTE"]), row(["web", "1 GiB", ""]), row(["database", "12 MiB", "x"])];
+        assert_eq!(columns(&rows), ["NAME        SIZE  NOTE", "web        1 GiB", "database  12 MiB  x"]);
+    }
+}
