@@ -115,18 +115,18 @@ pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && !refused && !dumb
 }
 
-/// Rows as lines, their columns under each other, two spaces apart. A column whose cells below the head all start with
-/// a digit is set to the right.
+/// Rows as lines, their columns under each other, two spaces apart. A column of numbers is set to the right.
 pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let column = |n: usize| rows.iter().filter_map(move |row| row.get(n));
     let width: Vec<usize> =
         (0..count).map(|n| column(n).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
-    let number =
-        |cell: &String| cell.is_empty() || cell == "-" || cell.starts_with(|c: char| c.is_ascii_digit());
-    let right: Vec<bool> = (0..count)
-        .map(|n| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell.len() > 1))
-        .collect();
+    // A number, perhaps with a unit behind it, or the dash that stands for none.
+    let number = |cell: &String| {
+        let first = cell.split(' ').next().unwrap_or_default();
+        cell == "-" || !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+    };
+    let right: Vec<bool> = (0..count).map(|n| column(n).skip(1).all(number)).collect();
     let line = |row: &Vec<String>| {
         let cells = row.iter().zip(&width).zip(&right).map(|((cell, width), right)| {
             if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }

@@ -33,6 +33,10 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         Shell::Fish => &Fish,
     };
     let mut script = Vec::new();
+    if matches!(args.shell, Shell::Bash) {
+        // Bash would complete what stands behind an @ as a word of its own.
+        script.extend_from_slice(b"COMP_WORDBREAKS=${COMP_WORDBREAKS//@}\n");
+    }
     shell
         .write_registration("COMPLETE", "spinney", "spinney", "spinney", &mut script)
         .map_err(|error| Problem::new(Code::Failed, "cannot write the completion").because(&error))?;
