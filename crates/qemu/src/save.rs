@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use serde_json::{Value, json};
 
-use crate::migration::{self, Finished, SHUT_FAILED, Sink, read_stream, shut};
+use crate::migration::{self, Finished, SHUT_FAILED, SHUT_OK, Sink, read_stream, shut};
 use crate::qmp::{Qmp, QmpError};
 
 /// A reader that gets nothing for so long gives up: QEMU always has something to send, or is done.
@@ -45,6 +45,16 @@ pub enum CopyMode {
     StopCopy,
     /// Runs until little is left, then stopped.
     PreCopy,
+}
+
+/// What becomes of the guest after its state was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It goes on as before.
+    GoOn,
+    /// It stands still, its disks flushed and closed for writing, until [`settle`]: for a machine that is about to be replaced, and
+    /// must not do anything that the state does not have.
+    StandStill,
 }
 
 /// What a save brought.
@@ -102,6 +112,12 @@ pub enum SaveError {
     /// The caller asked for it.
     #[error("cancelled")]
     Cancelled,
+    /// QEMU let the guest go on though it should have stood still.
+    #[error("QEMU did not keep the guest standing still: {reason}")]
+    NotStill {
+        /// Its words.
+        reason: String,
+    },
     /// QEMU did not come back from the migration.
     #[error("QEMU is still in the migration state {status:?} {} s after its end", SETTLE_LIMIT.as_secs())]
     Stuck {
@@ -114,7 +130,7 @@ pub enum SaveError {
 /// disks idle; if it fails, so does the save. `cancel` is looked at several times a second, up to `at_end`.
 pub fn save(
     qmp: &Qmp,
-    mode: CopyMode,
+    (mode, ending): (CopyMode, Ending),
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
     at_end: &mut dyn FnMut() -> Result<(), CallbackError>,
@@ -136,7 +152,8 @@ pub fn save(
     let outcome = match read {
         Ok(finished) => match at_end() {
             Ok(()) => {
-                (&socket).write_all(&shut(SHUT_FAILED)).map(|()| finished).map_err(system("answer QEMU"))
+                let verdict = if ending == Ending::GoOn { SHUT_FAILED } else { SHUT_OK };
+                (&socket).write_all(&shut(verdict)).map(|()| finished).map_err(system("answer QEMU"))
             }
             Err(error) => Err(SaveError::AtEnd(error)),
         },
@@ -144,6 +161,11 @@ pub fn save(
     };
     if outcome.is_err() {
         let _ = socket.shutdown(Shutdown::Both);
+    }
+    if let (Ok(finished), Ending::StandStill) = (&outcome, ending) {
+        wait_for_standstill(qmp)?;
+        let finished = finished.clone();
+        return Ok(SavedState { finished, pause_us: None, run_state });
     }
     let settled = settle(qmp, &run_state);
     match outcome {
@@ -286,6 +308,26 @@ pub fn settle(qmp: &Qmp, before: &str) -> Result<(), SaveError> {
             }
         } else if !cancelled && Instant::now() + SETTLE_LIMIT / 2 >= deadline {
             cancelled = qmp.execute("migrate_cancel", json!({})).is_ok();
+        }
+        if Instant::now() >= deadline {
+            return Err(SaveError::Stuck { status });
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// After the verdict "good": QEMU stays in `postmigrate`.
+fn wait_for_standstill(qmp: &Qmp) -> Result<(), SaveError> {
+    let deadline = Instant::now() + SETTLE_LIMIT;
+    loop {
+        let answer = qmp.execute("query-migrate", json!({}))?;
+        let status = answer.get("status").and_then(Value::as_str).unwrap_or("none").to_owned();
+        if status == "completed" && run_state(qmp)? == "postmigrate" {
+            return Ok(());
+        }
+        // Failed after all: the guest runs on, and the state is no longer its last one.
+        if matches!(status.as_str(), "failed" | "cancelled") {
+            return Err(SaveError::NotStill { reason: migration_error(qmp).unwrap_or(status) });
         }
         if Instant::now() >= deadline {
             return Err(SaveError::Stuck { status });

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use qemu::load::load;
+use qemu::save::Ending;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -30,7 +31,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::memory::{feed, read_state};
 use crate::running::{Begin, Running, log_tail};
-use crate::take::{TakeJob, Unwritten, micros};
+use crate::take::{TakeJob, Unwritten, free_guest, micros};
 use crate::tree::{view_by_id, visible_parent};
 use crate::types::{GotoPower, GotoReport, Mode, Power};
 
@@ -157,9 +158,9 @@ impl Engine {
                 self.abandon(new);
             }
             if let Some(old) = old
-                && was == Power::Running
+                && let Err(second) = free_guest(old, was == Power::Running)
             {
-                let _ = old.qmp.execute("cont", json!({}));
+                tracing::error!(error = %second, target = row.name, "the machine could not be let go on");
             }
             error
         };
@@ -303,11 +304,13 @@ impl Engine {
             (Some(_), false) => Mode::DiskOnly,
         };
         if let Some(old) = old
-            && was == Power::Running
+            && mode == Mode::DiskOnly
         {
             // Nothing that the guest does from now on is lost, because it does nothing.
             old.qmp.execute("stop", json!({}))?;
         }
+        // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
+        let stays = was == Power::Paused && old.is_some_and(|old| old.row.keeps_paused());
         let power = match (mode, was) {
             (Mode::DiskOnly | Mode::Off, _) | (_, Power::LostPower) => Power::Off,
             (_, was) => was,
@@ -320,6 +323,7 @@ impl Engine {
             undo_point: true,
             mode,
             power,
+            ending: if stays { Ending::GoOn } else { Ending::StandStill },
         };
         self.capture(cx, &job, old, &[], began)
     }

@@ -16,7 +16,7 @@
 use std::time::Instant;
 
 use pages::{PageStore, Saved, Session};
-use qemu::save::{CopyMode, SaveError, SavedState, run_state, save, settle};
+use qemu::save::{CopyMode, Ending, SaveError, SavedState, run_state, save, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -49,6 +49,8 @@ pub(crate) struct TakeJob<'a> {
     pub(crate) undo_point: bool,
     pub(crate) mode: Mode,
     pub(crate) power: Power,
+    /// What becomes of the guest afterwards.
+    pub(crate) ending: Ending,
 }
 
 /// What the memory part brought.
@@ -86,6 +88,7 @@ impl Engine {
             undo_point: false,
             mode,
             power,
+            ending: Ending::GoOn,
         };
         let subject = format!("{}@{}", row.name, job.name);
         let was_running = power == Power::Running;
@@ -217,7 +220,7 @@ impl Engine {
                 *switched = true;
                 Ok(())
             };
-            save(&running.qmp, mode, sink, &cx.cancel, &mut at_end).map_err(save_error)
+            save(&running.qmp, (mode, job.ending), sink, &cx.cancel, &mut at_end).map_err(save_error)
         })?;
         let memory = store_maps(session, &blocks, &saved.finished.state)?;
         Ok((saved, memory))

@@ -24,6 +24,14 @@ pub(crate) struct ProcessRow {
     pub(crate) boot: String,
 }
 
+impl ProcessRow {
+    /// True if a paused guest stays paused through a migration that fails: QEMU 8.1 and later.
+    pub(crate) fn keeps_paused(&self) -> bool {
+        let mut numbers = self.version.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+        (numbers.next(), numbers.next()) >= (Some(8), Some(1))
+    }
+}
+
 /// A target.
 #[derive(Clone, Debug)]
 pub(crate) struct TargetRow {
