@@ -126,7 +126,8 @@ pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
         let first = cell.split(' ').next().unwrap_or_default();
         cell == "-" || !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
     };
-    let right: Vec<bool> = (0..count).map(|n| column(n).skip(1).all(number)).collect();
+    let numbers = |n: usize| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell != "-");
+    let right: Vec<bool> = (0..count).map(numbers).collect();
     let line = |row: &Vec<String>| {
         let cells = row.iter().zip(&width).zip(&right).map(|((cell, width), right)| {
             if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }

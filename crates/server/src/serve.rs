@@ -34,11 +34,8 @@ pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
         let _ = rustix::process::setsid();
     }
     log::start(file, !options.detached);
-    let result = run(settings, &path);
-    if let Err(problem) = &result {
-        tracing::error!(cause = ?problem.cause, "{}", problem.detail);
-    }
-    result
+    // The caller prints what goes wrong; detached, its stderr is the log.
+    run(settings, &path)
 }
 
 fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
@@ -73,9 +70,12 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
     let mut server = tokio::spawn(server.into_future());
     let result = tokio::select! {
         () = ended => {
-            // From here on new clients find no socket and start the next daemon, which waits for our lock.
-            let _ = std::fs::remove_file(path);
+            // Nothing new starts; whoever follows an operation may see its end.
+            app.operations.close();
             drain(&app).await;
+            // From here on new clients find no socket, and start the next daemon as soon as our lock is gone.
+            let _ = std::fs::remove_file(path);
+            app.stop.send_replace(true);
             match tokio::time::timeout(PATIENCE, &mut server).await {
                 Ok(Ok(result)) => result.map_err(cannot),
                 // A reader that does not go away is left behind.
@@ -102,8 +102,6 @@ fn end(app: &Arc<App>) -> std::io::Result<impl Future<Output = ()> + use<>> {
             _ = int.recv() => tracing::info!("SIGINT"),
             _ = stop.wait_for(|stop| *stop) => tracing::info!("asked to end"),
         }
-        app.operations.close();
-        app.stop.send_replace(true);
     })
 }
 

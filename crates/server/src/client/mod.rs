@@ -168,7 +168,8 @@ impl Client {
     fn silent(&self, error: &reqwest::Error) -> Problem {
         Problem::new(Code::Failed, format!("no answer from the daemon of {}", self.state.display()))
             .because(error)
-            .hint("daemon.log in that folder says why; the next command starts the daemon again")
+            .hint("daemon.log in that folder says why; the next command starts the daemon again, which finishes or rolls \
+                back what was under way")
     }
 }
 

@@ -17,6 +17,12 @@ use crate::{Problem, log, socket};
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often we knock.
 const KNOCK_EVERY: Duration = Duration::from_millis(10);
+/// Exit code of a daemon that found the state folder taken.
+const REFUSED: i32 = 4;
+/// How long we wait for another daemon to let go of the folder; one that ends takes up to ten seconds.
+const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+/// How often we try again meanwhile.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
 /// Lines of the log shown when it does not start.
 const LINES: usize = 8;
 
@@ -28,26 +34,27 @@ pub(super) fn start(state: &Path, executable: &Path) -> Result<Client, Problem> 
         return Ok(client);
     }
     let written = std::fs::metadata(log::path(state)).map_or(0, |metadata| metadata.len());
+    let began = Instant::now();
     let mut child = spawn(state, executable).map_err(|error| cannot(state).because(&error))?;
-    let until = Instant::now() + PATIENCE;
     loop {
         if let Some(client) = Client::existing(state)? {
             return Ok(client);
         }
-        if let Ok(Some(status)) = child.try_wait() {
-            // It may have lost against a daemon that somebody started by hand.
-            if let Some(client) = Client::existing(state)? {
-                return Ok(client);
+        match child.try_wait() {
+            // A daemon that is ending still has the folder, or somebody started one by hand.
+            Ok(Some(status)) if status.code() == Some(REFUSED) && began.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(RETRY_EVERY);
+                child = spawn(state, executable).map_err(|error| cannot(state).because(&error))?;
             }
-            return Err(died(state, status, written));
+            Ok(Some(status)) => return Err(died(state, status, written)),
+            _ if began.elapsed() >= PATIENCE => {
+                return Err(cannot(state).hint(format!(
+                    "process {} is still at it; daemon.log in that folder says what it does",
+                    child.id()
+                )));
+            }
+            _ => std::thread::sleep(KNOCK_EVERY),
         }
-        if Instant::now() >= until {
-            return Err(cannot(state).hint(format!(
-                "process {} is still at it; daemon.log in that folder says what it does",
-                child.id()
-            )));
-        }
-        std::thread::sleep(KNOCK_EVERY);
     }
 }
 
