@@ -1,3 +1,6 @@
 //! What the tests on real guests share.
 
+pub mod disks;
 pub mod guest;
+pub mod harness;
+pub mod walk;

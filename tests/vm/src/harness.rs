@@ -1,0 +1,297 @@
+//! Spinney as a user has it: the executable, a state folder of its own, and what the commands say.
+//!
+//! Everything goes through `spinney --json`. Only two things are done behind its back: the daemon is found and killed, as
+//! a crash would, and at the end nothing that belongs to the state folder is left running.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+use thiserror::Error;
+
+use crate::guest::guest_port_args;
+
+/// How long a command may take. `stop` waits up to a minute by itself.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How often a process is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// A command that did not do what it was asked for.
+#[derive(Debug, Error)]
+#[error("`spinney {command}` ended with {code:?}: {stderr}")]
+pub struct Failed {
+    /// The words behind `spinney --json`.
+    pub command: String,
+    /// Exit code; none if a signal or the time-out ended it.
+    pub code: Option<i32>,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// The words behind `spinney --json`.
+    pub command: String,
+    /// Exit code; none if a signal or the time-out ended it.
+    pub code: Option<i32>,
+    /// The document on stdout; null if there was none.
+    pub document: Value,
+    /// What it wrote to stderr.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The document, if the command did what it was asked for.
+    pub fn done(self) -> Result<Value, Failed> {
+        if self.code == Some(0) {
+            return Ok(self.document);
+        }
+        Err(Failed { command: self.command, code: self.code, stderr: self.stderr })
+    }
+
+    /// The problem document on stderr; null if there was none. Events of long work stand before it.
+    pub fn problem(&self) -> Value {
+        let documents = self.stderr.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        documents.into_iter().find(|value| value["schema"] == "spinney.error/1").unwrap_or_default()
+    }
+}
+
+/// A state folder with its daemon and machines, gone when the value is.
+#[derive(Debug)]
+pub struct Spinney {
+    folder: TempDir,
+    program: PathBuf,
+    variables: Vec<(String, String)>,
+}
+
+impl Spinney {
+    /// A new state folder. Nothing runs until the first command.
+    ///
+    /// # Panics
+    /// There is no executable to test.
+    pub fn new() -> Self {
+        Self::with(&[])
+    }
+
+    /// The same with environment variables, for the daemon too.
+    ///
+    /// # Panics
+    /// There is no executable to test.
+    pub fn with(variables: &[(&str, &str)]) -> Self {
+        // Unix sockets lie in the state folder, and their paths are short.
+        let folder = tempfile::Builder::new().prefix("sp-").tempdir().expect("a temporary folder");
+        let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        Self { folder, program: program(), variables: variables.collect() }
+    }
+
+    /// The state folder.
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    /// A place for files of the test's own.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Adds or changes an environment variable of the commands and daemons to come.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.variables.retain(|(known, _)| known != name);
+        self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Runs `spinney --json WORDS` to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Ended {
+        let words: Vec<_> = words.into_iter().map(|word| word.as_ref().to_owned()).collect();
+        let command = words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        let mut child = self.begin(&words);
+        let deadline = Instant::now() + LIMIT;
+        // Read beside the waiting: a full pipe would stop the command.
+        let stdout = drain(child.stdout.take());
+        let stderr = drain(child.stderr.take());
+        let code = loop {
+            match child.try_wait().expect("the command's end") {
+                Some(status) => break status.code(),
+                None if Instant::now() < deadline => thread::sleep(LOOK_EVERY),
+                None => {
+                    let _ = (child.kill(), child.wait());
+                    break None;
+                }
+            }
+        };
+        let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();
+        let (stdout, stderr) = (text(stdout), text(stderr));
+        Ended { command, code, document: serde_json::from_str(&stdout).unwrap_or_default(), stderr }
+    }
+
+    /// Runs a command that must succeed; words are split at spaces.
+    pub fn ok(&self, words: &str) -> Result<Value, Failed> {
+        self.run(words.split(' ')).done()
+    }
+
+    /// Starts a command and leaves it to itself.
+    pub fn begin<S: AsRef<OsStr>>(&self, words: &[S]) -> Child {
+        Command::new(&self.program)
+            .arg("--json")
+            .args(words)
+            .env("SPINNEY_STATE", self.state())
+            .env("SPINNEY_ACCEL", "tcg")
+            .env_remove("SPINNEY_FAULT")
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("spinney")
+    }
+
+    /// Creates a machine that is the test guest, off. `mib` is its memory.
+    pub fn create_guest(&self, name: &str, mib: u64) -> Result<Value, Failed> {
+        let guest = cache().join("guest");
+        let file = |name: &str| guest.join(name).display().to_string();
+        let append =
+            fs::read_to_string(guest.join("cmdline")).expect("the test guest (`make guest` makes it)");
+        let mut words = ["create", name, "--network", "none", "--memory"].map(str::to_owned).to_vec();
+        words.push(format!("{mib}M"));
+        let files = [("--kernel", "vmlinuz"), ("--initrd", "initrd.img"), ("--disk", "data.img")];
+        words.extend(files.iter().flat_map(|(option, name)| [(*option).to_owned(), file(name)]));
+        words.extend(["--append".to_owned(), append.trim().to_owned()]);
+        // In the run folder, so that the QEMU that a goto starts beside the old one has a socket of its own.
+        let port = guest_port_args(Path::new("{run}/test"));
+        words.extend(port.into_iter().map(|word| format!("--qemu-arg={word}")));
+        self.run(words).done()
+    }
+
+    /// The socket of the test guest's port, if the machine has a process.
+    pub fn port(&self, name: &str) -> Result<Option<PathBuf>, Failed> {
+        let machine = self.ok(&format!("show {name}"))?;
+        let console = machine["console"].as_str().map(Path::new);
+        Ok(console.and_then(|path| Some(path.parent()?.join("test"))))
+    }
+
+    /// The daemon's process id, if it runs.
+    pub fn daemon(&self) -> Option<u32> {
+        self.processes().into_iter().find(|(_, words)| words.iter().any(|w| w == "serve")).map(|(pid, _)| pid)
+    }
+
+    /// Kills the daemon as a crash would, and waits until it is gone. False if none ran.
+    pub fn kill_daemon(&self) -> bool {
+        let Some(pid) = self.daemon() else { return false };
+        kill(pid);
+        true
+    }
+
+    /// Paths of the disk layers in the state folder.
+    pub fn layers(&self) -> Vec<PathBuf> {
+        let groups = fs::read_dir(self.state().join("groups")).into_iter().flatten().flatten();
+        let mut files: Vec<PathBuf> = groups
+            .flat_map(|group| fs::read_dir(group.path().join("layers")).into_iter().flatten().flatten())
+            .map(|entry| entry.path())
+            .collect();
+        files.sort();
+        files
+    }
+
+    /// The last lines of the daemon's log, for messages of failed tests.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.state().join("daemon.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines.iter().skip(lines.len().saturating_sub(15)).copied().collect::<Vec<_>>().join("\n")
+    }
+
+    /// Every process whose command line names our state folder, which nobody else knows.
+    fn processes(&self) -> Vec<(u32, Vec<String>)> {
+        let state = self.state().display().to_string();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let pid = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok());
+            let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else { continue };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            if line.contains(&state) {
+                found.push((pid, line.split('\0').map(str::to_owned).collect()));
+            }
+        }
+        found
+    }
+}
+
+impl Default for Spinney {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Spinney {
+    fn drop(&mut self) {
+        // The daemon first: it would start others. Twice, should one have been between two processes.
+        self.kill_daemon();
+        for _ in 0..2 {
+            for (pid, _) in self.processes() {
+                kill(pid);
+            }
+        }
+        if thread::panicking() {
+            eprintln!("the end of daemon.log:\n{}", self.log());
+        }
+    }
+}
+
+/// Runs a tool of the host; its output, whatever it ended with.
+pub fn tool<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Output {
+    let output = Command::new(program).args(words).stdin(Stdio::null()).output();
+    output.unwrap_or_else(|error| panic!("{program} (`make setup` installs it): {error}"))
+}
+
+/// Folder with what `make guest` and `make old-qemu` made.
+pub fn cache() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    std::env::var_os("SPINNEY_CACHE").map_or_else(|| root.join(".cache"), PathBuf::from)
+}
+
+/// Kills a process of ours and waits until it is gone.
+pub fn kill(pid: u32) {
+    let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
+    if kill_process(id, Signal::KILL).is_err() {
+        return;
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // A zombie whose parent has not looked yet is gone enough: it has no command line any more.
+    let alive = || fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+    while alive() && Instant::now() < deadline {
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+fn drain(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What came until it broke is what there is.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// The executable under test: `SPINNEY_BIN`, or what cargo built beside this test.
+fn program() -> PathBuf {
+    let named = std::env::var_os("SPINNEY_BIN").map(PathBuf::from);
+    let beside = || Some(std::env::current_exe().ok()?.parent()?.parent()?.join("spinney"));
+    let path = named.or_else(beside).unwrap_or_default();
+    assert!(
+        path.is_file(),
+        "there is no executable to test at {}: `make test` builds it (cargo build -p spinney --features faults), or name \
+         one with SPINNEY_BIN",
+        path.display()
+    );
+    path
+}

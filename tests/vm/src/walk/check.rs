@@ -1,0 +1,143 @@
+//! The checks after every step: does the guest say what it said, is the tree what it should be?
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::model::{Life, Power, Range};
+use super::{NAME, Violation, Walk};
+use crate::guest::Guest;
+
+/// Undo points that a target keeps.
+const UNDO_POINTS: usize = 5;
+
+impl Walk {
+    /// All checks.
+    pub fn check(&mut self) -> Result<(), Violation> {
+        self.check_tree()?;
+        match self.model.here.power {
+            Power::Off => Ok(()),
+            Power::Running => self.check_guest(),
+            Power::Paused => {
+                self.spinney.ok(&format!("resume {NAME}"))?;
+                self.check_guest()?;
+                self.spinney.ok(&format!("pause {NAME}")).map(drop)?;
+                Ok(())
+            }
+        }
+    }
+
+    /// A connection to the guest, which may still be booting.
+    pub(super) fn guest(&self) -> Result<Guest, Violation> {
+        let port = self.spinney.port(NAME)?;
+        let port = port.ok_or_else(|| Violation::Wrong("the machine should have a process".to_owned()))?;
+        let mut guest = Guest::connect(&port, self.patience)?;
+        guest.set_timeout(self.patience);
+        Ok(guest)
+    }
+
+    /// Compares a guest that runs with the model, and takes over what time has changed.
+    pub(super) fn check_guest(&mut self) -> Result<(), Violation> {
+        let mut guest = self.guest()?;
+        let wrong = |text: String| Err(Violation::Wrong(text));
+        let nonce = guest.nonce()?;
+        let since = Instant::now();
+        let (counter, log, writer, hash) =
+            (guest.counter()?, guest.log_check()?, guest.writer_check()?, guest.hash()?);
+        let expected = self.model.now();
+        if !log.ok {
+            return wrong(format!("memory and disk are of two instants: {log:?}"));
+        }
+        if !expected.log.allows(log.mem) {
+            return wrong(format!("the log has {} entries, not {:?}", log.mem, expected.log));
+        }
+        if writer.bad > 0 {
+            return wrong(format!("the writer's pages are of two instants: {writer:?}"));
+        }
+        let (writing, log_rate) = match &expected.life {
+            None if !self.model.nonces.insert(nonce.clone()) => {
+                return wrong(format!("a guest that booted has the nonce of another life: {nonce}"));
+            }
+            None => (false, 0),
+            Some(life) if life.nonce != nonce => {
+                return wrong(format!("another guest: its nonce is {nonce}, not {}", life.nonce));
+            }
+            Some(life) if life.hash != hash => {
+                return wrong(format!("memory is not what it was: hash {hash:016x}, not {:016x}", life.hash));
+            }
+            Some(life) if !life.counter.allows(counter) => {
+                return wrong(format!("the counter is {counter}, not in {:?}", life.counter));
+            }
+            Some(life) if writer.steps < life.steps || !life.writing && writer.steps != life.steps => {
+                return wrong(format!("the writer has done {} steps, not {}", writer.steps, life.steps));
+            }
+            Some(life) => (life.writing, life.log_rate),
+        };
+        let counter = Range::exactly(counter);
+        self.model.here.life = Some(Life { nonce, hash, counter, steps: writer.steps, writing, log_rate });
+        self.model.here.log = Range::exactly(log.mem);
+        self.model.since = since;
+        Ok(())
+    }
+
+    /// Compares the tree with the model. Undo points that are one too many go by themselves.
+    pub(super) fn check_tree(&mut self) -> Result<(), Violation> {
+        let tree = self.spinney.ok(&format!("tree {NAME}"))?;
+        let wrong = |text: String| Err(Violation::Wrong(text));
+        let list = tree["snapshots"].as_array().cloned().unwrap_or_default();
+        let has = |id: &str| list.iter().any(|s| s["id"] == id);
+        for index in self.model.named(true) {
+            let node = &self.model.nodes[index];
+            let newer = self.model.named(true).into_iter().filter(|&i| i > index);
+            let newer_points = newer.filter(|&i| self.model.nodes[i].undo_point).count();
+            if has(&node.id) {
+                continue;
+            }
+            if !node.undo_point || newer_points < UNDO_POINTS {
+                return wrong(format!("the tree lacks {}", node.name));
+            }
+            self.model.nodes[index].removed = true;
+        }
+        let named = self.model.named(true);
+        if named.len() != list.len() {
+            let names: Vec<_> = list.iter().map(|s| s["name"].to_string()).collect();
+            return wrong(format!("the tree has {} snapshots, not {}: {names:?}", list.len(), named.len()));
+        }
+        let id = |index: Option<usize>| index.map_or(Value::Null, |i| self.model.nodes[i].id.as_str().into());
+        for index in named {
+            let node = &self.model.nodes[index];
+            let Some(found) = list.iter().find(|s| s["id"] == node.id.as_str()) else { continue };
+            let parent = id(self.model.visible(node.parent));
+            let power = node.moment.power.word();
+            if found["name"] != node.name.as_str() || found["parent"] != parent || found["power"] != power {
+                return wrong(format!(
+                    "{} should have the parent {parent} and be {power}: {found}",
+                    node.name
+                ));
+            }
+        }
+        let here = id(self.model.visible(self.model.parent));
+        if tree["here"] != here {
+            return wrong(format!("here comes from {}, not from {here}", tree["here"]));
+        }
+        let power = &tree["machine"]["power"];
+        if power != self.model.here.power.word() {
+            return wrong(format!("the machine is {power}, not {}", self.model.here.power.word()));
+        }
+        Ok(())
+    }
+
+    /// Whether the guest's counter moves within `limit`.
+    pub fn ticks_within(&self, limit: Duration) -> Result<(), Violation> {
+        let deadline = Instant::now() + limit;
+        let mut guest = self.guest()?;
+        guest.set_timeout(limit);
+        let first = guest.counter()?;
+        while Instant::now() < deadline {
+            if guest.counter()? > first {
+                return Ok(());
+            }
+        }
+        Err(Violation::Wrong(format!("the guest's counter stands still at {first}")))
+    }
+}

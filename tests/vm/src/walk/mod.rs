@@ -1,0 +1,215 @@
+//! A seeded random walk over one machine's tree, with a model beside it that says what must come back.
+//!
+//! The steps come from a deck of cards: shuffled by the seed, so that every kind of step happens in every order sooner or
+//! later, and each at least once in a deck. After every step the guest is asked for everything that can be checked
+//! ([`Walk::check`]). A walk ends at the first [`Violation`].
+
+mod check;
+mod model;
+mod random;
+mod steps;
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::disks::wrong_layers;
+use crate::guest::GuestError;
+use crate::harness::{Failed, Spinney};
+
+pub use model::{Inverse, Life, Model, Moment, Node, Power, Range};
+pub use random::Random;
+
+/// Name of the machine.
+pub const NAME: &str = "web";
+
+/// Something that must not be.
+#[derive(Debug, Error)]
+pub enum Violation {
+    /// A command failed that should work.
+    #[error(transparent)]
+    Command(#[from] Failed),
+    /// The guest does not answer as a whole guest does.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A check found something.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+/// A kind of step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Card {
+    /// `take --mode stop-copy` of a running guest.
+    TakeStopCopy,
+    /// `take --mode pre-copy` of a running guest.
+    TakePreCopy,
+    /// `take` of a paused guest.
+    TakePaused,
+    /// `take` of a machine that is off.
+    TakeOff,
+    /// `take --disk-only` of a running guest.
+    TakeDiskOnly,
+    /// `goto` with these words behind the address.
+    Goto(&'static str),
+    /// `back`.
+    Back,
+    /// `goto`, something done there, `take`.
+    Branch,
+    /// `rm` of a snapshot.
+    Rm,
+    /// `gc --now`.
+    Gc,
+    /// `undo`.
+    Undo,
+    /// The daemon is killed; the next command starts it.
+    KillDaemon,
+    /// The power is cut.
+    Cut,
+    /// Entries are added to the log on the disk.
+    LogStep,
+    /// The log goes on by itself, or no longer.
+    LogRate,
+    /// Pages of the filled memory change.
+    Mutate,
+    /// Memory is filled anew.
+    Fill,
+    /// Pages are dirtied all the time, or no longer.
+    Writer,
+}
+
+/// A deck.
+const DECK: &[Card] = &[
+    Card::TakeStopCopy,
+    Card::TakeStopCopy,
+    Card::TakePreCopy,
+    Card::TakePreCopy,
+    Card::TakePreCopy,
+    Card::TakePaused,
+    Card::TakePaused,
+    Card::TakeOff,
+    Card::TakeDiskOnly,
+    Card::Goto(""),
+    Card::Goto(""),
+    Card::Goto(""),
+    Card::Goto(" --discard --yes"),
+    Card::Goto(" --paused"),
+    Card::Goto(" --off"),
+    Card::Goto(" --running"),
+    Card::Back,
+    Card::Branch,
+    Card::Branch,
+    Card::Rm,
+    Card::Rm,
+    Card::Gc,
+    Card::Undo,
+    Card::Undo,
+    Card::Undo,
+    Card::KillDaemon,
+    Card::KillDaemon,
+    Card::Cut,
+    Card::LogStep,
+    Card::LogRate,
+    Card::Mutate,
+    Card::Fill,
+    Card::Writer,
+    Card::Writer,
+];
+
+/// One walk.
+#[derive(Debug)]
+pub struct Walk {
+    /// Where the machine lives.
+    pub spinney: Spinney,
+    /// What must be.
+    pub model: Model,
+    /// What was done, for whoever reads the failure.
+    pub history: Vec<String>,
+    random: Random,
+    /// How long the guest may take to answer.
+    patience: Duration,
+    /// MiB that `fill` fills.
+    fill: u64,
+    /// The last number given to a snapshot.
+    number: u64,
+}
+
+impl Walk {
+    /// A machine of 256 MiB, created and booted, with `fill` MiB filled.
+    pub fn begin(spinney: Spinney, seed: u64, fill: u64) -> Result<Self, Violation> {
+        spinney.create_guest(NAME, 256)?;
+        let mut walk = Self {
+            spinney,
+            model: Model::new(0),
+            history: Vec::new(),
+            random: Random::new(seed),
+            patience: Duration::from_secs(30),
+            fill,
+            number: 0,
+        };
+        walk.need(Power::Running)?;
+        walk.play(Card::Fill)?;
+        Ok(walk)
+    }
+
+    /// Sets how long the guest may take to answer, in place of 30 s.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// Plays `steps` cards from shuffled decks, with the checks after each.
+    pub fn wander(&mut self, steps: usize) -> Result<(), Violation> {
+        let mut deck = Vec::new();
+        for _ in 0..steps {
+            if deck.is_empty() {
+                deck = DECK.to_vec();
+                self.random.shuffle(&mut deck);
+            }
+            if let Some(card) = deck.pop() {
+                self.play(card)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Plays one card, with the checks after it.
+    pub fn play(&mut self, card: Card) -> Result<(), Violation> {
+        let begun = std::time::Instant::now();
+        self.history.push(format!("{card:?}"));
+        self.step(card)?;
+        let stepped = begun.elapsed();
+        self.check()?;
+        let power = self.model.here.power.word();
+        let said = format!(
+            " {power} {:.1} + {:.1} s",
+            stepped.as_secs_f64(),
+            (begun.elapsed() - stepped).as_secs_f64()
+        );
+        if let Some(last) = self.history.last_mut() {
+            last.push_str(&said);
+        }
+        Ok(())
+    }
+
+    /// The last checks: everything stored is whole, and nothing is left when the machine is removed.
+    pub fn end(&mut self) -> Result<(), Violation> {
+        self.history.push("the end".to_owned());
+        self.need(Power::Off)?;
+        self.check()?;
+        let wrong = wrong_layers(&self.spinney.layers(), self.spinney.folder());
+        if !wrong.is_empty() {
+            return Err(Violation::Wrong(wrong.join("\n")));
+        }
+        let fsck = self.spinney.ok("fsck")?;
+        if fsck["damage"].as_array().is_none_or(|damage| !damage.is_empty()) {
+            return Err(Violation::Wrong(format!("fsck found {}", fsck["damage"])));
+        }
+        self.spinney.ok(&format!("rm {NAME} --yes"))?;
+        self.spinney.ok("gc --now")?;
+        let left = self.spinney.layers();
+        if !left.is_empty() {
+            return Err(Violation::Wrong(format!("gc left {left:?} of a machine that was removed")));
+        }
+        Ok(())
+    }
+}

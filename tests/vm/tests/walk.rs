@@ -1,0 +1,82 @@
+//! A random walk over a machine's tree finds nothing; the same checks find planted faults.
+//!
+//! `SPINNEY_WALK_SEED` repeats a walk, `SPINNEY_WALK_STEPS` makes it longer.
+
+use std::time::{Duration, SystemTime};
+
+use vm_tests::harness::Spinney;
+use vm_tests::walk::{Card, Violation, Walk};
+
+/// Cards played: one deck and a little more.
+const STEPS: usize = 38;
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
+}
+
+#[test]
+fn a_random_walk_finds_every_state_as_it_was() {
+    let now = || SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+    let seed = number("SPINNEY_WALK_SEED").unwrap_or_else(now);
+    let steps = number("SPINNEY_WALK_STEPS").map_or(STEPS, |steps| steps as usize);
+    println!("SPINNEY_WALK_SEED={seed} SPINNEY_WALK_STEPS={steps}");
+    let mut walk = Walk::begin(Spinney::new(), seed, 48).expect("a machine");
+    let result = walk.wander(steps).and_then(|()| walk.end());
+    println!("{}", walk.history.join("\n"));
+    if let Err(violation) = result {
+        panic!("seed {seed}, step {}: {violation}", walk.history.len());
+    }
+}
+
+/// A fixed walk: two snapshots with much between them, then to the first.
+fn short_walk(fault: &str) -> Result<(), Violation> {
+    let spinney = if fault.is_empty() { Spinney::new() } else { Spinney::with(&[("SPINNEY_FAULT", fault)]) };
+    // Much memory is filled, so that a page that is lost is one that is looked at.
+    let mut walk = Walk::begin(spinney, 7, 128)?;
+    walk.set_patience(Duration::from_secs(15));
+    let cards = [
+        Card::LogStep,
+        Card::TakeStopCopy,
+        Card::LogStep,
+        Card::Writer,
+        Card::Mutate,
+        Card::TakeStopCopy,
+        Card::LogStep,
+        Card::Back,
+        Card::Goto(""),
+        Card::LogStep,
+        Card::Goto(""),
+    ];
+    let result = cards.into_iter().try_for_each(|card| walk.play(card)).and_then(|()| walk.end());
+    println!("{fault}: {}", walk.history.join(", "));
+    result
+}
+
+#[test]
+fn the_short_walk_is_whole_without_a_fault() {
+    short_walk("").unwrap();
+}
+
+/// Runs the short walk with a fault and returns what was found.
+fn found(fault: &str) -> String {
+    let violation = short_walk(fault).expect_err("the checks do not see the fault").to_string();
+    println!("{fault}: {violation}");
+    violation
+}
+
+#[test]
+fn disks_that_are_not_switched_are_found() {
+    let violation = found("switch-no-disk");
+    assert!(violation.contains("two instants"), "{violation}");
+}
+
+#[test]
+fn a_page_that_is_lost_is_found() {
+    found("skip-page");
+}
+
+#[test]
+fn the_device_state_of_another_snapshot_is_found() {
+    found("other-device-state");
+}
