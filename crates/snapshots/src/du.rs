@@ -194,7 +194,7 @@ impl Engine {
         };
         let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
-        let dead = self.store.plan_gc(&all_roots)?.dead_bytes;
+        let dead = self.store.plan_gc(&all_roots)?.freed_bytes;
         let without = if dropped.is_empty() {
             None
         } else {

@@ -79,7 +79,10 @@ impl Engine {
             Power::Running | Power::Paused => " and everything in its memory",
             Power::Off | Power::LostPower => "",
         };
-        Ok(Some(format!("what {target} wrote to its disks since its last snapshot ({bytes} bytes){memory}")))
+        Ok(Some(format!(
+            "what {target} wrote to its disks since its last snapshot ({} KiB){memory}",
+            bytes.div_ceil(1024)
+        )))
     }
 
     /// Bytes in the layers that here writes to.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,13 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     let counter = Counter::start();
+    // A machine may have no port for us, and be switched off all the same.
+    let serving: Arc<OnceLock<Arc<Mutex<State>>>> = Arc::default();
+    let pressed = Arc::clone(&serving);
+    machine::watch_power_button(move || match pressed.get() {
+        Some(state) => state.lock().unwrap_or_else(PoisonError::into_inner).power_off(),
+        None => machine::power_off(),
+    });
     let (requests, replies) = port::open();
     let state = Arc::new(Mutex::new(State {
         nonce,
@@ -61,8 +68,7 @@ pub(crate) fn run() -> ExitCode {
         stamps: None,
         replies: replies.clone(),
     }));
-    let pressed = Arc::clone(&state);
-    machine::watch_power_button(move || pressed.lock().unwrap_or_else(PoisonError::into_inner).power_off());
+    serving.get_or_init(|| Arc::clone(&state));
     println!("workload: ready");
     requests.each(|line| {
         let mut words: Words<'_> = line.split_ascii_whitespace().collect();

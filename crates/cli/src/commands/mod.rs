@@ -110,6 +110,7 @@ pub(crate) enum Command {
     Config(config::Args),
     Serve(serve::Args),
     Completion(completion::Args),
+    Demo(demo::Args),
     #[command(hide = true)]
     Man(man::Args),
 }
@@ -143,6 +144,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Config(args) => config::run(session, &args),
         Command::Serve(args) => serve::run(session, args),
         Command::Completion(args) => completion::run(session, &args),
+        Command::Demo(args) => demo::run(session, &args),
         Command::Man(args) => man::run(session, &args),
     }
 }
