@@ -1,4 +1,5 @@
-//! A target's tree, drawn with box characters; "here" is a child like any other.
+//! A target's tree, drawn like a graph of commits: what stands under another in one column comes from it, and only a branch
+//! moves to the right. So a line of two hundred snapshots is as narrow as one of two. "Here" is a child like any other.
 
 use std::collections::{HashMap, HashSet};
 
@@ -58,16 +59,18 @@ struct Drawing<'a> {
 impl<'a> Drawing<'a> {
     fn descend(&mut self, parent: Option<&'a str>, prefix: &str) {
         // A tree may be a hundred thousand snapshots deep; the stack of this program is not.
-        let mut stack =
-            vec![(self.children.remove(&parent).unwrap_or_default().into_iter(), prefix.to_owned())];
+        let mut stack = vec![(self.children_of(parent), prefix.to_owned())];
         while let Some((siblings, prefix)) = stack.last_mut() {
-            let Some(child) = siblings.next() else {
+            let Some((child, only)) = siblings.next() else {
                 stack.pop();
                 continue;
             };
-            let last = siblings.len() == 0;
-            let label = format!("{prefix}{}", if last { "└─ " } else { "├─ " });
-            let below = format!("{prefix}{}", if last { "   " } else { "│  " });
+            let (branch, below) = match (only, siblings.len() == 0) {
+                (true, _) => ("", ""),
+                (false, true) => ("└─", "  "),
+                (false, false) => ("├─", "│ "),
+            };
+            let (label, below) = (format!("{prefix}{branch}"), format!("{prefix}{below}"));
             match child {
                 Child::Here => {
                     let label = format!("{label}● You are here ({})", power(self.tree.machine.power));
@@ -77,12 +80,19 @@ impl<'a> Drawing<'a> {
                     if !self.seen.insert(&snapshot.id) {
                         continue;
                     }
-                    self.lines.push(Line { label: label + &snapshot.name, cells: self.cells(snapshot) });
-                    let children = self.children.remove(&Some(snapshot.id.as_str())).unwrap_or_default();
-                    stack.push((children.into_iter(), below));
+                    let label = format!("{label}○ {}", snapshot.name);
+                    self.lines.push(Line { label, cells: self.cells(snapshot) });
+                    stack.push((self.children_of(Some(&snapshot.id)), below));
                 }
             }
         }
+    }
+
+    /// What hangs below a snapshot, each with whether it is the only one.
+    fn children_of(&mut self, parent: Option<&'a str>) -> std::vec::IntoIter<(Child<'a>, bool)> {
+        let children = self.children.remove(&parent).unwrap_or_default();
+        let only = children.len() == 1;
+        children.into_iter().map(|child| (child, only)).collect::<Vec<_>>().into_iter()
     }
 
     fn cells(&self, s: &Snapshot) -> Vec<String> {
