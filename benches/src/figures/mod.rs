@@ -1,0 +1,31 @@
+//! The figures, a file for each question.
+
+mod daemon;
+mod goto;
+mod pauses;
+mod second_take;
+mod stop_copy;
+mod tree;
+
+use crate::error::Result;
+use crate::report::Figure;
+use crate::settings::Bench;
+
+/// Measures the figures of one question.
+type Measure = fn(&Bench) -> Result<Vec<Figure>>;
+
+/// All questions in the order in which they are asked. What the daemon needs is known last.
+pub(crate) const ALL: [(&str, Measure); 7] = [
+    ("stop-copy of a mix against QEMU's own", stop_copy::mix),
+    ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
+    ("what a second take adds", second_take::measure),
+    ("pauses", pauses::measure),
+    ("going to a snapshot", goto::measure),
+    ("a tree of a thousand", tree::measure),
+    ("the daemon's memory", daemon::measure),
+];
+
+/// Milliseconds.
+fn ms(duration: std::time::Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

@@ -1,0 +1,143 @@
+//! A machine with the test guest, driven through `spinney` and the guest's port.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use qemu::qmp::Qmp;
+use serde_json::Value;
+use vm_tests::guest::{Guest, Mix, guest_port_args};
+
+use crate::error::{Error, Result};
+use crate::spinney::{Done, Spinney};
+
+/// How long a guest may take to boot or to answer: an emulated one on two busy cores is slow.
+pub(crate) const SOON: Duration = Duration::from_secs(120);
+/// Guest memory of the figures about memory.
+pub(crate) const LARGE_MIB: u64 = 1024;
+/// How much of it is filled: 600 MB.
+pub(crate) const FILLED_MIB: u64 = 572;
+
+/// The mix of the figures: 40 % unique, 20 % there eight times, 40 % copies of blocks of the guest's disk.
+pub(crate) fn mixed(seed: u64) -> Mix {
+    Mix { unique: 40, dup: 20, disk: 40, zero: 0, seed }
+}
+
+/// Nothing that could be shared.
+pub(crate) fn unique(seed: u64) -> Mix {
+    Mix { unique: 100, dup: 0, disk: 0, zero: 0, seed }
+}
+
+/// A machine that runs.
+pub(crate) struct Machine<'a> {
+    /// Where it lives.
+    pub(crate) spinney: &'a Spinney<'a>,
+    /// Its guest.
+    pub(crate) guest: Guest,
+    name: &'static str,
+}
+
+impl<'a> Machine<'a> {
+    /// Makes and boots a machine with `mib` MiB of memory, and waits for its guest.
+    pub(crate) fn boot(spinney: &'a Spinney<'a>, mib: u64) -> Result<Self> {
+        let name = "vm";
+        let memory = format!("{mib}M");
+        let guest = &spinney.bench.guest;
+        let file = |file: &str| guest.join(file).display().to_string();
+        let (disk, kernel, initrd) = (file("data.img"), file("vmlinuz"), file("initrd.img"));
+        let append = spinney.bench.cmdline()?;
+        let mut args = vec!["create", name, "--memory", &memory, "--network", "none", "--disk", &disk];
+        args.extend(["--kernel", &kernel, "--initrd", &initrd, "--append", &append]);
+        let port = guest_port_args("{run}/port".as_ref());
+        let port: Vec<String> = port.iter().map(|word| format!("--qemu-arg={word}")).collect();
+        args.extend(port.iter().map(String::as_str));
+        spinney.run(&args)?;
+        spinney.run(&["start", name])?;
+        let run = run_folder(spinney, name)?;
+        let guest = Guest::connect(&run.join("port"), SOON)?;
+        Ok(Self { spinney, guest, name })
+    }
+
+    /// Fills memory; it is at rest afterwards.
+    pub(crate) fn fill(&mut self, mib: u64, mix: Mix) -> Result<()> {
+        self.guest.set_timeout(SOON);
+        self.guest.fill(mib, mix)?;
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(())
+    }
+
+    /// The folder of its QEMU's sockets.
+    pub(crate) fn run_folder(&self) -> Result<PathBuf> {
+        run_folder(self.spinney, self.name)
+    }
+
+    /// The monitor of its QEMU that the daemon does not use.
+    pub(crate) fn second_monitor(&self) -> Result<Qmp> {
+        Ok(Qmp::connect(&self.run_folder()?.join("oob"), false, Duration::from_secs(5))?)
+    }
+
+    /// Takes a snapshot in a mode, or in the default one.
+    pub(crate) fn take(&self, mode: Option<&str>) -> Result<Done> {
+        match mode {
+            Some(mode) => self.spinney.run(&["take", self.name, "--mode", mode]),
+            None => self.spinney.run(&["take", self.name]),
+        }
+    }
+
+    /// Takes a snapshot with a name.
+    pub(crate) fn take_named(&self, snapshot: &str) -> Result<Done> {
+        self.spinney.run(&["take", self.name, snapshot])
+    }
+
+    /// Goes to a snapshot, keeping an undo point or not, and connects to the guest again.
+    pub(crate) fn goto(&mut self, snapshot: &str, discard: bool) -> Result<Done> {
+        let address = format!("{}@{snapshot}", self.name);
+        let mut args = vec!["goto", &address];
+        if discard {
+            args.extend(["--discard", "--yes"]);
+        }
+        let done = self.spinney.run(&args)?;
+        self.guest = Guest::connect(&self.run_folder()?.join("port"), SOON)?;
+        Ok(done)
+    }
+
+    /// Goes to a snapshot without an undo point; how long the new guest took to answer once its CPUs ran.
+    pub(crate) fn goto_watched(&mut self, snapshot: &str) -> Result<(Done, Duration)> {
+        let before = self.spinney.run_folders();
+        let address = format!("{}@{snapshot}", self.name);
+        let spinney = self.spinney;
+        std::thread::scope(|scope| {
+            let watch = scope.spawn(|| answer_after_resume(spinney, &before));
+            let done = spinney.run(&["goto", &address, "--discard", "--yes"]);
+            let answered = watch.join().map_err(|_| Error::Lacks("watcher of the new guest"))?;
+            let (done, (guest, took)) = (done?, answered?);
+            self.guest = guest;
+            Ok((done, took))
+        })
+    }
+}
+
+/// Waits for a new run folder, for its guest's CPUs to run, and for the guest's first answer.
+fn answer_after_resume(spinney: &Spinney<'_>, before: &[PathBuf]) -> Result<(Guest, Duration)> {
+    let deadline = Instant::now() + SOON;
+    let new = loop {
+        let folders = spinney.run_folders();
+        if let Some(new) = folders.into_iter().find(|run| !before.contains(run) && run.join("oob").exists()) {
+            break new;
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Lacks("new process"));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let monitor = Qmp::connect(&new.join("oob"), false, Duration::from_secs(5))?;
+    monitor.wait_event(0, SOON, |event| event.name == "RESUME")?;
+    let resumed = Instant::now();
+    let guest = Guest::connect(&new.join("port"), SOON)?;
+    Ok((guest, resumed.elapsed()))
+}
+
+fn run_folder(spinney: &Spinney<'_>, name: &str) -> Result<PathBuf> {
+    let shown = spinney.run(&["show", name])?;
+    let console = shown.document.get("console").and_then(Value::as_str).ok_or(Error::Lacks("console"))?;
+    PathBuf::from(console).parent().map(ToOwned::to_owned).ok_or(Error::Lacks("run folder"))
+}

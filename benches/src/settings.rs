@@ -1,0 +1,90 @@
+//! What the run works with: executables, the test guest, folders, and how much of it is wanted.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use qemu::accel::{self, Accel};
+use qemu::binary::Qemu;
+
+use crate::error::{Error, Result, system};
+use crate::memory_watch::Peaks;
+
+/// Everything that figures share.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    /// `spinney`.
+    pub(crate) spinney: PathBuf,
+    /// The QEMU that it uses.
+    pub(crate) qemu: Qemu,
+    /// Its accelerator, for a QEMU of our own.
+    pub(crate) accel: Accel,
+    /// The folder with the test guest's kernel, initramfs, disk and command line.
+    pub(crate) guest: PathBuf,
+    /// A folder on a disk, for state folders.
+    pub(crate) disk: PathBuf,
+    /// A folder in memory, if there is one.
+    pub(crate) tmpfs: Option<PathBuf>,
+    /// A short run for development: fewer runs, a smaller tree, no results written.
+    pub(crate) quick: bool,
+    /// Memory of every daemon that ran.
+    pub(crate) peaks: Arc<Peaks>,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Bench {
+    /// From the environment: `SPINNEY_BIN`, `SPINNEY_QEMU`, `SPINNEY_ACCEL`, `SPINNEY_CACHE`, `SPINNEY_BENCH_DIR` (state folders;
+    /// a disk, and a short path), `SPINNEY_BENCH_QUICK=1`.
+    pub(crate) fn from_environment() -> Result<Self> {
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let path = |name: &str, otherwise: PathBuf| variable(name).map_or(otherwise, PathBuf::from);
+        let spinney = path("SPINNEY_BIN", root.join("target/release/spinney"));
+        let spinney = spinney.canonicalize().map_err(system("find the executable", &spinney))?;
+        let guest = path("SPINNEY_CACHE", root.join(".cache")).join("guest");
+        let guest = guest.canonicalize().map_err(system("find the test guest (`make guest`)", &guest))?;
+        let qemu = Qemu::find(variable("SPINNEY_QEMU").map(PathBuf::from).as_deref())?;
+        let word = variable("SPINNEY_ACCEL").and_then(|word| Accel::parse(&word.to_string_lossy()));
+        let accel = word.unwrap_or_else(|| accel::probe(&qemu).0);
+        let tmpfs = PathBuf::from("/dev/shm");
+        let interrupted = Arc::new(AtomicBool::new(false));
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register(signal, Arc::clone(&interrupted))
+                .map_err(system("listen to signals in", Path::new(".")))?;
+        }
+        Ok(Self {
+            spinney,
+            qemu,
+            accel,
+            guest,
+            disk: path("SPINNEY_BENCH_DIR", "/var/tmp".into()),
+            tmpfs: tmpfs.is_dir().then_some(tmpfs),
+            quick: variable("SPINNEY_BENCH_QUICK").is_some_and(|value| value != "0"),
+            peaks: Arc::default(),
+            interrupted,
+        })
+    }
+
+    /// `full` runs, or `quick` of them in a short run.
+    pub(crate) fn count(&self, full: u64, quick: u64) -> u64 {
+        if self.quick { quick } else { full }
+    }
+
+    /// The test guest's kernel command line.
+    pub(crate) fn cmdline(&self) -> Result<String> {
+        let path = self.guest.join("cmdline");
+        let text = std::fs::read_to_string(&path).map_err(system("read", &path))?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// Bytes of the test guest's disk.
+    pub(crate) fn disk_bytes(&self) -> Result<u64> {
+        let path = self.guest.join("data.img");
+        Ok(std::fs::metadata(&path).map_err(system("read", &path))?.len())
+    }
+
+    /// Fails once the run was told to end; what unwinds ends its machines.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+}

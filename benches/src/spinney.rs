@@ -1,0 +1,149 @@
+//! Spinney as its users have it: the executable, with a daemon and a state folder of its own.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::error::{Error, Result, system};
+use crate::memory_watch::MemoryWatch;
+use crate::settings::Bench;
+
+/// How long the daemon may take to listen.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a command printed, and how long it took from its start to its end as its caller saw it.
+#[derive(Debug)]
+pub(crate) struct Done {
+    /// The document of `--json`.
+    pub(crate) document: Value,
+    /// From before the process was started to its end.
+    pub(crate) wall: Duration,
+}
+
+impl Done {
+    /// A number of the document.
+    pub(crate) fn number(&self, key: &'static str) -> Result<f64> {
+        self.document.get(key).and_then(Value::as_f64).ok_or(Error::Lacks(key))
+    }
+}
+
+/// A state folder with its daemon. Dropped, machines and daemon are ended and the folder is removed.
+#[derive(Debug)]
+pub(crate) struct Spinney<'a> {
+    /// What the run works with.
+    pub(crate) bench: &'a Bench,
+    folder: TempDir,
+    daemon: Child,
+    watch: Option<MemoryWatch>,
+}
+
+impl<'a> Spinney<'a> {
+    /// Starts a daemon for a new state folder in `place`.
+    pub(crate) fn start(bench: &'a Bench, place: &Path) -> Result<Self> {
+        bench.check()?;
+        let made = tempfile::Builder::new().prefix("spinney-bench-").tempdir_in(place);
+        let folder = made.map_err(system("make a folder in", place))?;
+        let log = folder.path().join("out");
+        let log = File::create(&log).map_err(system("make", &log))?;
+        let daemon = Command::new(&bench.spinney)
+            .arg("--state")
+            .arg(folder.path())
+            .arg("serve")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(system("open the log in", folder.path()))?)
+            .stderr(log)
+            // Ctrl-C is for us: what is dropped then ends it.
+            .process_group(0)
+            .spawn()
+            .map_err(system("start", &bench.spinney))?;
+        let watch = MemoryWatch::start(daemon.id(), bench.peaks.clone());
+        let mut spinney = Self { bench, folder, daemon, watch: Some(watch) };
+        spinney.wait()?;
+        Ok(spinney)
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.state().join("spinney.sock").exists() {
+            let ended = matches!(self.daemon.try_wait(), Ok(Some(_)));
+            if ended || Instant::now() >= deadline {
+                let words = fs::read_to_string(self.state().join("out")).unwrap_or_default();
+                return Err(Error::Spinney { command: "serve".into(), words });
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The state folder.
+    pub(crate) fn state(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn run(&self, args: &[&str]) -> Result<Done> {
+        self.bench.check()?;
+        let mut command = Command::new(&self.bench.spinney);
+        command.arg("--state").arg(self.state()).arg("--json").args(args).stdin(Stdio::null());
+        let began = Instant::now();
+        let output = command.output().map_err(system("run", &self.bench.spinney))?;
+        let wall = began.elapsed();
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let words = said.lines().last().unwrap_or("nothing").to_owned();
+            return Err(Error::Spinney { command: args.join(" "), words });
+        }
+        let document = serde_json::from_slice(&output.stdout).map_err(|_| Error::Lacks("JSON document"))?;
+        Ok(Done { document, wall })
+    }
+
+    /// The run folders of machines that have a process.
+    pub(crate) fn run_folders(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.state().join("run")).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+
+    /// Bytes that page store and catalog take.
+    pub(crate) fn stored(&self) -> Result<u64> {
+        crate::disk::settle(self.state())?;
+        let entries =
+            |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let catalog = entries(self.state()).filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("catalog.db"))
+        });
+        let pages = entries(&self.state().join("groups")).map(|group| group.join("pages"));
+        Ok(catalog.chain(pages).map(|path| crate::disk::allocated(&path)).sum())
+    }
+}
+
+impl Drop for Spinney<'_> {
+    fn drop(&mut self) {
+        self.watch.take();
+        for run in self.run_folders() {
+            kill_owner(&run);
+        }
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+        // A goto that was under way may have started another one meanwhile.
+        for run in self.run_folders() {
+            kill_owner(&run);
+        }
+    }
+}
+
+/// Kills the QEMU of a run folder: the process that its pid file names, if the folder is on its command line.
+fn kill_owner(run: &Path) {
+    let text = fs::read_to_string(run.join("pid")).unwrap_or_default();
+    let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return };
+    let words = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+    if String::from_utf8_lossy(&words).contains(&*run.to_string_lossy()) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
