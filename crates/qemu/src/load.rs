@@ -49,6 +49,9 @@ pub fn load(
 ) -> Result<(), LoadError> {
     set_capabilities(qmp, &["events"])?;
     let socket = hand_over(qmp, "spinney-load")?;
+    // A QEMU that reads no more must not keep us, nor whoever waits for this machine.
+    let bounded = socket.set_write_timeout(Some(FINISH_LIMIT));
+    bounded.map_err(|source| SaveError::System { act: "set a time-out", source })?;
     let mut arguments = json!({ "uri": "fd:spinney-load" });
     if version >= Version::at(9, 1)
         && let Some(map) = arguments.as_object_mut()

@@ -20,6 +20,8 @@ use serde_json::{Value, json};
 
 /// How long an ordinary command may take. Those that do work name their own limit.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+/// How long handing a command to the kernel may take.
+const WRITE_LIMIT: Duration = Duration::from_secs(2);
 /// The longest answer accepted. `query-named-block-nodes` of a chain 200 deep is about 1 MiB.
 const LINE_LIMIT: u64 = 64 << 20;
 /// Events kept for those who look back. A migration of many rounds sends a few hundred.
@@ -136,6 +138,8 @@ impl Qmp {
             }
         };
         let connect = |source| QmpError::Connect { path: path.to_owned(), source };
+        // A stuck QEMU leaves what it is sent in the socket, until that is full.
+        socket.set_write_timeout(Some(WRITE_LIMIT)).map_err(connect)?;
         let reader = socket.try_clone().map_err(connect)?;
         let shared = Arc::new(Shared::default());
         let qmp = Self { socket, sending: Mutex::new(0), shared: Arc::clone(&shared) };
@@ -226,6 +230,8 @@ impl Qmp {
             sent.map_err(|source| {
                 let mut inbox = self.shared.lock();
                 inbox.waiting.remove(&id);
+                // Half a command may have gone: nothing sensible can follow it.
+                let _ = self.socket.shutdown(Shutdown::Both);
                 match inbox.closed.clone() {
                     Some(reason) => QmpError::Closed { command: command.to_owned(), reason },
                     None => QmpError::Send { command: command.to_owned(), source },

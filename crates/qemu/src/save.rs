@@ -28,6 +28,8 @@ use crate::qmp::{Qmp, QmpError};
 
 /// A reader that gets nothing for so long gives up: QEMU always has something to send, or is done.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// A guest that has stood still for so long is let go, and the save with it: whoever takes the pages is too slow.
+const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 /// How long QEMU may take to come back from a migration that ended.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
 /// Pre-copy aims at a last round that takes so long.
@@ -47,17 +49,7 @@ pub enum CopyMode {
     PreCopy,
 }
 
-/// What becomes of the guest after its state was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// It goes on as before.
-    GoOn,
-    /// It stands still, its disks flushed and closed for writing, until [`settle`]: for a machine that is about to be replaced, and
-    /// must not do anything that the state does not have.
-    StandStill,
-}
-
-/// What a save brought.
+/// A state that was saved.
 #[derive(Debug)]
 pub struct SavedState {
     /// Everything but the pages, which the sink got.
@@ -109,6 +101,9 @@ pub enum SaveError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The guest stood still for too long, because its pages were not taken fast enough.
+    #[error("the guest stood still for {} s, and was let go on", PAUSE_LIMIT.as_secs())]
+    PausedTooLong,
     /// The caller asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -126,15 +121,24 @@ pub enum SaveError {
     },
 }
 
-/// Reads the machine's state into `sink`. `at_end` is called once the last byte has arrived, with the guest stopped and its
-/// disks idle; if it fails, so does the save. `cancel` is looked at several times a second, up to `at_end`.
-pub fn save(
-    qmp: &Qmp,
-    (mode, ending): (CopyMode, Ending),
+/// A machine's state, read to its end, with QEMU waiting for our verdict: the guest stands still, its disks are idle and flushed.
+/// Dropped, or with this process gone, it lets the guest go on as before.
+#[derive(Debug)]
+pub struct Held<'a> {
+    qmp: &'a Qmp,
+    socket: UnixStream,
+    finished: Option<Finished>,
+    run_state: String,
+    mark: u64,
+}
+
+/// Reads the machine's state into `sink`. `cancel` is looked at several times a second.
+pub fn read<'a>(
+    qmp: &'a Qmp,
+    mode: CopyMode,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
-    at_end: &mut dyn FnMut() -> Result<(), CallbackError>,
-) -> Result<SavedState, SaveError> {
+) -> Result<Held<'a>, SaveError> {
     let run_state = check_state(qmp)?;
     let downtime = match mode {
         CopyMode::StopCopy => DOWNTIME_MAX_MS,
@@ -145,39 +149,76 @@ pub fn save(
 
     let socket = hand_over(qmp, "spinney-save")?;
     socket.set_read_timeout(Some(STALL_LIMIT)).map_err(system("set a time-out"))?;
-    let mark = qmp.last_event();
+    let mut held = Held { qmp, socket, finished: None, run_state, mark: qmp.last_event() };
     qmp.execute("migrate", json!({ "uri": "fd:spinney-save" }))?;
-
-    let read = read_while_watching(qmp, mode, &socket, sink, cancel);
-    let outcome = match read {
-        Ok(finished) => match at_end() {
-            Ok(()) => {
-                let verdict = if ending == Ending::GoOn { SHUT_FAILED } else { SHUT_OK };
-                (&socket).write_all(&shut(verdict)).map(|()| finished).map_err(system("answer QEMU"))
-            }
-            Err(error) => Err(SaveError::AtEnd(error)),
-        },
-        Err(error) => Err(error),
-    };
-    if outcome.is_err() {
-        let _ = socket.shutdown(Shutdown::Both);
-    }
-    if let (Ok(finished), Ending::StandStill) = (&outcome, ending) {
-        wait_for_standstill(qmp)?;
-        let finished = finished.clone();
-        return Ok(SavedState { finished, pause_us: None, run_state });
-    }
-    let settled = settle(qmp, &run_state);
-    match outcome {
-        // The state is whole: it counts even if QEMU then had trouble, which the next command will meet.
-        Ok(finished) => Ok(SavedState { finished, pause_us: pause_after(qmp, mark), run_state }),
-        Err(SaveError::Stream { source, .. }) => {
-            settled?;
-            Err(SaveError::Stream { source, qemu: migration_error(qmp) })
+    match read_while_watching(&held, mode, sink, cancel) {
+        Ok(finished) => {
+            held.finished = Some(finished);
+            Ok(held)
         }
         Err(error) => {
-            settled?;
-            Err(error)
+            held.let_go()?;
+            Err(match error {
+                SaveError::Stream { source, .. } => SaveError::Stream { source, qemu: migration_error(qmp) },
+                other => other,
+            })
+        }
+    }
+}
+
+impl Held<'_> {
+    /// Everything but the pages.
+    pub fn state(&self) -> Option<&Finished> {
+        self.finished.as_ref()
+    }
+
+    /// Lets the guest go on, after `at_end` has done what has to be done while it stands still. If that fails, so does the save.
+    pub fn go_on(
+        mut self,
+        at_end: &mut dyn FnMut() -> Result<(), CallbackError>,
+    ) -> Result<SavedState, SaveError> {
+        at_end().map_err(SaveError::AtEnd)?;
+        (&self.socket).write_all(&shut(SHUT_FAILED)).map_err(system("answer QEMU"))?;
+        // The state is whole: it counts even if QEMU then had trouble, which the next command will meet.
+        if let Err(error) = settle(self.qmp, &self.run_state) {
+            tracing::error!(%error, "a machine did not come back from a save as it was");
+        }
+        let pause_us = pause_after(self.qmp, self.mark);
+        self.saved(pause_us)
+    }
+
+    /// Keeps the guest standing still, until [`settle`]: for a machine that is about to be replaced, and must do nothing that the
+    /// state does not have.
+    pub fn stand_still(mut self) -> Result<SavedState, SaveError> {
+        (&self.socket).write_all(&shut(SHUT_OK)).map_err(system("answer QEMU"))?;
+        wait_for_standstill(self.qmp)?;
+        self.saved(None)
+    }
+
+    fn saved(&mut self, pause_us: Option<u64>) -> Result<SavedState, SaveError> {
+        let finished = self.finished.take();
+        let missing = || system("read the stream")(io::Error::other("it has no end"));
+        Ok(SavedState {
+            finished: finished.ok_or_else(missing)?,
+            pause_us,
+            run_state: self.run_state.clone(),
+        })
+    }
+
+    /// Gives up: QEMU sees the socket close, and brings disks and guest back.
+    fn let_go(&mut self) -> Result<(), SaveError> {
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.finished = None;
+        settle(self.qmp, &self.run_state)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.finished.is_some()
+            && let Err(error) = self.let_go()
+        {
+            tracing::error!(%error, "a machine did not come back from a save that was given up");
         }
     }
 }
@@ -195,7 +236,10 @@ fn system(act: &'static str) -> impl FnOnce(io::Error) -> SaveError {
 
 fn check_state(qmp: &Qmp) -> Result<String, SaveError> {
     let state = run_state(qmp)?;
-    if !matches!(state.as_str(), "running" | "paused" | "prelaunch" | "suspended") {
+    if matches!(
+        state.as_str(),
+        "inmigrate" | "postmigrate" | "finish-migrate" | "restore-vm" | "save-vm" | "colo"
+    ) {
         return Err(SaveError::State { state });
     }
     let migrate = qmp.execute("query-migrate", json!({}))?;
@@ -243,12 +287,12 @@ pub(crate) fn set_capabilities(qmp: &Qmp, wanted: &[&str]) -> Result<(), QmpErro
 
 /// The reader runs in a thread of its own and never waits for the monitor: QEMU's main loop may be waiting for it.
 fn read_while_watching(
-    qmp: &Qmp,
+    held: &Held<'_>,
     mode: CopyMode,
-    socket: &UnixStream,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
 ) -> Result<Finished, SaveError> {
+    let (qmp, socket) = (held.qmp, &held.socket);
     let (done, result) = bounded(1);
     thread::scope(|scope| {
         let spawned = thread::Builder::new().name("stream".into()).spawn_scoped(scope, move || {
@@ -257,17 +301,24 @@ fn read_while_watching(
         spawned.map_err(system("start a thread"))?;
         let began = Instant::now();
         let mut last_round = mode == CopyMode::StopCopy;
+        let mut stopped = None;
+        let mut too_long = false;
         loop {
             match result.recv_timeout(Duration::from_millis(20)) {
                 Ok(Ok(finished)) => return Ok(finished),
                 Ok(Err(_)) if cancel.load(Ordering::Relaxed) => return Err(SaveError::Cancelled),
+                Ok(Err(_)) if too_long => return Err(SaveError::PausedTooLong),
                 Ok(Err(source)) => return Err(SaveError::Stream { source, qemu: None }),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(system("read the stream")(io::Error::other("the reading thread ended")));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if cancel.load(Ordering::Relaxed) {
+            if stopped.is_none() && qmp.events_after(held.mark).iter().any(|e| e.name == "STOP") {
+                stopped = Some(Instant::now());
+            }
+            too_long = stopped.is_some_and(|since| since.elapsed() > PAUSE_LIMIT);
+            if too_long || cancel.load(Ordering::Relaxed) {
                 // The reader fails at once, and QEMU with it.
                 let _ = socket.shutdown(Shutdown::Both);
             } else if !last_round && (began.elapsed() > ROUNDS_LIMIT || rounds(qmp) >= ROUNDS_MAX) {
@@ -292,19 +343,24 @@ fn is_over(status: &str) -> bool {
 pub fn settle(qmp: &Qmp, before: &str) -> Result<(), SaveError> {
     let deadline = Instant::now() + SETTLE_LIMIT;
     let mut cancelled = false;
+    let mut asked: Option<Instant> = None;
     loop {
         let answer = qmp.execute("query-migrate", json!({}))?;
         let status = answer.get("status").and_then(Value::as_str).unwrap_or("none").to_owned();
         let state = run_state(qmp)?;
-        let between = matches!(state.as_str(), "finish-migrate" | "postmigrate");
         if is_over(&status) && state != "finish-migrate" {
-            match (before, state.as_str()) {
-                ("running", "running") | ("running", "shutdown" | "guest-panicked") => return Ok(()),
-                (_, state) if before != "running" && !between && state != "running" => return Ok(()),
-                ("running", _) => drop(qmp.execute("cont", json!({}))),
-                // QEMU 7.2 and 8.0 leave a machine that was paused in a state that only `cont` leads out of.
-                (_, "postmigrate") => drop(qmp.execute("cont", json!({}))),
-                (_, _) => drop(qmp.execute("stop", json!({}))),
+            let command = match (before, state.as_str()) {
+                // QEMU 7.2 and 8.0 leave a machine that was paused in `postmigrate`, which only `cont` leads out of.
+                (_, "postmigrate") | ("running", "paused" | "prelaunch") => "cont",
+                // Running; or stopped by something of its own, which is not ours to mend.
+                ("running", _) => return Ok(()),
+                (_, "running") => "stop",
+                (_, _) => return Ok(()),
+            };
+            if asked.is_none_or(|at| at.elapsed() > Duration::from_millis(100)) {
+                asked = Some(Instant::now());
+                // Refused while QEMU has not quite finished; asked again then.
+                let _ = qmp.execute(command, json!({}));
             }
         } else if !cancelled && Instant::now() + SETTLE_LIMIT / 2 >= deadline {
             cancelled = qmp.execute("migrate_cancel", json!({})).is_ok();

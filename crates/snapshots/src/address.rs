@@ -7,7 +7,6 @@ use rusqlite::Transaction;
 
 use crate::catalog::{SnapshotRow, TargetRow, now};
 use crate::error::{Code, Error, Result};
-use crate::tree::visible_parent;
 
 /// What stands behind the `@`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,38 +75,42 @@ pub(crate) fn resolve(tx: &Transaction<'_>, address: &str) -> Result<(TargetRow,
     };
     let which = parse(address, rest)?;
     let target = TargetRow::by_name(tx, name)?;
-    let all = SnapshotRow::of_target(tx, &target.id)?;
-    let visible = || all.iter().filter(|s| s.removed.is_none());
     let found = match &which {
-        Which::Name(name) => visible().find(|s| s.name == *name),
-        Which::Above(count) => {
-            let mut at = visible_parent(&all, target.parent.as_deref());
-            for _ in 1..*count {
-                at = at.and_then(|s| visible_parent(&all, s.parent.as_deref()));
-            }
-            if *count == 0 { None } else { at }
-        }
+        Which::Name(name) => SnapshotRow::by_name(tx, &target.id, name)?,
+        Which::Above(count) => above(tx, &target, *count)?,
         Which::OlderThan(age) => {
             let border = now().checked_sub(*age).unwrap_or(Timestamp::MIN);
-            visible().filter(|s| s.created <= border && !s.undo_point).max_by_key(|s| s.created)
+            let mut all = SnapshotRow::of_target(tx, &target.id)?;
+            all.retain(|s| s.removed.is_none() && !s.undo_point && s.created <= border);
+            all.into_iter().max_by_key(|s| s.created)
         }
         Which::Id(prefix) => {
-            let mut matches = visible().filter(|s| s.id.starts_with(prefix.as_str()));
-            let first = matches.next();
-            if matches.next().is_some() {
+            let mut all = SnapshotRow::of_target(tx, &target.id)?;
+            all.retain(|s| s.removed.is_none() && s.id.starts_with(prefix.as_str()));
+            if all.len() > 1 {
                 return Err(Error::new(Code::Usage, format!("{address} means more than one snapshot"))
                     .hint("give more digits of the id"));
             }
-            first
+            all.pop()
         }
     };
     match found {
-        Some(snapshot) => {
-            let snapshot = snapshot.clone();
-            Ok((target, snapshot))
-        }
+        Some(snapshot) => Ok((target, snapshot)),
         None => Err(not_found(address, &target, &which)),
     }
+}
+
+/// So many above here; none if the tree ends before.
+fn above(tx: &Transaction<'_>, target: &TargetRow, count: u32) -> Result<Option<SnapshotRow>> {
+    let mut at = None;
+    let mut parent = target.parent.clone();
+    for _ in 0..count {
+        let Some(id) = SnapshotRow::visible(tx, parent.as_deref())? else { return Ok(None) };
+        let row = SnapshotRow::by_id(tx, &id)?;
+        parent.clone_from(&row.parent);
+        at = Some(row);
+    }
+    Ok(at)
 }
 
 fn not_found(address: &str, target: &TargetRow, which: &Which) -> Error {

@@ -5,7 +5,7 @@
 //! (undo goes to an undo point that may have been removed) has overlays over its layers that the catalog does not know yet.
 //! Pages of a take under way are the page store's own care, and a hold covers the time until the catalog refers to them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -43,6 +43,7 @@ impl Engine {
             return Ok(self.report(&plan, true, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes));
         }
         self.journaled(cx, "gc", if now { "now" } else { "" }, None, &json!({}), || {
+            let _alone = self.housekeep(cx)?;
             cx.phase("looking for what nothing needs", 0);
             // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
             // between the two leaves files that the next start removes.
@@ -123,25 +124,31 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> 
         }
     }
     plan.roots = roots_of(&kept);
-    let mut reached = HashSet::new();
-    let mut reach = |disks: Vec<(String, String)>| -> Result<()> {
-        for (_, layer) in disks {
-            reached.extend(LayerRow::chain(tx, &layer)?.into_iter().map(|row| row.id));
+    let layers = LayerRow::all(tx)?;
+    let below: HashMap<&str, Option<&str>> =
+        layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
+    let mut reached: HashSet<&str> = HashSet::new();
+    let mut reach = |disks: Vec<(String, String)>| {
+        for (_, top) in disks {
+            let mut at = below.get_key_value(top.as_str());
+            // What lies below a layer that was reached was reached with it.
+            while let Some((_, next)) = at.filter(|(id, _)| reached.insert(id)) {
+                at = next.and_then(|next| below.get_key_value(next));
+            }
         }
-        Ok(())
     };
     for snapshot in &kept {
-        reach(SnapshotRow::disks(tx, &snapshot.id)?)?;
+        reach(SnapshotRow::disks(tx, &snapshot.id)?);
     }
     for target in targets {
         // A machine goes only after its snapshots, so that no snapshot is ever without its machine.
         if old(target.removed) && !busy(&target.id) && !kept.iter().any(|s| s.target == target.id) {
             plan.targets.push(target.id);
         } else {
-            reach(TargetRow::disks(tx, &target.id)?)?;
+            reach(TargetRow::disks(tx, &target.id)?);
         }
     }
-    plan.layers = LayerRow::all(tx)?.into_iter().filter(|row| !reached.contains(&row.id)).collect();
+    plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
     if !plan.snapshots.is_empty() || !plan.targets.is_empty() {
         for op in OpRow::newest(tx, 1000)? {
             let named = |key: &str| op.undo.as_ref().and_then(|u| u.get(key)).map(ToString::to_string);

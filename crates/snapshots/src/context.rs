@@ -50,7 +50,7 @@ impl Context {
     /// Fails if the caller wants the operation rolled back.
     pub(crate) fn check(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) {
-            return Err(Error::new(Code::Interrupted, "cancelled; nothing was changed"));
+            return Err(Error::new(Code::Interrupted, "cancelled"));
         }
         Ok(())
     }

@@ -116,6 +116,17 @@ impl Engine {
                     disks.empty.push((disk, new_layer(target, *bytes)));
                 }
                 DiskSource::File(path) => {
+                    let state = fs::canonicalize(self.state()).unwrap_or_default();
+                    if path.starts_with(&state) {
+                        return Err(Error::new(
+                            Code::Refused,
+                            format!(
+                                "{} belongs to Spinney: it changes and goes with its machine",
+                                path.display()
+                            ),
+                        )
+                        .hint("copy it out of the state folder first: qemu-img convert -O qcow2 IT NEW"));
+                    }
                     let info = self.img()?.info(path).map_err(|e| image_error(path, e))?;
                     let seen = stamp(path).map_err(|e| {
                         Error::new(Code::NotFound, format!("{} cannot be looked at", path.display()))

@@ -19,6 +19,9 @@ use crate::id::new_id;
 /// Deepest chain, for now: every layer is a descriptor, start time and pause of its machine.
 pub(crate) const DEPTH_LIMIT: u32 = 200;
 
+/// Deepest chain that a goto makes: what was kept at the limit can be gone to.
+pub(crate) const GOTO_DEPTH_LIMIT: u32 = DEPTH_LIMIT + 50;
+
 /// An overlay that is about to be made over the layer of a disk.
 #[derive(Clone, Debug)]
 pub(crate) struct NewOverlay {
@@ -83,10 +86,11 @@ impl Engine {
         tx: &Transaction<'_>,
         what: &str,
         disks: &[(String, String)],
+        limit: u32,
     ) -> Result<Vec<NewOverlay>> {
         let plan = |(disk, layer): &(String, String)| {
             let below = LayerRow::by_id(tx, layer)?;
-            if below.depth >= DEPTH_LIMIT {
+            if below.depth >= limit {
                 return Err(Error::new(
                     Code::Refused,
                     format!(
@@ -128,6 +132,20 @@ impl Engine {
             self.remove_overlays(overlays);
             error.into()
         })
+    }
+
+    /// Makes what lies in layers durable that a process without a clean end has written to.
+    pub(crate) fn sync_layers(&self, disks: &[(String, String)]) -> Result<()> {
+        for (disk, layer) in disks {
+            let row = self.catalog.read(|tx| LayerRow::by_id(tx, layer))?;
+            let path = self.layer_file(&row);
+            let synced = fs::File::open(&path).and_then(|file| file.sync_all());
+            synced.map_err(|error| {
+                Error::new(Code::Failed, format!("{disk} cannot be made durable: {}", path.display()))
+                    .because(error)
+            })?;
+        }
+        Ok(())
     }
 
     /// Removes the files of overlays that the catalog does not speak of.

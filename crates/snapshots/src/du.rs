@@ -48,7 +48,7 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Reads the catalog and looks at the layers' files.
     pub(crate) fn read(engine: &Engine) -> Result<Self> {
-        engine.catalog.read(|tx| {
+        let (entries, layers) = engine.catalog.read(|tx| {
             let layers = LayerRow::all(tx)?;
             let below: HashMap<&str, Option<&str>> =
                 layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
@@ -88,10 +88,11 @@ impl Ledger {
                     saved: Saved::default(),
                 });
             }
-            let ours = layers.iter().filter(|l| l.stamp.is_none());
-            let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
-            Ok(Self { entries, layer_bytes })
-        })
+            Ok((entries, layers))
+        })?;
+        let ours = layers.iter().filter(|l| l.stamp.is_none());
+        let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
+        Ok(Self { entries, layer_bytes })
     }
 
     fn bytes<'a>(&self, layers: impl Iterator<Item = &'a String>) -> u64 {

@@ -28,7 +28,8 @@ impl Engine {
         if let Some(name) = &edit.name {
             check_name("snapshot", name)?;
         }
-        self.journaled(cx, "edit", address, None, &json!({}), || {
+        let (row, _guard) = self.lock_target(cx, address::split(address).0, "edit")?;
+        self.journaled(cx, "edit", address, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let (target, old) = address::resolve(tx, address)?;
                 let name = edit.name.unwrap_or_else(|| old.name.clone());
@@ -53,11 +54,12 @@ impl Engine {
             )
             .hint(format!("notes and --keep belong to snapshots: {target}@NAME")));
         }
+        let (row, _guard) = self.lock_target(cx, target, "edit")?;
         let Some(name) = edit.name else {
-            return Ok(target.to_owned());
+            return Ok(row.name);
         };
         check_name("machine", &name)?;
-        self.journaled(cx, "edit", target, None, &json!({}), || {
+        self.journaled(cx, "edit", target, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let old = TargetRow::by_name(tx, target)?;
                 if name != old.name && TargetRow::name_taken(tx, &name)? {
@@ -74,7 +76,8 @@ impl Engine {
     /// Makes `rm` refuse a snapshot or a machine, or no longer.
     pub fn protect(&self, cx: &Context, address: &str, protected: bool) -> Result<()> {
         let kind = if protected { "protect" } else { "unprotect" };
-        self.journaled(cx, kind, address, None, &json!({}), || {
+        let (row, _guard) = self.lock_target(cx, address::split(address).0, kind)?;
+        self.journaled(cx, kind, address, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 match address::split(address) {
                     (_, Some(_)) => {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use pages::{GroupKey, Store};
 use qemu::accel::{self, Accel};
@@ -54,6 +54,8 @@ pub struct Engine {
     pub(crate) running: Mutex<HashMap<String, Arc<Running>>>,
     pub(crate) locks: TargetLocks,
     tools: Mutex<Option<Tools>>,
+    /// Held while something goes through everything that is stored: the collector, `fsck`.
+    pub(crate) housekeeping: Mutex<()>,
     /// Held for as long as the state folder is ours.
     _lock: File,
 }
@@ -81,6 +83,7 @@ impl Engine {
             running: Mutex::default(),
             locks: TargetLocks::default(),
             tools: Mutex::default(),
+            housekeeping: Mutex::default(),
             _lock: lock,
         };
         let notes = engine.recover()?;
@@ -99,6 +102,20 @@ impl Engine {
 
     pub(crate) fn running_map(&self) -> MutexGuard<'_, HashMap<String, Arc<Running>>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the right to go through everything that is stored.
+    pub(crate) fn housekeep(&self, cx: &Context) -> Result<MutexGuard<'_, ()>> {
+        loop {
+            match self.housekeeping.try_lock() {
+                Ok(guard) => return Ok(guard),
+                Err(TryLockError::Poisoned(guard)) => return Ok(guard.into_inner()),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            cx.phase("waiting for gc or fsck", 0);
+            cx.check()?;
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
     }
 
     /// QEMU and the accelerator, found once.
@@ -233,6 +250,11 @@ impl From<qemu::image::ImageError> for Error {
 
 impl From<qemu::qmp::QmpError> for Error {
     fn from(error: qemu::qmp::QmpError) -> Self {
-        Self::new(Code::Failed, "QEMU did not do what it was asked for").because(error)
+        let (code, words) = match &error {
+            qemu::qmp::QmpError::TimedOut { .. } => (Code::TimedOut, "QEMU does not answer"),
+            qemu::qmp::QmpError::Closed { .. } => (Code::Failed, "QEMU ended"),
+            _ => (Code::Failed, "QEMU did not do what it was asked for"),
+        };
+        Self::new(code, words).because(error)
     }
 }

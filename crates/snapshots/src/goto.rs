@@ -18,21 +18,21 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use qemu::load::load;
-use qemu::save::Ending;
+use qemu::save::settle;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::address;
 use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
-use crate::disks::NewOverlay;
+use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::memory::{feed, read_state};
 use crate::running::{Begin, Running, log_tail};
 use crate::take::{TakeJob, Unwritten, free_guest, micros};
-use crate::tree::{view_by_id, visible_parent};
+use crate::tree::view_by_id;
 use crate::types::{GotoPower, GotoReport, Mode, Power};
 
 /// Undo points that a target keeps.
@@ -47,27 +47,80 @@ pub(crate) struct GotoPlan {
     pub(crate) new: Option<ProcessRow>,
 }
 
+/// On whose behalf a goto happens, for the journal.
+pub(crate) struct Purpose<'a> {
+    pub(crate) kind: &'a str,
+    pub(crate) subject: String,
+    /// The operation that it takes back.
+    pub(crate) undoes: Option<&'a str>,
+}
+
+/// What a swap did.
+struct Swapped {
+    undo_point: Option<String>,
+    power: Power,
+    /// From the end of the old process to the new guest being as wanted.
+    took_us: Option<u64>,
+}
+
+/// Both machines while either may still be the one that stays. Dropped before the commit, by an error or a panic, it ends the new
+/// one and lets the old one go on.
+struct Standby<'a> {
+    new: Option<Running>,
+    old: Option<&'a Running>,
+    was_running: bool,
+}
+
+impl Standby<'_> {
+    /// The commit has happened: nothing is taken back any more.
+    fn disarm(mut self) -> Option<Running> {
+        self.old = None;
+        self.new.take()
+    }
+}
+
+impl Drop for Standby<'_> {
+    fn drop(&mut self) {
+        if let Some(new) = &self.new {
+            abandon(new);
+        }
+        if let Some(old) = self.old
+            && let Err(error) = free_guest(old, self.was_running)
+        {
+            tracing::error!(%error, run = old.row.run, "a machine could not be let go on");
+        }
+    }
+}
+
+/// Ends a process that did not become the machine's.
+fn abandon(new: &Running) {
+    new.process.kill();
+    let _ = std::fs::remove_dir_all(&new.run.0);
+}
+
 impl Engine {
     /// Makes a target what it was at a snapshot. What would be lost is kept as an undo point unless `discard`.
     pub fn goto(&self, cx: &Context, address: &str, power: GotoPower, discard: bool) -> Result<GotoReport> {
         let (target, _) = address::split(address);
         let (row, _guard) = self.lock_target(cx, target, "goto")?;
         let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, address))?;
-        self.goto_locked(cx, "goto", &snapshot.full_name(), &row, &snapshot, power, discard)
+        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None };
+        self.goto_locked(cx, &purpose, &row, &snapshot, power, discard)
     }
 
     /// Goes to the parent of here.
     pub fn back(&self, cx: &Context, target: &str) -> Result<GotoReport> {
         let (row, _guard) = self.lock_target(cx, target, "back")?;
         let parent = self.catalog.read(|tx| {
-            let all = SnapshotRow::of_target(tx, &row.id)?;
-            Ok(visible_parent(&all, row.parent.as_deref()).cloned())
+            let id = SnapshotRow::visible(tx, row.parent.as_deref())?;
+            id.map(|id| SnapshotRow::by_id(tx, &id)).transpose()
         })?;
         let Some(snapshot) = parent else {
             return Err(Error::new(Code::NotFound, format!("{target} has no snapshot to go back to"))
                 .hint(format!("`spinney take {target}` takes one")));
         };
-        self.goto_locked(cx, "goto", &snapshot.full_name(), &row, &snapshot, GotoPower::Recorded, false)
+        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None };
+        self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)
     }
 
     /// What `goto --discard` would throw away, in words; none if nothing is lost.
@@ -97,13 +150,11 @@ impl Engine {
         })
     }
 
-    /// All steps, for a target that is locked. `kind` and `subject` are what the journal calls it.
-    #[expect(clippy::too_many_arguments, reason = "the whole question of one verb")]
+    /// All steps, for a target that is locked.
     pub(crate) fn goto_locked(
         &self,
         cx: &Context,
-        kind: &str,
-        subject: &str,
+        purpose: &Purpose<'_>,
         row: &TargetRow,
         snapshot: &SnapshotRow,
         power: GotoPower,
@@ -113,102 +164,93 @@ impl Engine {
         let (was, old) = self.look(row)?;
         let wanted = wanted_power(snapshot, power);
         let plan = json!(GotoPlan { was_running: was == Power::Running, new: None });
-        let report = self.journaled(cx, kind, subject, Some(&row.id), &plan, || {
+        let swapped = self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &plan, || {
             let overlays = self.catalog.read(|tx| {
                 let disks = SnapshotRow::disks(tx, &snapshot.id)?;
                 self.check_chains(tx, &disks)?;
-                self.plan_overlays(tx, &row.name, &disks)
+                self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
             })?;
             cx.phase("preparing disks", 0);
             self.make_overlays(&overlays)?;
             let swapped =
-                self.swap(cx, kind, row, snapshot, wanted, discard, (was, old.as_deref()), &overlays);
+                self.swap(cx, purpose, row, snapshot, wanted, discard, (was, old.as_deref()), &overlays);
             if swapped.is_err() {
                 self.remove_overlays(&overlays);
             }
             swapped
-        });
-        let (undo_point, ended) = report?;
+        })?;
         Ok(GotoReport {
             snapshot: view_by_id(&self.catalog, &snapshot.id)?,
-            power: wanted,
-            undo_point: undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
-            took_us: micros(ended.unwrap_or(began)),
+            power: swapped.power,
+            undo_point: swapped.undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
+            took_us: swapped.took_us.unwrap_or_else(|| micros(began)),
         })
     }
 
-    /// Steps 3 to 7. Returns the undo point's id, and when the old process began to end.
+    /// Steps 3 to 7.
     #[expect(clippy::too_many_arguments, reason = "one step of one story")]
     fn swap(
         &self,
         cx: &Context,
-        kind: &str,
+        purpose: &Purpose<'_>,
         row: &TargetRow,
         snapshot: &SnapshotRow,
         wanted: Power,
         discard: bool,
         (was, old): (Power, Option<&Running>),
         overlays: &[NewOverlay],
-    ) -> Result<(Option<String>, Option<Instant>)> {
-        let new = match wanted {
-            Power::Off | Power::LostPower => None,
-            Power::Paused | Power::Running => {
-                Some(self.load_beside(cx, row, snapshot, was == Power::Running, overlays)?)
-            }
-        };
-        let abandon = |error: Error| {
-            if let Some(new) = &new {
-                self.abandon(new);
-            }
-            if let Some(old) = old
-                && let Err(second) = free_guest(old, was == Power::Running)
-            {
-                tracing::error!(error = %second, target = row.name, "the machine could not be let go on");
-            }
-            error
-        };
-        cx.check().map_err(abandon)?;
+    ) -> Result<Swapped> {
+        let mut standby = Standby { new: None, old, was_running: was == Power::Running };
+        if matches!(wanted, Power::Paused | Power::Running) {
+            standby.new = Some(self.load_beside(cx, row, snapshot, (was, old), overlays)?);
+        }
+        cx.check()?;
         let undo_point = match discard {
             true => None,
-            false => Some(self.capture_undo_point(cx, row, was, old).map_err(abandon)?),
+            false => Some(self.capture_undo_point(cx, row, was, old)?),
         };
-        let process = new.as_ref().map(|new| new.row.clone());
-        self.catalog
-            .write(|tx| {
-                if let Some(point) = &undo_point {
-                    point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
-                }
-                for overlay in overlays {
-                    overlay.row.insert(tx)?;
-                    TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
-                }
-                TargetRow::set_parent(tx, &row.id, Some(&snapshot.id))?;
-                TargetRow::set_config(tx, &row.id, &snapshot.config)?;
-                TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
-                // Undoing again goes further back; it does not swing to and fro.
-                let undo = undo_point.as_ref().filter(|_| kind != "undo");
-                let undo = undo.map(|point| json!({ "undo_point": point.row.id, "parent": row.parent }));
-                OpRow::finish(tx, &cx.id, undo.as_ref())
-            })
-            .map_err(abandon)?;
+        let process = standby.new.as_ref().map(|new| new.row.clone());
+        self.catalog.write(|tx| {
+            if let Some(point) = &undo_point {
+                point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
+            }
+            for overlay in overlays {
+                overlay.row.insert(tx)?;
+                TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
+            }
+            TargetRow::set_parent(tx, &row.id, Some(&snapshot.id))?;
+            TargetRow::set_config(tx, &row.id, &snapshot.config)?;
+            TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
+            if let Some(undone) = purpose.undoes {
+                OpRow::set_undone(tx, undone)?;
+            }
+            // Undoing again goes further back; it does not swing to and fro.
+            let undo = undo_point.as_ref().filter(|_| purpose.undoes.is_none());
+            let undo = undo.map(|point| json!({ "undo_point": point.row.id }));
+            OpRow::finish(tx, &cx.id, undo.as_ref())
+        })?;
         // From here on the goto has happened, and whatever fails is told, not taken back.
+        let new = standby.disarm();
         let ended = Instant::now();
         if let Some(old) = old {
             self.replace_process(&row.id, old);
         }
+        let mut power = wanted;
         if let Some(new) = new {
             let new = Arc::new(new);
             self.running_map().insert(row.id.clone(), Arc::clone(&new));
             if wanted == Power::Running
-                && let Err(error) = new.qmp.execute("cont", json!({}))
+                && let Err(error) = settle(&new.qmp, "running")
             {
                 tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
+                power = Power::Paused;
             }
         }
+        let took_us = old.map(|_| micros(ended));
         if let Err(error) = self.trim_undo_points(&row.id) {
             tracing::warn!(%error, "old undo points could not be removed");
         }
-        Ok((undo_point.map(|point| point.row.id), old.map(|_| ended)))
+        Ok(Swapped { undo_point: undo_point.map(|point| point.row.id), power, took_us })
     }
 
     /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
@@ -217,7 +259,7 @@ impl Engine {
         cx: &Context,
         row: &TargetRow,
         snapshot: &SnapshotRow,
-        was_running: bool,
+        (was, old): (Power, Option<&Running>),
         overlays: &[NewOverlay],
     ) -> Result<Running> {
         let disks = self.catalog.read(|tx| {
@@ -233,17 +275,23 @@ impl Engine {
         })?;
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         cx.phase("starting", 0);
-        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
+        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin);
+        let new = new.map_err(|error| match old {
+            // Something that only one process can have at a time: a host port of --qemu-arg, or simply the memory.
+            Some(_) => error
+                .hint(format!("the running machine may be in its way: `spinney kill {}` first", row.name)),
+            None => error,
+        })?;
         let loaded = self
             .catalog
             .write(|tx| {
-                let plan = GotoPlan { was_running, new: Some(new.row.clone()) };
+                let plan = GotoPlan { was_running: was == Power::Running, new: Some(new.row.clone()) };
                 OpRow::set_plan(tx, &cx.id, &json!(plan))
             })
             .and_then(|()| self.load_memory(cx, snapshot, &new));
         if let Err(error) = loaded {
             let words = log_tail(&new.run);
-            self.abandon(&new);
+            abandon(&new);
             let noted = error.code() == Code::Failed && !words.is_empty();
             return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
         }
@@ -287,11 +335,6 @@ impl Engine {
         other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
     }
 
-    fn abandon(&self, new: &Running) {
-        new.process.kill();
-        let _ = std::fs::remove_dir_all(&new.run.0);
-    }
-
     /// Step 4: here as it is now, to become a snapshot that `tree` folds away. A guest that ran stands still afterwards.
     fn capture_undo_point(
         &self,
@@ -326,28 +369,32 @@ impl Engine {
             undo_point: true,
             mode,
             power,
-            ending: if stays { Ending::GoOn } else { Ending::StandStill },
+            stands_still: !stays,
         };
+        if old.is_none() {
+            let here = self.catalog.read(|tx| TargetRow::disks(tx, &row.id))?;
+            self.sync_layers(&here)?;
+        }
         self.capture(cx, &job, old, &[], began)
     }
 
     /// "undo-N", counted apart from the names that people see.
     fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
         self.catalog.read(|tx| {
-            let all = SnapshotRow::of_target(tx, &row.id)?;
-            let first = all.iter().filter(|s| s.undo_point).count() + 1;
-            let free =
-                (first..).map(|n| format!("undo-{n}")).find(|name| all.iter().all(|s| s.name != *name));
-            Ok(free.unwrap_or_default())
+            let mut number = SnapshotRow::undo_points(tx, &row.id)?.len() + 1;
+            while SnapshotRow::name_taken(tx, &row.id, &format!("undo-{number}"))? {
+                number += 1;
+            }
+            Ok(format!("undo-{number}"))
         })
     }
 
     /// Removes undo points beyond the newest few.
     fn trim_undo_points(&self, target: &str) -> Result<()> {
         self.catalog.write(|tx| {
-            let all = SnapshotRow::of_target(tx, target)?;
             let here = TargetRow::by_id(tx, target)?.parent;
-            let points: Vec<_> = all.iter().filter(|s| s.undo_point && s.removed.is_none()).collect();
+            let mut points = SnapshotRow::undo_points(tx, target)?;
+            points.retain(|s| s.removed.is_none());
             let excess = points.len().saturating_sub(UNDO_POINTS);
             for old in points
                 .into_iter()

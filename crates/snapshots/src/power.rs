@@ -11,7 +11,6 @@ use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::running::{Begin, Running};
-use crate::tree::visible_parent;
 use crate::types::{Machine, Power};
 
 impl Engine {
@@ -33,12 +32,13 @@ impl Engine {
         self.machine_view(self.catalog.read(|tx| TargetRow::by_name(tx, name))?)
     }
 
+    /// A row as callers get it.
     pub(crate) fn machine_view(&self, row: TargetRow) -> Result<Machine> {
         let (power, running) = self.look(&row)?;
         let (parent, snapshots) = self.catalog.read(|tx| {
-            let all = SnapshotRow::of_target(tx, &row.id)?;
-            let parent = visible_parent(&all, row.parent.as_deref()).map(|s| s.name.clone());
-            Ok((parent, SnapshotRow::count(tx, &row.id)?))
+            let parent = SnapshotRow::visible(tx, row.parent.as_deref())?;
+            let parent = parent.map(|id| SnapshotRow::by_id(tx, &id)).transpose()?;
+            Ok((parent.map(|s| s.name), SnapshotRow::count(tx, &row.id)?))
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
         Ok(Machine {
@@ -73,11 +73,20 @@ impl Engine {
             return Err(Error::new(Code::Usage, format!("{kind} takes a machine, not a snapshot"))
                 .hint(format!("write `spinney {kind} {name}`")));
         }
-        let id = self.catalog.read(|tx| TargetRow::by_name(tx, name))?.id;
-        let guard = self.locks.acquire(&id, kind, cx)?;
-        // Read again: whoever held the lock may have renamed or removed it.
-        let row = self.catalog.read(|tx| TargetRow::by_name(tx, name))?;
-        Ok((row, guard))
+        loop {
+            let id = self.catalog.read(|tx| TargetRow::by_name(tx, name))?.id;
+            let guard = self.locks.acquire(&id, kind, cx)?;
+            // Read again: whoever held the lock may have changed it, and even its name.
+            let row = self.catalog.read(|tx| TargetRow::by_name(tx, name))?;
+            if row.id == id {
+                return Ok((self.find_again(row, kind == "kill")?, guard));
+            }
+        }
+    }
+
+    /// A machine as it is now, by its row.
+    fn machine_by_id(&self, id: &str) -> Result<Machine> {
+        self.machine_view(self.catalog.read(|tx| TargetRow::by_id(tx, id))?)
     }
 
     /// Boots a machine that is off.
@@ -98,7 +107,7 @@ impl Engine {
             self.boot(&row, Begin::Boot)?;
             self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))
         })?;
-        self.machine(target)
+        self.machine_by_id(&row.id)
     }
 
     /// Starts the process of a machine that is off and writes it down.
@@ -178,7 +187,7 @@ impl Engine {
             self.end_process(&row.id, &running);
             self.write_off(cx, &row)
         })?;
-        self.machine(target)
+        self.machine_by_id(&row.id)
     }
 
     /// Cuts the power.
@@ -189,7 +198,7 @@ impl Engine {
             self.end_process(&row.id, &running);
             self.write_off(cx, &row)
         })?;
-        self.machine(target)
+        self.machine_by_id(&row.id)
     }
 
     /// Lets the guest's CPUs stand still.
@@ -215,11 +224,14 @@ impl Engine {
         self.journaled(cx, kind, target, Some(&row.id), &json!({}), || {
             running.qmp.execute(command, json!({}))?;
             self.catalog.write(|tx| {
+                if TargetRow::by_id(tx, &row.id)?.process.as_ref() != Some(&running.row) {
+                    return Err(Error::new(Code::Failed, format!("{target} ended meanwhile")));
+                }
                 TargetRow::set_process(tx, &row.id, power, Some(&running.row))?;
                 OpRow::finish(tx, &cx.id, None)
             })
         })?;
-        self.machine(target)
+        self.machine_by_id(&row.id)
     }
 
     fn needs_process(&self, row: &TargetRow) -> Result<Arc<Running>> {

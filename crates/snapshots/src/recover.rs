@@ -14,6 +14,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -22,7 +23,7 @@ use crate::catalog::{LayerRow, OpRow, ProcessRow, TargetRow};
 use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::running::{Running, boot_id, power_after_end};
+use crate::running::{Adopted, Running, boot_id};
 use crate::take::free_guest;
 use crate::types::{OpState, Power};
 
@@ -40,9 +41,11 @@ impl Engine {
         let mut notes = Vec::new();
         let (targets, unfinished) =
             self.catalog.read(|tx| Ok((TargetRow::all(tx, true)?, OpRow::unfinished(tx)?)))?;
+        // First of all: no two processes may run one machine.
         for op in &unfinished {
             self.end_stray(op, &targets);
         }
+        self.end_unrecorded(&targets);
         for target in &targets {
             let plan = unfinished.iter().find(|op| op.target.as_ref() == Some(&target.id));
             let was_running = plan.map(|op| plan_of(&op.plan).was_running);
@@ -77,17 +80,22 @@ impl Engine {
     ) -> Result<()> {
         let Some(row) = &target.process else { return Ok(()) };
         let name = &target.name;
-        let Some(running) = self.adopt(row) else {
-            let power = if row.boot == boot_id() {
-                power_after_end(&self.run_folder(&row.run))
-            } else {
-                Power::LostPower
-            };
-            self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
-            if power == Power::LostPower {
-                notes.push(format!("{name} lost its power; `spinney start {name}` boots it, `spinney back {name}` goes to its newest snapshot"));
+        let running = match self.adopt(row) {
+            Adopted::Running(running) => running,
+            Adopted::Silent(_, error) => {
+                notes.push(format!("the QEMU of {name} does not answer: {error}"));
+                return Ok(());
             }
-            return Ok(());
+            Adopted::Gone => {
+                let power = self.power_after(row);
+                self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
+                if power == Power::LostPower {
+                    notes.push(format!(
+                        "{name} lost its power; `spinney start {name}` boots it, `spinney back {name}` goes to its newest snapshot"
+                    ));
+                }
+                return Ok(());
+            }
         };
         if let Err(error) = self.mend_running(target, &running, was_running) {
             notes.push(format!("{name} runs, but could not be put in order: {error}"));
@@ -98,7 +106,7 @@ impl Engine {
 
     /// Frees the guest and takes back overlays that it does not write to.
     fn mend_running(&self, target: &TargetRow, running: &Running, was_running: Option<bool>) -> Result<()> {
-        free_guest(running, was_running.unwrap_or(target.power == Power::Running))?;
+        let freed = free_guest(running, was_running.unwrap_or(target.power == Power::Running));
         let here = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &target.id)?;
             disks
@@ -111,10 +119,38 @@ impl Engine {
                 self.take_back_overlay(&target.id, running, &disk, &layer, &below)?;
             }
         }
-        Ok(())
+        freed
     }
 
-    /// Removes files that no record speaks of, and processes whose start was not written down.
+    /// Ends every QEMU whose run folder no machine has: the old one of a goto that was cut short after its commit, or one that was
+    /// started and never written down.
+    fn end_unrecorded(&self, targets: &[TargetRow]) {
+        for run in self.unrecorded_runs(targets) {
+            let pid =
+                fs::read_to_string(run.join("pid")).ok().and_then(|text| text.trim().parse::<u32>().ok());
+            let Some(pid) = pid else { continue };
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let folder = run.as_os_str().as_encoded_bytes();
+            let raw = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+            if let Some(raw) = raw
+                && line.windows(folder.len()).any(|part| part == folder)
+            {
+                let _ = rustix::process::kill_process(raw, rustix::process::Signal::KILL);
+            }
+        }
+    }
+
+    fn unrecorded_runs(&self, targets: &[TargetRow]) -> Vec<PathBuf> {
+        let runs: HashSet<&str> =
+            targets.iter().filter_map(|t| t.process.as_ref()).map(|p| p.run.as_str()).collect();
+        let entries = fs::read_dir(self.state().join("run")).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| !entry.file_name().to_str().is_some_and(|name| runs.contains(name)))
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    /// Removes files that no record speaks of.
     fn remove_strays(&self) -> Result<()> {
         let (layers, targets) =
             self.catalog.read(|tx| Ok((LayerRow::all(tx)?, TargetRow::all(tx, true)?)))?;
@@ -124,30 +160,10 @@ impl Engine {
                 remove_file(&entry.path());
             }
         }
-        let runs: HashSet<&str> =
-            targets.iter().filter_map(|t| t.process.as_ref()).map(|p| p.run.as_str()).collect();
-        for entry in fs::read_dir(self.state().join("run")).into_iter().flatten().flatten() {
-            if entry.file_name().to_str().is_some_and(|name| runs.contains(name)) {
-                continue;
-            }
-            end_unrecorded(&entry.path());
-            let _ = fs::remove_dir_all(entry.path());
+        for run in self.unrecorded_runs(&targets) {
+            let _ = fs::remove_dir_all(run);
         }
         Ok(())
-    }
-}
-
-/// Ends a QEMU that was started in this run folder and never written down: the daemon died in the milliseconds between.
-fn end_unrecorded(run: &std::path::Path) {
-    let pid = fs::read_to_string(run.join("pid")).ok().and_then(|text| text.trim().parse::<u32>().ok());
-    let Some(pid) = pid else { return };
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let folder = run.as_os_str().as_encoded_bytes();
-    if !folder.is_empty() && line.windows(folder.len()).any(|part| part == folder) {
-        let raw = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-        if let Some(raw) = raw {
-            let _ = rustix::process::kill_process(raw, rustix::process::Signal::KILL);
-        }
     }
 }
 

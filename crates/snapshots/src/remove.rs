@@ -56,7 +56,8 @@ impl Engine {
 
     fn doomed(&self, address: &str, whole_tree: bool) -> Result<Doomed> {
         let (name, rest) = address::split(address);
-        if rest == Some("") {
+        // `web@$NAME` and `web@~$N` with an empty variable must not mean the parent of here.
+        if matches!(rest, Some("" | "~")) {
             return Err(Error::new(
                 Code::Usage,
                 format!("rm does not take {address:?} with nothing behind the @"),

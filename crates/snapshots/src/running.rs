@@ -31,6 +31,17 @@ pub(crate) struct Running {
     pub(crate) row: ProcessRow,
 }
 
+/// What became of a process that the catalog names.
+#[derive(Debug)]
+pub(crate) enum Adopted {
+    /// It answers.
+    Running(Running),
+    /// It is there and does not answer: stuck, or busy.
+    Silent(Process, QmpError),
+    /// It has ended.
+    Gone,
+}
+
 /// How a process is to begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Begin {
@@ -106,15 +117,51 @@ impl Engine {
         }
     }
 
-    /// Finds the process of a catalog entry again, if it still runs.
-    pub(crate) fn adopt(&self, row: &ProcessRow) -> Option<Running> {
-        if row.boot != boot_id() {
-            return None;
-        }
-        let process = Process::find(row.id)?;
+    /// Finds the process of a catalog entry again.
+    pub(crate) fn adopt(&self, row: &ProcessRow) -> Adopted {
+        let process = if row.boot == boot_id() { Process::find(row.id) } else { None };
+        let Some(process) = process else { return Adopted::Gone };
         let run = self.run_folder(&row.run);
-        let qmp = Qmp::connect(&run.monitor(), false, LOOK_LIMIT).ok()?;
-        Some(Running { process, qmp, run, row: row.clone() })
+        match Qmp::connect(&run.monitor(), false, LOOK_LIMIT) {
+            Ok(qmp) => Adopted::Running(Running { process, qmp, run, row: row.clone() }),
+            Err(_) if !process.is_alive() => Adopted::Gone,
+            Err(error) => Adopted::Silent(process, error),
+        }
+    }
+
+    /// For the holder of a target's lock: a process that the catalog names and that no command has at hand is found again, or
+    /// written down as gone. One that does not answer is left alone, unless `ending` it is what is wanted.
+    pub(crate) fn find_again(&self, target: TargetRow, ending: bool) -> Result<TargetRow> {
+        let Some(row) = target.process.as_ref().filter(|_| !self.running_map().contains_key(&target.id))
+        else {
+            return Ok(target);
+        };
+        match self.adopt(row) {
+            Adopted::Running(running) => {
+                self.running_map().insert(target.id.clone(), Arc::new(running));
+                return Ok(target);
+            }
+            Adopted::Silent(process, _) if ending => process.kill(),
+            Adopted::Silent(_, error) => {
+                let name = &target.name;
+                return Err(Error::new(Code::TimedOut, format!("the QEMU of {name} does not answer"))
+                    .because(error)
+                    .hint(format!(
+                        "try again when the host is less busy; `spinney kill {name}` cuts its power"
+                    )));
+            }
+            Adopted::Gone => {}
+        }
+        let power = self.power_after(row);
+        self.catalog.write(|tx| {
+            TargetRow::set_process(tx, &target.id, power, None)?;
+            TargetRow::by_id(tx, &target.id)
+        })
+    }
+
+    /// How a process that is gone must have ended.
+    pub(crate) fn power_after(&self, row: &ProcessRow) -> Power {
+        if row.boot == boot_id() { power_after_end(&self.run_folder(&row.run)) } else { Power::LostPower }
     }
 
     /// A machine's power state at this moment, and its process if it has one. A process that is gone is noticed here.
@@ -177,8 +224,8 @@ impl Engine {
     }
 }
 
-/// How a process that is gone must have ended.
-pub(crate) fn power_after_end(run: &RunFolder) -> Power {
+/// QEMU removes its pid file when it ends in order.
+fn power_after_end(run: &RunFolder) -> Power {
     if run.pid_file().exists() { Power::LostPower } else { Power::Off }
 }
 

@@ -15,14 +15,15 @@
 
 use std::time::Instant;
 
-use pages::{PageStore, Saved, Session};
-use qemu::save::{CopyMode, Ending, SaveError, SavedState, run_state, save, settle};
+use pages::{PageStore, Saved};
+use qemu::qmp::QmpError;
+use qemu::save::{self, CopyMode, SaveError, run_state, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::catalog::{Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
-use crate::disks::NewOverlay;
+use crate::disks::{DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
@@ -49,8 +50,8 @@ pub(crate) struct TakeJob<'a> {
     pub(crate) undo_point: bool,
     pub(crate) mode: Mode,
     pub(crate) power: Power,
-    /// What becomes of the guest afterwards.
-    pub(crate) ending: Ending,
+    /// The guest stands still afterwards, until it is replaced or let go.
+    pub(crate) stands_still: bool,
 }
 
 /// What the memory part brought.
@@ -88,7 +89,7 @@ impl Engine {
             undo_point: false,
             mode,
             power,
-            ending: Ending::GoOn,
+            stands_still: false,
         };
         let subject = format!("{}@{}", row.name, job.name);
         let was_running = power == Power::Running;
@@ -104,11 +105,15 @@ impl Engine {
         let target = job.target;
         let (frozen, overlays) = self.catalog.read(|tx| {
             let frozen = TargetRow::disks(tx, &target.id)?;
-            let overlays = self.plan_overlays(tx, &target.name, &frozen)?;
+            let overlays = self.plan_overlays(tx, &target.name, &frozen, DEPTH_LIMIT)?;
             Ok((frozen, overlays))
         })?;
         cx.phase("preparing disks", 0);
         let began = Instant::now();
+        if running.is_none() {
+            // A process that was killed leaves what it wrote in the page cache.
+            self.sync_layers(&frozen)?;
+        }
         self.make_overlays(&overlays)?;
         let snapshot = self.capture(cx, job, running, &overlays, began)?;
         let row = &snapshot.row;
@@ -118,7 +123,7 @@ impl Engine {
             }
             row.insert(tx, &frozen)?;
             TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
-            let undo = json!({ "snapshot": row.id, "parent": target.parent });
+            let undo = json!({ "snapshot": row.id });
             OpRow::finish(tx, &cx.id, Some(&undo))
         });
         if written.is_err() && running.is_none() {
@@ -183,47 +188,75 @@ impl Engine {
             self.take_back_overlays(target, running, overlays);
             error
         };
+        self.check_active(job.target, running).inspect_err(|_| self.remove_overlays(overlays))?;
         self.add_overlay_nodes(running, overlays).map_err(taken_back)?;
         self.catalog.write(|tx| point_here_at(tx, target, overlays)).map_err(taken_back)?;
 
-        if job.mode == Mode::DiskOnly {
-            cx.check().and_then(|()| switch_disks(running, overlays)).map_err(taken_back)?;
-            return Ok(Captured::default());
-        }
-        let session = self.store.begin().map_err(|e| taken_back(e.into()))?;
         let mut switched = false;
-        let saved = self.capture_memory(cx, job, running, overlays, session.as_ref(), &mut switched);
-        let (saved, memory) = match saved {
-            Ok(done) => done,
-            Err(error) if switched => return Err(error),
-            Err(error) => return Err(taken_back(error)),
+        let captured = if job.mode == Mode::DiskOnly {
+            cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| Captured::default())
+        } else {
+            self.capture_memory(cx, job, running, overlays, &mut switched)
         };
-        cx.phase("making it durable", 0);
-        let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
-        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()? })
+        match captured {
+            Err(error) if !switched => Err(taken_back(error)),
+            other => other,
+        }
     }
 
+    /// Steps 4 to 7. On an error nothing of the pages is left.
     fn capture_memory(
         &self,
         cx: &Context,
         job: &TakeJob<'_>,
         running: &Running,
         overlays: &[NewOverlay],
-        session: &dyn Session,
         switched: &mut bool,
-    ) -> Result<(SavedState, Memory)> {
+    ) -> Result<Captured> {
         let mode = if job.mode == Mode::PreCopy { CopyMode::PreCopy } else { CopyMode::StopCopy };
+        let session = self.store.begin()?;
         cx.phase("saving memory", job.target.config.memory);
-        let (saved, blocks) = ingest(session, cx, |sink| {
+        if job.stands_still {
+            // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
+            let (held, blocks) = ingest(session.as_ref(), cx, |sink| {
+                save::read(&running.qmp, mode, sink, &cx.cancel).map_err(save_error)
+            })?;
+            let state =
+                held.state().ok_or_else(|| Error::new(Code::Failed, "the machine's state has no end"))?;
+            let memory = store_maps(session.as_ref(), &blocks, &state.state)?;
+            let saved = session.commit()?;
+            held.stand_still().map_err(save_error)?;
+            return Ok(Captured { memory: Some(memory), pause_us: None, saved });
+        }
+        let (saved, blocks) = ingest(session.as_ref(), cx, |sink| {
+            let held = save::read(&running.qmp, mode, sink, &cx.cancel).map_err(save_error)?;
             let mut at_end = || {
                 switch_disks(running, overlays)?;
                 *switched = true;
                 Ok(())
             };
-            save(&running.qmp, (mode, job.ending), sink, &cx.cancel, &mut at_end).map_err(save_error)
+            held.go_on(&mut at_end).map_err(save_error)
         })?;
-        let memory = store_maps(session, &blocks, &saved.finished.state)?;
-        Ok((saved, memory))
+        cx.phase("making it durable", 0);
+        let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
+        let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
+        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()? })
+    }
+
+    /// Sees to it that every disk's device writes to the layer that the catalog calls here's. An overlay over any other would
+    /// belong to nothing.
+    fn check_active(&self, target: &TargetRow, running: &Running) -> Result<()> {
+        for (disk, layer) in self.catalog.read(|tx| TargetRow::disks(tx, &target.id))? {
+            let active = active_node(running, &disk)?;
+            if active.is_some_and(|node| node != format!("l-{layer}")) {
+                return Err(Error::new(
+                    Code::Failed,
+                    format!("{disk} of {} writes to another layer than the catalog says", target.name),
+                )
+                .hint("`spinney serve --stop`: the next command starts a daemon that puts it in order"));
+            }
+        }
+        Ok(())
     }
 
     /// Opens the overlays in QEMU, not yet in use.
@@ -365,13 +398,23 @@ fn active_node(running: &Running, disk: &str) -> Result<Option<String>> {
 pub(crate) fn save_error(error: SaveError) -> Error {
     let code = match &error {
         SaveError::Cancelled => {
-            return Error::new(Code::Interrupted, "cancelled; the machine runs on as before");
+            return Error::new(Code::Interrupted, "cancelled; the machine goes on as before");
         }
+        SaveError::Qmp(QmpError::Closed { .. }) => {
+            return Error::new(Code::Failed, "QEMU ended while the machine's state was being saved")
+                .because(error);
+        }
+        SaveError::Stuck { .. } => {
+            return Error::new(Code::TimedOut, "QEMU did not come back from saving the machine's state")
+                .because(error)
+                .hint("the guest may stand still: `spinney resume` lets it go on");
+        }
+        SaveError::PausedTooLong => Code::TimedOut,
         SaveError::Blocked { .. } => Code::Precondition,
         SaveError::State { .. } => Code::Refused,
         _ => Code::Failed,
     };
-    Error::new(code, "the machine's state could not be saved; it runs on as before").because(error)
+    Error::new(code, "the machine's state could not be saved; it goes on as before").because(error)
 }
 
 /// Lets a guest go on that was left standing in a migration of ours.

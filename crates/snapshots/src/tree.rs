@@ -5,31 +5,16 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::types::{Snapshot, Tree};
 
-/// The nearest ancestor that has not been removed, starting with `id` itself.
-pub(crate) fn visible_parent<'a>(all: &'a [SnapshotRow], id: Option<&str>) -> Option<&'a SnapshotRow> {
-    let mut at = id?.to_owned();
-    // A chain is never longer than the list; the bound ends a circle that a damaged catalog might hold.
-    for _ in 0..=all.len() {
-        let row = all.iter().find(|s| s.id == at)?;
-        match (&row.removed, &row.parent) {
-            (None, _) => return Some(row),
-            (Some(_), Some(parent)) => at.clone_from(parent),
-            (Some(_), None) => return None,
-        }
-    }
-    None
-}
-
 impl Engine {
     /// A target's snapshots, parents before children, and where it stands.
     pub fn tree(&self, target: &str) -> Result<Tree> {
         let (row, mut snapshots, here) = self.catalog.read(|tx| {
             let row = TargetRow::by_name(tx, target)?;
             let all = SnapshotRow::of_target(tx, &row.id)?;
-            let here = visible_parent(&all, row.parent.as_deref()).map(|s| s.id.clone());
+            let here = SnapshotRow::visible(tx, row.parent.as_deref())?;
             let mut out = Vec::new();
             for snapshot in all.iter().filter(|s| s.removed.is_none()) {
-                out.push(view(tx, snapshot, &all)?);
+                out.push(view(tx, snapshot)?);
             }
             Ok((row, out, here))
         })?;
@@ -40,18 +25,14 @@ impl Engine {
     /// One snapshot, by any form of address.
     pub fn snapshot(&self, address: &str) -> Result<Snapshot> {
         self.catalog.read(|tx| {
-            let (target, snapshot) = crate::address::resolve(tx, address)?;
-            view(tx, &snapshot, &SnapshotRow::of_target(tx, &target.id)?)
+            let (_, snapshot) = crate::address::resolve(tx, address)?;
+            view(tx, &snapshot)
         })
     }
 }
 
 /// A row as callers get it.
-pub(crate) fn view(
-    tx: &rusqlite::Transaction<'_>,
-    row: &SnapshotRow,
-    all: &[SnapshotRow],
-) -> Result<Snapshot> {
+pub(crate) fn view(tx: &rusqlite::Transaction<'_>, row: &SnapshotRow) -> Result<Snapshot> {
     let mut depth = 0;
     for (_, layer) in SnapshotRow::disks(tx, &row.id)? {
         depth = depth.max(LayerRow::by_id(tx, &layer)?.depth);
@@ -62,7 +43,7 @@ pub(crate) fn view(
         target: row.target_name.clone(),
         name: row.name.clone(),
         note: row.note.clone(),
-        parent: visible_parent(all, row.parent.as_deref()).map(|s| s.id.clone()),
+        parent: SnapshotRow::visible(tx, row.parent.as_deref())?,
         created: row.created,
         undo_point: row.undo_point,
         power: facts.power,
@@ -83,7 +64,7 @@ pub(crate) fn view(
 pub(crate) fn view_by_id(catalog: &Catalog, id: &str) -> Result<Snapshot> {
     catalog.read(|tx| {
         let row = SnapshotRow::by_id(tx, id)?;
-        view(tx, &row, &SnapshotRow::of_target(tx, &row.target)?)
+        view(tx, &row)
     })
 }
 

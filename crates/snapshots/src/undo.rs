@@ -7,6 +7,7 @@ use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::goto::Purpose;
 use crate::take::snapshot_name_taken;
 use crate::types::{GotoPower, OpState, Operation};
 
@@ -61,6 +62,7 @@ impl Engine {
         body: impl FnOnce(&rusqlite::Transaction<'_>) -> Result<()>,
     ) -> Result<()> {
         let _guard = op.target.as_ref().map(|id| self.locks.acquire(id, "undo", cx)).transpose()?;
+        self.catalog.read(|tx| still_undoable(tx, op))?;
         let subject = format!("{} {}", op.kind, op.subject);
         self.journaled(cx, "undo", &subject, op.target.as_deref(), &json!({}), || {
             self.catalog.write(|tx| {
@@ -75,6 +77,7 @@ impl Engine {
     fn undo_goto(&self, cx: &Context, op: &OpRow, undo: &Value) -> Result<()> {
         let target = op.target.as_deref().unwrap_or_default();
         let _guard = self.locks.acquire(target, "undo", cx)?;
+        self.catalog.read(|tx| still_undoable(tx, op))?;
         let point = text(undo, "undo_point")?;
         let (row, snapshot) = self.catalog.read(|tx| {
             let row = TargetRow::by_id(tx, target)?;
@@ -84,10 +87,19 @@ impl Engine {
             return Err(Error::new(Code::Refused, format!("{} has been removed", row.name))
                 .hint("undo its removal first; `spinney op log` has its id"));
         }
-        let subject = format!("goto {}", op.subject);
-        self.goto_locked(cx, "undo", &subject, &row, &snapshot, GotoPower::Recorded, false)?;
-        self.catalog.write(|tx| OpRow::set_undone(tx, &op.id))
+        let row = self.find_again(row, false)?;
+        let purpose = Purpose { kind: "undo", subject: format!("goto {}", op.subject), undoes: Some(&op.id) };
+        self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)?;
+        Ok(())
     }
+}
+
+/// Under the lock: another undo may have been quicker.
+fn still_undoable(tx: &rusqlite::Transaction<'_>, op: &OpRow) -> Result<()> {
+    if is_undoable(&OpRow::by_id(tx, &op.id)?) {
+        return Ok(());
+    }
+    Err(Error::new(Code::Refused, format!("{} {} has been undone meanwhile", op.kind, op.subject)))
 }
 
 fn is_undoable(op: &OpRow) -> bool {
@@ -124,7 +136,7 @@ fn undo_take(tx: &rusqlite::Transaction<'_>, undo: &Value) -> Result<()> {
     SnapshotRow::set_removed(tx, &snapshot.id, true)?;
     let target = TargetRow::by_id(tx, &snapshot.target)?;
     if target.parent.as_ref() == Some(&snapshot.id) {
-        TargetRow::set_parent(tx, &target.id, undo.get("parent").and_then(Value::as_str))?;
+        TargetRow::set_parent(tx, &target.id, snapshot.parent.as_deref())?;
     }
     Ok(())
 }

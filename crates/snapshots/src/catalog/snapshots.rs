@@ -108,6 +108,34 @@ impl SnapshotRow {
         Ok(rows)
     }
 
+    /// The snapshot of a target with this name, unless it was removed.
+    pub(crate) fn by_name(tx: &Transaction<'_>, target: &str, name: &str) -> Result<Option<Self>> {
+        let sql = format!("{SELECT} WHERE s.target = ?1 AND s.name = ?2 AND s.removed IS NULL");
+        one(tx.query_row(&sql, [target, name], Self::from_row))
+    }
+
+    /// Id of the nearest ancestor that has not been removed, starting with `id` itself.
+    pub(crate) fn visible(tx: &Transaction<'_>, id: Option<&str>) -> Result<Option<String>> {
+        one(tx.query_row(
+            "WITH RECURSIVE up (id, parent, removed) AS (
+                 SELECT id, parent, removed FROM snapshots WHERE id = ?1
+                 UNION
+                 SELECT s.id, s.parent, s.removed FROM snapshots s JOIN up ON s.id = up.parent
+                  WHERE up.removed NOT NULL
+             ) SELECT id FROM up WHERE removed IS NULL",
+            [id],
+            |row| row.get(0),
+        ))
+    }
+
+    /// The undo points of a target, oldest first; removed ones included.
+    pub(crate) fn undo_points(tx: &Transaction<'_>, target: &str) -> Result<Vec<Self>> {
+        let sql = format!("{SELECT} WHERE s.target = ?1 AND s.undo_point = 1 ORDER BY s.created, s.rowid");
+        let mut query = tx.prepare(&sql)?;
+        let rows = query.query_map([target], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
     /// How many snapshots of a target people see.
     pub(crate) fn count(tx: &Transaction<'_>, target: &str) -> Result<u64> {
         let sql = "SELECT count(*) FROM snapshots WHERE target = ?1 AND removed IS NULL AND undo_point = 0";
