@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use snapshots::{Code, Engine, Settings};
+use snapshots::{Code, Context, Engine, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{App, router};
@@ -12,6 +12,9 @@ use crate::{Problem, log, socket};
 
 /// How long the end waits for operations, and then for answers under way.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often what nothing needs is looked for.
+const COLLECT_EVERY: Duration = Duration::from_secs(600);
 
 /// How to serve.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,8 +45,10 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     let (engine, notes) = Engine::open(settings.clone())?;
     tracing::info!(version = crate::VERSION, state = %settings.state.display(), "open");
     for note in notes {
-        tracing::info!("{note}");
+        tracing::warn!("{note}");
     }
+    collect_in_background(&engine)
+        .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -53,6 +58,22 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     // What still reads must not hold up the end.
     runtime.shutdown_background();
     result
+}
+
+/// Frees now and then what nothing needs and undo no longer pins. It is journalled only when there is something to free.
+fn collect_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
+    let engine = Arc::downgrade(engine);
+    let collect = move || {
+        loop {
+            std::thread::sleep(COLLECT_EVERY);
+            let Some(engine) = engine.upgrade() else { return };
+            let worthwhile = engine.gc(&Context::new(), false, true).is_ok_and(|report| report.bytes > 0);
+            if worthwhile && let Err(error) = engine.gc(&Context::new(), false, false) {
+                tracing::warn!(%error, "gc in the background");
+            }
+        }
+    };
+    std::thread::Builder::new().name("gc".into()).spawn(collect).map(drop)
 }
 
 async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
