@@ -142,7 +142,7 @@ impl Sink for BatchSink {
 
     fn page(&mut self, block: usize, offset: u64, bytes: &[u8; PAGE_SIZE]) -> Result<(), SinkError> {
         // Far enough up that it is a page of the test's own filling.
-        if self.skip && offset >= 96 << 20 {
+        if self.skip && offset >= 160 << 20 {
             self.skip = false;
             return Ok(());
         }
