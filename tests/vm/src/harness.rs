@@ -54,7 +54,10 @@ impl Ended {
         if self.code == Some(0) {
             return Ok(self.document);
         }
-        Err(Failed { command: self.command, code: self.code, stderr: self.stderr })
+        // The events of long work say nothing that the problem does not.
+        let problem = self.problem();
+        let stderr = if problem.is_null() { self.stderr } else { problem.to_string() };
+        Err(Failed { command: self.command, code: self.code, stderr })
     }
 
     /// The problem document on stderr; null if there was none. Events of long work stand before it.
@@ -163,7 +166,8 @@ impl Spinney {
         words.push(format!("{mib}M"));
         let files = [("--kernel", "vmlinuz"), ("--initrd", "initrd.img"), ("--disk", "data.img")];
         words.extend(files.iter().flat_map(|(option, name)| [(*option).to_owned(), file(name)]));
-        words.extend(["--append".to_owned(), append.trim().to_owned()]);
+        // Freed memory is zeros, so that a page that is not zero is one that somebody may look at.
+        words.extend(["--append".to_owned(), format!("{} init_on_free=1", append.trim())]);
         // In the run folder, so that the QEMU that a goto starts beside the old one has a socket of its own.
         let port = guest_port_args(Path::new("{run}/test"));
         words.extend(port.into_iter().map(|word| format!("--qemu-arg={word}")));

@@ -29,26 +29,18 @@ fn a_random_walk_finds_every_state_as_it_was() {
     }
 }
 
-/// A fixed walk: two snapshots with much between them, then to the first.
+/// A fixed walk: two snapshots with much between them, then to each of them.
 fn short_walk(fault: &str) -> Result<(), Violation> {
     let spinney = if fault.is_empty() { Spinney::new() } else { Spinney::with(&[("SPINNEY_FAULT", fault)]) };
     // Much memory is filled, so that a page that is lost is one that is looked at.
-    let mut walk = Walk::begin(spinney, 7, 128)?;
+    let mut walk = Walk::begin(spinney, 7, 128).expect("a machine");
     walk.set_patience(Duration::from_secs(15));
-    let cards = [
-        Card::LogStep,
-        Card::TakeStopCopy,
-        Card::LogStep,
-        Card::Writer,
-        Card::Mutate,
-        Card::TakeStopCopy,
-        Card::LogStep,
-        Card::Back,
-        Card::Goto(""),
-        Card::LogStep,
-        Card::Goto(""),
-    ];
-    let result = cards.into_iter().try_for_each(|card| walk.play(card)).and_then(|()| walk.end());
+    let begin =
+        [Card::LogStep, Card::TakeStopCopy, Card::LogStep, Card::Writer, Card::Mutate, Card::TakeStopCopy];
+    // No fault shows before the first goto; what failed until then would be another matter.
+    begin.into_iter().try_for_each(|card| walk.play(card)).expect("a whole machine");
+    let rest = [Card::LogStep, Card::Back, Card::Goto(""), Card::LogStep, Card::Goto("")];
+    let result = rest.into_iter().try_for_each(|card| walk.play(card)).and_then(|()| walk.end());
     println!("{fault}: {}", walk.history.join(", "));
     result
 }
@@ -60,7 +52,9 @@ fn the_short_walk_is_whole_without_a_fault() {
 
 /// Runs the short walk with a fault and returns what was found.
 fn found(fault: &str) -> String {
-    let violation = short_walk(fault).expect_err("the checks do not see the fault").to_string();
+    let violation = short_walk(fault)
+        .expect_err("the checks do not see the fault; has the executable the feature `faults`?")
+        .to_string();
     println!("{fault}: {violation}");
     violation
 }
@@ -73,10 +67,13 @@ fn disks_that_are_not_switched_are_found() {
 
 #[test]
 fn a_page_that_is_lost_is_found() {
-    found("skip-page");
+    let violation = found("skip-page");
+    assert!(violation.contains("memory is not what it was"), "{violation}");
 }
 
 #[test]
 fn the_device_state_of_another_snapshot_is_found() {
-    found("other-device-state");
+    // Devices compare their own state with what lies in memory, so QEMU itself may notice and refuse to load.
+    let violation = found("other-device-state");
+    assert!(violation.contains("could not be loaded") || violation.contains("did not answer"), "{violation}");
 }

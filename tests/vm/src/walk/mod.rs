@@ -132,6 +132,8 @@ pub struct Walk {
     fill: u64,
     /// The last number given to a snapshot.
     number: u64,
+    /// The last mark written.
+    marks: u64,
 }
 
 impl Walk {
@@ -146,6 +148,7 @@ impl Walk {
             patience: Duration::from_secs(30),
             fill,
             number: 0,
+            marks: 0,
         };
         walk.need(Power::Running)?;
         walk.play(Card::Fill)?;

@@ -78,6 +78,8 @@ pub struct Moment {
     pub life: Option<Life>,
     /// The last entry of the log on the disk.
     pub log: Range,
+    /// What the mark on the disk says; 0 before it is first written.
+    pub mark: u64,
 }
 
 impl Moment {
@@ -87,12 +89,12 @@ impl Moment {
         let life =
             self.life.as_ref().map(|life| Life { counter: life.counter.later(1000, after), ..life.clone() });
         let log = if rate == 0 { self.log } else { self.log.later(rate, after) };
-        Self { power: self.power, life, log }
+        Self { power: self.power, life, log, mark: self.mark }
     }
 
     /// The same with no memory.
     pub fn off(&self) -> Self {
-        Self { power: Power::Off, life: None, log: self.log }
+        Self { power: Power::Off, life: None, ..self.clone() }
     }
 }
 
@@ -144,7 +146,7 @@ pub struct Model {
 impl Model {
     /// A machine that is off, with so many entries in the log on its disk.
     pub fn new(log: u64) -> Self {
-        let here = Moment { power: Power::Off, life: None, log: Range::exactly(log) };
+        let here = Moment { power: Power::Off, life: None, log: Range::exactly(log), mark: 0 };
         let (undo, nonces) = (HashMap::new(), HashSet::new());
         Self { nodes: Vec::new(), parent: None, here, since: Instant::now(), undo, nonces }
     }

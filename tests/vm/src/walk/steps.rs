@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
+use super::check::write_mark;
 use super::model::{Inverse, Moment, Power};
 use super::{Card, NAME, Violation, Walk};
 use crate::guest::Mix;
@@ -116,6 +117,16 @@ impl Walk {
             return Err(Violation::Wrong(format!("{name} should be {power} by {mode}: {taken}")));
         }
         let index = self.model.add(id_of(&taken)?, &name, false, moment);
+        let inverse = Inverse::Take(index, self.model.parent);
+        self.model.parent = Some(index);
+        self.remember("take", inverse)
+    }
+
+    /// Takes over a snapshot of here that was taken by somebody else, running.
+    pub fn adopt(&mut self, snapshot: &Value) -> Result<(), Violation> {
+        let name = snapshot["name"].as_str().unwrap_or_default();
+        let moment = self.model.now();
+        let index = self.model.add(id_of(snapshot)?, name, false, moment);
         let inverse = Inverse::Take(index, self.model.parent);
         self.model.parent = Some(index);
         self.remember("take", inverse)
@@ -267,6 +278,9 @@ impl Walk {
         match card {
             Card::LogStep => {
                 let last = guest.log_step(number % 20 + 1)?;
+                self.marks += 1;
+                write_mark(&mut guest, self.marks)?;
+                self.model.here.mark = self.marks;
                 self.model.here.log.low += number % 20 + 1;
                 self.model.here.log.high = self.model.here.log.high.max(last);
             }
