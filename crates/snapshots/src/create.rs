@@ -128,6 +128,8 @@ impl Engine {
                         .hint("copy it out of the state folder first: qemu-img convert -O qcow2 IT NEW"));
                     }
                     let info = self.img()?.info(path).map_err(|e| image_error(path, e))?;
+                    let unused = self.img()?.check_unused(path, &info.format);
+                    unused.map_err(|e| image_error(path, e))?;
                     let seen = stamp(path).map_err(|e| {
                         Error::new(Code::NotFound, format!("{} cannot be looked at", path.display()))
                             .because(e)
