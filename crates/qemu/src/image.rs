@@ -103,26 +103,6 @@ impl QemuImg {
         })
     }
 
-    /// Fails with [`ImageError::InUse`] if another process has the image open for writing. Formats with metadata of their own are
-    /// refused to readers then, and [`Self::info`] has found that out. A raw image is not: QEMU's locks only stand in the way of
-    /// a second writer. So it is opened as one, and closed again; nothing is written. Without the right to write to it, or
-    /// without `qemu-io`, nothing is found out.
-    pub fn check_unused(&self, image: &Path, format: &str) -> Result<(), ImageError> {
-        let writable = rustix::fs::access(image, rustix::fs::Access::WRITE_OK).is_ok();
-        let beside = Some(self.path.with_file_name("qemu-io")).filter(|file| file.is_file());
-        let Some(program) = beside.or_else(|| binary::on_path("qemu-io").ok()) else { return Ok(()) };
-        if format != "raw" || !writable {
-            return Ok(());
-        }
-        let mut command = Command::new(program);
-        command.args(["-f", "raw", "-c", "quit", "--"]).arg(image);
-        let output = tool::run(command, QUICK)?;
-        if is_locked(&output.stderr) {
-            return Err(ImageError::InUse { path: image.to_owned() });
-        }
-        Ok(())
-    }
-
     /// Makes an empty qcow2 image of `size` bytes over `backing` (its path as it is to stand in the header, its format),
     /// and makes the file and its folder durable.
     pub fn create(&self, image: &Path, size: u64, backing: Option<(&Path, &str)>) -> Result<(), ImageError> {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qemu::command::{MAX_CARDS, MAX_DISKS};
+use qemu::command::{Disk, MAX_CARDS, MAX_DISKS};
 use serde_json::json;
 
 use crate::catalog::{LayerRow, OpRow, TargetRow, now};
@@ -59,11 +59,14 @@ impl Engine {
             removed: None,
             config,
         };
-        self.try_devices(&target)?;
         let disks = self.plan_new_disks(&target)?;
         cx.check()?;
         self.journaled(cx, "create", name, Some(&target.id), &json!({}), || {
             self.make_new_disks(&disks)?;
+            if let Err(error) = self.try_out(&target, &disks) {
+                self.remove_new_disks(&disks);
+                return Err(error);
+            }
             let written = self.catalog.write(|tx| {
                 if TargetRow::name_taken(tx, name)? {
                     return Err(name_taken(name));
@@ -85,14 +88,19 @@ impl Engine {
         self.machine(name)
     }
 
-    /// Starts the user's own QEMU words once, without disks and without running anything: a device that cannot be
-    /// migrated is found out now and not at the first take.
-    fn try_devices(&self, target: &TargetRow) -> Result<()> {
-        if target.config.qemu_args.is_empty() {
+    /// Starts QEMU once with everything that is the user's, without running anything: an image that somebody else writes to, a
+    /// device that cannot be migrated are found out now, and not at the first start or take.
+    fn try_out(&self, target: &TargetRow, disks: &NewDisks) -> Result<()> {
+        if target.config.qemu_args.is_empty() && disks.bases.is_empty() {
             return Ok(());
         }
+        let over_base = |new: &NewOverlay| Disk {
+            id: new.disk.clone(),
+            layers: vec![self.layer_spec(&new.below), self.layer_spec(&new.row)],
+        };
+        let specs = disks.overlays.iter().map(over_base).collect();
         let config = MachineConfig { kernel: None, ..target.config.clone() };
-        let tried = self.launch(target, &config, &target.machine, Vec::new(), Begin::BootPaused)?;
+        let tried = self.launch(target, &config, &target.machine, specs, Begin::BootPaused)?;
         let blocked = tried.qmp.execute("query-migrate", json!({}));
         self.end_process(&target.id, &tried);
         let reasons = blocked?.get("blocked-reasons").cloned().unwrap_or_default();
@@ -128,8 +136,6 @@ impl Engine {
                         .hint("copy it out of the state folder first: qemu-img convert -O qcow2 IT NEW"));
                     }
                     let info = self.img()?.info(path).map_err(|e| image_error(path, e))?;
-                    let unused = self.img()?.check_unused(path, &info.format);
-                    unused.map_err(|e| image_error(path, e))?;
                     let seen = stamp(path).map_err(|e| {
                         Error::new(Code::NotFound, format!("{} cannot be looked at", path.display()))
                             .because(e)

@@ -150,6 +150,7 @@ impl Holder {
             .expect("QEMU");
         let holder = Self(child);
         let deadline = Instant::now() + Duration::from_secs(10);
+        // Only a second writer is refused a raw image.
         while tool("qemu-io", ["-f", "raw", "-c", "quit", image]).status.success() {
             assert!(Instant::now() < deadline, "the other QEMU does not lock {image}");
             thread::sleep(Duration::from_millis(10));

@@ -37,7 +37,7 @@ fn a_daemon_that_dies_in_a_take_leaves_the_old_tree_or_the_new() {
     for kill in 0..KILLS {
         // Something to save, so that takes are of one length.
         walk.play(Card::Mutate).unwrap();
-        let delay = Duration::from_millis(random.below(450));
+        let delay = Duration::from_millis(random.below(700));
         match die_in_a_take(&mut walk, kill, delay) {
             Ok(true) => new += 1,
             Ok(false) => old += 1,

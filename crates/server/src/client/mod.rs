@@ -150,8 +150,9 @@ impl Client {
         let sent = self.request(Method::GET, "/v1/version").timeout(Duration::from_secs(10)).send();
         match sent {
             Ok(response) => decode(response).map_err(Unanswered::Problem),
-            Err(error) if error.is_connect() => Err(Unanswered::Nobody),
-            Err(error) => Err(Unanswered::Problem(self.silent(&error))),
+            Err(error) if error.is_timeout() => Err(Unanswered::Problem(self.silent(&error))),
+            // Nobody listens, or whoever did dies at this moment.
+            Err(_) => Err(Unanswered::Nobody),
         }
     }
 
