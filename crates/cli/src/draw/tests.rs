@@ -40,7 +40,7 @@ fn drawn(tree: &Tree, all: bool) -> String {
 fn a_machine_without_snapshots() {
     insta::assert_snapshot!(drawn(&tree(vec![], None), false), @r"
     web
-    └─ ● You are here (running)
+    ● You are here (running)
     ");
 }
 
@@ -70,9 +70,9 @@ fn undo_points_are_folded_and_their_children_climb() {
     let tree_at = |here| tree(snapshots.clone(), Some(here));
     insta::assert_snapshot!(drawn(&tree_at("child"), false), @r"
     web
-    └─ base      5 h ago  running  412 MiB  paused 38 ms
-       └─ child  3 h ago  running  412 MiB  paused 38 ms
-          └─ ● You are here (running)
+    ○ base   5 h ago  running  412 MiB  paused 38 ms
+    ○ child  3 h ago  running  412 MiB  paused 38 ms
+    ● You are here (running)
     (2 undo points; --all shows them)
     ");
     insta::assert_snapshot!("undo_points_shown", drawn(&tree_at("child"), true));
