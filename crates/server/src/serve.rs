@@ -90,6 +90,8 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
     let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(graceful);
     let mut server = tokio::spawn(server.into_future());
     let result = tokio::select! {
+        // First of all: the server may notice the same wish to end in the same moment.
+        biased;
         () = ended => {
             // Nothing new starts; whoever follows an operation may see its end.
             app.operations.close();
@@ -108,6 +110,8 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
             Err(error) => Err(Problem::new(Code::Failed, "the server died").because(&error)),
         },
     };
+    // Still ours: nobody else serves this folder before the engine lets go of its lock.
+    let _ = std::fs::remove_file(path);
     tracing::info!("end");
     result
 }
