@@ -33,17 +33,21 @@ fn a_daemon_that_dies_in_a_take_leaves_the_old_tree_or_the_new() {
     for card in [Card::LogStep, Card::TakeStopCopy, Card::Writer, Card::LogRate] {
         walk.play(card).unwrap();
     }
+    let taken = walk.spinney.ok(&format!("show {NAME}@s1")).unwrap();
+    let took = taken["took_us"].as_u64().expect("how long a take takes here") / 1000;
     let (mut old, mut new) = (0, 0);
     for kill in 0..KILLS {
         // Something to save, so that takes are of one length.
         walk.play(Card::Mutate).unwrap();
-        let delay = Duration::from_millis(random.below(700));
+        // From before the request gets there to a little after its end.
+        let delay = Duration::from_millis(random.below(took * 5 / 4 + 60));
         match die_in_a_take(&mut walk, kill, delay) {
             Ok(true) => new += 1,
             Ok(false) => old += 1,
             Err(violation) => panic!("killed {delay:?} into take {kill}: {violation}"),
         }
     }
+    assert!(old > 0, "no take was cut short: all were over within {took} ms");
     println!("of {KILLS} takes {new} were done when the daemon died, and {old} rolled back");
     walk.play(Card::Goto("")).unwrap();
     walk.play(Card::Goto("")).unwrap();
