@@ -26,9 +26,11 @@ need_busybox=false
 if [ ${#missing[@]} = 0 ] && ! $need_kernel && ! $need_busybox; then exit 0; fi
 
 if ! is_debian; then
-    $need_kernel && missing+=("a generic kernel with its modules")
-    $need_busybox && missing+=("a static busybox")
-    die 5 "this is not Debian 12 or 13; by their Debian names, please install: ${missing[*]}"
+    say "this is not Debian 12 or 13, so nothing is installed; what is missing, by Debian's names:"
+    [ ${#missing[@]} = 0 ] || say "  to install: ${missing[*]}"
+    $need_kernel && say "  to unpack into $cache/linux, with its name in the file 'version' there: linux-image-amd64's kernel"
+    $need_busybox && say "  to unpack into $cache/busybox: busybox-static"
+    exit 5
 fi
 if [ "$(id -u)" != 0 ] && [ ${#missing[@]} != 0 ] && ! command -v sudo >/dev/null; then
     die 5 "neither root nor sudo; please install: ${missing[*]}"
