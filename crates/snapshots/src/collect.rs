@@ -1,6 +1,9 @@
 //! `gc`: what nothing needs any more goes. First the catalog's tombstones that undo no longer pins, then layers that no chain
 //! reaches, then pages that no map reaches.
 //!
+//! Undo pins what was removed for seven days, as long as that is not more than a tenth of the store: beyond it the oldest goes
+//! first. A small store may keep a gibibyte, so that the only snapshot of a new machine is not gone ten minutes after its `rm`.
+//!
 //! It runs beside everything else. A target that is being worked on keeps its tombstones this time: a goto on its way to one
 //! (undo goes to an undo point that may have been removed) has overlays over its layers that the catalog does not know yet.
 //! Pages of a take under way are the page store's own care, and a hold covers the time until the catalog refers to them.
@@ -12,9 +15,10 @@ use jiff::Timestamp;
 use rusqlite::Transaction;
 use serde_json::json;
 
-use crate::catalog::{LayerRow, OpRow, SnapshotRow, TargetRow, now};
+use crate::catalog::{Act, LayerRow, OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::disks::{allocated, remove_file};
+use crate::du::Ledger;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::types::GcReport;
@@ -22,13 +26,19 @@ use crate::types::GcReport;
 /// How long undo keeps what was removed.
 const UNDO_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// The part of the store, one in so many bytes, that undo may pin ...
+const UNDO_PART: u64 = 10;
+/// ... and what it may pin in any case.
+const UNDO_FLOOR: u64 = 1 << 30;
+
 /// What goes from the catalog.
 #[derive(Debug, Default)]
 struct CatalogPlan {
     snapshots: Vec<String>,
     targets: Vec<String>,
     layers: Vec<LayerRow>,
-    ends_undo_of: Vec<String>,
+    /// What can be undone now and cannot be afterwards.
+    ends_undo_of: Vec<OpRow>,
     /// Maps that stay needed.
     roots: Vec<pages::MapRoot>,
 }
@@ -36,8 +46,8 @@ struct CatalogPlan {
 impl Engine {
     /// Frees what nothing needs. `now` also gives up what only the undo log holds; `dry_run` only says what would happen.
     pub fn gc(&self, cx: &Context, now: bool, dry_run: bool) -> Result<GcReport> {
-        let before = undo_border(now);
         if dry_run {
+            let before = self.undo_border(now)?;
             let plan = self.catalog.read(|tx| plan_catalog(tx, before, &|_| false))?;
             let pages = self.store.plan_gc(&plan.roots)?;
             return Ok(self.report(&plan, true, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes));
@@ -45,6 +55,7 @@ impl Engine {
         self.journaled(cx, "gc", if now { "now" } else { "" }, None, &json!({}), || {
             let _alone = self.housekeep(cx)?;
             cx.phase("looking for what nothing needs", 0);
+            let before = self.undo_border(now)?;
             // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
             // between the two leaves files that the next start removes.
             let ids = self.catalog.read(|tx| Ok(TargetRow::all(tx, true)?.into_iter().map(|t| t.id)))?;
@@ -58,7 +69,7 @@ impl Engine {
             let (plan, mut report) = self.catalog.write(|tx| {
                 let plan = plan_catalog(tx, before, &|target| busy.contains(target))?;
                 let report = self.report(&plan, false, 0, 0);
-                purge(tx, &plan, before)?;
+                purge(tx, &plan)?;
                 Ok((plan, report))
             })?;
             drop(idle);
@@ -93,16 +104,41 @@ impl Engine {
             packs: packs as u64,
             layers: ours().count() as u64,
             bytes: page_bytes + ours().map(|l| allocated(&self.layer_file(l))).sum::<u64>(),
-            ends_undo_of: plan.ends_undo_of.clone(),
+            ends_undo_of: plan.ends_undo_of.iter().filter(|op| is_loss(op)).map(OpRow::title).collect(),
         }
+    }
+
+    /// What was removed up to here, undo gives up.
+    fn undo_border(&self, all: bool) -> Result<Timestamp> {
+        if all {
+            return Ok(Timestamp::MAX);
+        }
+        let by_age = now().checked_sub(UNDO_AGE).unwrap_or(Timestamp::MIN);
+        let ledger = Ledger::read(self)?;
+        let most =
+            (self.store.allocated_bytes()? + ledger.layers_total()).div_euclid(UNDO_PART).max(UNDO_FLOOR);
+        // The later the border, the less is pinned: the first that is good enough is searched for.
+        let mut times: Vec<i64> = ledger.removals();
+        times.retain(|at| *at > by_age.as_millisecond());
+        let (mut low, mut high) = (0, times.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            let border = middle.checked_sub(1).and_then(|before| times.get(before)).copied();
+            let border = border.unwrap_or(by_age.as_millisecond());
+            if ledger.pinned_by_undo(self, border)? <= most {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        let by_size = low.checked_sub(1).and_then(|last| times.get(last)).copied();
+        Ok(by_size.and_then(|at| Timestamp::from_millisecond(at).ok()).unwrap_or(by_age))
     }
 }
 
-fn undo_border(all: bool) -> Timestamp {
-    if all {
-        return Timestamp::MAX;
-    }
-    now().checked_sub(UNDO_AGE).unwrap_or(Timestamp::MIN)
+/// True if undoing it would have brought something back; to undo the take of what is gone would not.
+fn is_loss(op: &OpRow) -> bool {
+    matches!(op.undo.as_ref().map(|inverse| &inverse.act), Some(Act::Restore(_) | Act::Goto(_)))
 }
 
 fn roots_of(snapshots: &[SnapshotRow]) -> Vec<pages::MapRoot> {
@@ -149,30 +185,18 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> 
         }
     }
     plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
-    if !plan.snapshots.is_empty() || !plan.targets.is_empty() {
-        for op in OpRow::newest(tx, 1000)? {
-            let named = |key: &str| op.undo.as_ref().and_then(|u| u.get(key)).map(ToString::to_string);
-            let text = format!("{:?}{:?}{:?}", named("snapshots"), named("undo_point"), named("target"));
-            if plan.snapshots.iter().chain(&plan.targets).any(|id| text.contains(id.as_str())) {
-                plan.ends_undo_of.push(format!("{} {}", op.kind, op.subject));
-            }
-        }
-    }
+    plan.ends_undo_of = OpRow::undoable(tx)?;
+    plan.ends_undo_of.retain(|op| {
+        let act = op.undo.as_ref().map(|inverse| &inverse.act);
+        act.is_some_and(|act| plan.snapshots.iter().chain(&plan.targets).any(|id| act.needs(id)))
+    });
     Ok(plan)
 }
 
-fn purge(tx: &Transaction<'_>, plan: &CatalogPlan, before: Timestamp) -> Result<()> {
+fn purge(tx: &Transaction<'_>, plan: &CatalogPlan) -> Result<()> {
     plan.snapshots.iter().try_for_each(|id| SnapshotRow::purge(tx, id))?;
     plan.targets.iter().try_for_each(|id| TargetRow::purge(tx, id))?;
     // From the top down: a layer is referred to by those over it.
     plan.layers.iter().rev().try_for_each(|row| LayerRow::purge(tx, &row.id))?;
-    for op in OpRow::newest(tx, 10_000)? {
-        if op.ended.is_some_and(|at| at <= before) && op.undo.is_some() {
-            let gone = op.undo.as_ref().map(ToString::to_string).unwrap_or_default();
-            if plan.snapshots.iter().chain(&plan.targets).any(|id| gone.contains(id.as_str())) {
-                OpRow::forget_undo(tx, &op.id)?;
-            }
-        }
-    }
-    Ok(())
+    plan.ends_undo_of.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))
 }

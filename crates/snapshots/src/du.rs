@@ -31,8 +31,8 @@ struct Entry {
     /// Snapshot's name; empty for here.
     name: String,
     undo_point: bool,
-    /// Removed, and held only by the undo log.
-    removed: bool,
+    /// Removed then (milliseconds since 1970), and held only by the undo log.
+    removed: Option<i64>,
     roots: Vec<MapRoot>,
     layers: Vec<String>,
     saved: Saved,
@@ -69,7 +69,7 @@ impl Ledger {
                     target: row.target_name.clone(),
                     name: row.name.clone(),
                     undo_point: row.undo_point,
-                    removed: row.removed.is_some(),
+                    removed: row.removed,
                     roots: row.memory.iter().flat_map(|m| m.roots()).collect(),
                     layers: chains(SnapshotRow::disks(tx, &row.id)?),
                     saved: row.facts.saved,
@@ -83,7 +83,7 @@ impl Ledger {
                     target: row.name,
                     name: String::new(),
                     undo_point: false,
-                    removed: row.removed.is_some(),
+                    removed: row.removed,
                     roots: Vec::new(),
                     saved: Saved::default(),
                 });
@@ -99,6 +99,34 @@ impl Ledger {
         layers.filter_map(|id| self.layer_bytes.get(id)).sum()
     }
 
+    /// Bytes of all layers.
+    pub(crate) fn layers_total(&self) -> u64 {
+        self.layer_bytes.values().sum()
+    }
+
+    /// When things were removed that are still there, in order.
+    pub(crate) fn removals(&self) -> Vec<i64> {
+        let mut times: Vec<i64> = self.entries.iter().filter_map(|e| e.removed).collect();
+        times.sort_unstable();
+        times.dedup();
+        times
+    }
+
+    /// Bytes that only what was removed after this time needs.
+    pub(crate) fn pinned_by_undo(&self, engine: &Engine, after: i64) -> Result<u64> {
+        let (pinned, needed): (Vec<&Entry>, Vec<&Entry>) = self
+            .entries
+            .iter()
+            .filter(|e| e.removed.is_none_or(|at| at > after))
+            .partition(|e| e.removed.is_some());
+        if pinned.is_empty() {
+            return Ok(0);
+        }
+        let (theirs, others) = (layers(&pinned), layers(&needed));
+        let pages = engine.store.freed_by(&roots(&pinned), &roots(&needed))?;
+        Ok(pages + self.bytes(theirs.difference(&others).copied()))
+    }
+
     /// Bytes that nothing would need any more if `gone` went; bytes of theirs that stay; and who needs those.
     pub(crate) fn without(
         &self,
@@ -106,15 +134,11 @@ impl Ledger {
         gone: &dyn Fn(&Holder) -> bool,
     ) -> Result<(u64, u64, Vec<String>)> {
         let (going, staying): (Vec<&Entry>, Vec<&Entry>) =
-            self.entries.iter().filter(|e| !e.removed).partition(|e| gone(&e.holder));
-        let roots = |entries: &[&Entry]| -> Vec<MapRoot> {
-            entries.iter().flat_map(|e| e.roots.iter().copied()).collect()
-        };
+            self.entries.iter().filter(|e| e.removed.is_none()).partition(|e| gone(&e.holder));
         let (their_roots, other_roots) = (roots(&going), roots(&staying));
         let freed_pages = engine.store.freed_by(&their_roots, &other_roots)?;
         let all_pages = engine.store.freed_by(&their_roots, &[])?;
-        let theirs: HashSet<&String> = going.iter().flat_map(|e| &e.layers).collect();
-        let others: HashSet<&String> = staying.iter().flat_map(|e| &e.layers).collect();
+        let (theirs, others) = (layers(&going), layers(&staying));
         let freed = freed_pages + self.bytes(theirs.difference(&others).copied());
         let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others).copied());
         let kept_by =
@@ -166,7 +190,7 @@ impl Engine {
             dropped.insert(Holder::Snapshot(snapshot.id));
         }
         let ledger = Ledger::read(self)?;
-        let live: Vec<&Entry> = ledger.entries.iter().filter(|e| !e.removed).collect();
+        let live: Vec<&Entry> = ledger.entries.iter().filter(|e| e.removed.is_none()).collect();
         let shown = |e: &&&Entry| target.is_none_or(|name| e.target == name);
 
         let pages = self.page_usage(&live)?;
@@ -187,12 +211,7 @@ impl Engine {
             });
             add(&mut saved, &entry.saved);
         }
-        let needed: HashSet<&String> = live.iter().flat_map(|e| &e.layers).collect();
         let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
-        let roots = |removed: bool| -> Vec<MapRoot> {
-            let entries = ledger.entries.iter().filter(|e| e.removed == removed);
-            entries.flat_map(|e| e.roots.iter().copied()).collect()
-        };
         let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
         let dead = self.store.plan_gc(&all_roots)?.freed_bytes;
@@ -204,10 +223,9 @@ impl Engine {
         Ok(Du {
             rows,
             store_bytes: self.store.allocated_bytes()?,
-            disk_bytes: ledger.layer_bytes.values().sum(),
+            disk_bytes: ledger.layers_total(),
             reclaimable: unneeded.sum::<u64>() + dead,
-            pinned_by_undo: self.store.freed_by(&roots(true), &roots(false))?
-                + ledger.bytes(pinned.difference(&needed).copied()),
+            pinned_by_undo: ledger.pinned_by_undo(self, i64::MIN)?,
             saved,
             without,
         })
@@ -225,6 +243,14 @@ impl Engine {
         };
         Ok(entries.iter().map(of_entry).collect())
     }
+}
+
+fn roots(entries: &[&Entry]) -> Vec<MapRoot> {
+    entries.iter().flat_map(|e| e.roots.iter().copied()).collect()
+}
+
+fn layers<'a>(entries: &[&'a Entry]) -> HashSet<&'a String> {
+    entries.iter().flat_map(|e| &e.layers).collect()
 }
 
 fn add(to: &mut Saved, more: &Saved) {

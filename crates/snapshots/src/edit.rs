@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
@@ -38,9 +38,9 @@ impl Engine {
                 }
                 let note = edit.note.unwrap_or_else(|| old.note.clone());
                 SnapshotRow::set_text(tx, &old.id, &name, &note, edit.keep.unwrap_or(old.keep))?;
-                let undo =
-                    json!({ "snapshot": old.id, "name": old.name, "note": old.note, "keep": old.keep });
-                OpRow::finish(tx, &cx.id, Some(&undo))?;
+                let SnapshotRow { id, name: before, note, keep, .. } = old;
+                let undo = Act::WriteSnapshot { id, name: before, note, keep };
+                OpRow::finish(tx, &cx.id, Some(undo))?;
                 Ok(format!("{}@{name}", target.name))
             })
         })
@@ -66,8 +66,8 @@ impl Engine {
                     return Err(name_taken(&name));
                 }
                 TargetRow::set_name(tx, &old.id, &name)?;
-                let undo = json!({ "target": old.id, "name": old.name });
-                OpRow::finish(tx, &cx.id, Some(&undo))
+                let undo = Act::NameTarget { id: old.id, name: old.name };
+                OpRow::finish(tx, &cx.id, Some(undo))
             })
         })?;
         Ok(name)

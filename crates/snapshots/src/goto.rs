@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
@@ -52,7 +52,7 @@ pub(crate) struct Purpose<'a> {
     pub(crate) kind: &'a str,
     pub(crate) subject: String,
     /// The operation that it takes back.
-    pub(crate) undoes: Option<&'a str>,
+    pub(crate) undoes: Option<&'a OpRow>,
 }
 
 /// What a swap did.
@@ -218,16 +218,16 @@ impl Engine {
                 overlay.row.insert(tx)?;
                 TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
             }
-            TargetRow::set_parent(tx, &row.id, Some(&snapshot.id))?;
+            // An undo point is here as it was, and so it hangs where here hung.
+            let parent = if purpose.undoes.is_some() { snapshot.parent.as_ref() } else { Some(&snapshot.id) };
+            TargetRow::set_parent(tx, &row.id, parent.map(String::as_str))?;
             TargetRow::set_config(tx, &row.id, &snapshot.config)?;
             TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
-            if let Some(undone) = purpose.undoes {
-                OpRow::set_undone(tx, undone)?;
+            let undo = undo_point.as_ref().map(|point| Act::Goto(point.row.id.clone()));
+            match purpose.undoes {
+                Some(undone) => undone.taken_back(tx, &cx.id, undo),
+                None => OpRow::finish(tx, &cx.id, undo),
             }
-            // Undoing again goes further back; it does not swing to and fro.
-            let undo = undo_point.as_ref().filter(|_| purpose.undoes.is_none());
-            let undo = undo.map(|point| json!({ "undo_point": point.row.id }));
-            OpRow::finish(tx, &cx.id, undo.as_ref())
         })?;
         // From here on the goto has happened, and whatever fails is told, not taken back.
         let new = standby.disarm();

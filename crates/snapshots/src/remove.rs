@@ -3,10 +3,11 @@
 //! Nothing is merged and no layer is touched. Whatever nothing needs any more comes back through `gc`, once undo does not
 //! pin it.
 
+use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things};
 use crate::context::Context;
 use crate::du::{Holder, Ledger};
 use crate::engine::Engine;
@@ -32,26 +33,30 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, name, "rm")?;
         let doomed = self.doomed(address, whole_tree)?;
         let plan = self.show_plan(&doomed)?;
-        if doomed.machine
-            && let (_, Some(_)) = self.look(&row)?
-        {
-            return Err(Error::new(Code::Refused, format!("{name} is running"))
-                .hint(format!("`spinney stop {name}` or `spinney kill {name}` first")));
+        if doomed.machine {
+            self.needs_no_process(&row)?;
         }
         self.journaled(cx, "rm", address, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
-                let ids: Vec<&str> = doomed.snapshots.iter().map(|s| s.id.as_str()).collect();
-                for id in &ids {
-                    SnapshotRow::set_removed(tx, id, true)?;
-                }
-                if doomed.machine {
-                    TargetRow::set_removed(tx, &row.id, true)?;
-                }
-                let undo = json!({ "snapshots": ids, "target": doomed.machine.then_some(&row.id) });
-                OpRow::finish(tx, &cx.id, Some(&undo))
+                let gone = Things {
+                    snapshots: doomed.snapshots.iter().map(|s| s.id.clone()).collect(),
+                    target: doomed.machine.then(|| row.id.clone()),
+                };
+                remove(tx, &gone)?;
+                OpRow::finish(tx, &cx.id, Some(Act::Restore(gone)))
             })
         })?;
         Ok(plan)
+    }
+
+    /// A machine is removed only when it is off.
+    pub(crate) fn needs_no_process(&self, row: &TargetRow) -> Result<()> {
+        let (_, running) = self.look(row)?;
+        if running.is_none() {
+            return Ok(());
+        }
+        Err(Error::new(Code::Refused, format!("{} is running", row.name))
+            .hint(format!("`spinney stop {0}` or `spinney kill {0}` first", row.name)))
     }
 
     fn doomed(&self, address: &str, whole_tree: bool) -> Result<Doomed> {
@@ -104,6 +109,12 @@ impl Engine {
     }
 }
 
+/// Takes names away. What is left of the things is a tombstone.
+pub(crate) fn remove(tx: &Transaction<'_>, things: &Things) -> Result<()> {
+    things.snapshots.iter().try_for_each(|id| SnapshotRow::set_removed(tx, id, true))?;
+    things.target.iter().try_for_each(|id| TargetRow::set_removed(tx, id, true))
+}
+
 /// A snapshot and everything below it that has not been removed.
 fn subtree(all: &[SnapshotRow], top: &SnapshotRow) -> Vec<SnapshotRow> {
     let mut ids = vec![top.id.as_str()];
@@ -118,7 +129,7 @@ fn subtree(all: &[SnapshotRow], top: &SnapshotRow) -> Vec<SnapshotRow> {
     all.iter().filter(|s| s.removed.is_none() && ids.contains(&s.id.as_str())).cloned().collect()
 }
 
-fn protected(name: &str) -> Error {
+pub(crate) fn protected(name: &str) -> Error {
     Error::new(Code::Refused, format!("{name} is protected"))
         .hint(format!("`spinney unprotect {name}` lets it be removed"))
 }

@@ -21,7 +21,7 @@ use qemu::save::{self, CopyMode, SaveError, run_state, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::catalog::{Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, now};
+use crate::catalog::{Act, Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
@@ -123,8 +123,8 @@ impl Engine {
             }
             row.insert(tx, &frozen)?;
             TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
-            let undo = json!({ "snapshot": row.id });
-            OpRow::finish(tx, &cx.id, Some(&undo))
+            let made = Things { snapshots: vec![row.id.clone()], target: None };
+            OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
         });
         if written.is_err() && running.is_none() {
             self.remove_overlays(&overlays);

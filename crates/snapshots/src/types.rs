@@ -362,6 +362,18 @@ pub struct Operation {
     pub undoable: bool,
 }
 
+/// Result of `undo`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Undone {
+    /// What was taken back ("take web@before").
+    pub operation: String,
+    /// It was an undo: what that had taken back is done again.
+    pub redone: bool,
+    /// The operation whose undo does it again; none if this was one.
+    pub again: Option<String>,
+}
+
 /// One line of `doctor`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]

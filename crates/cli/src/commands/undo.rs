@@ -1,14 +1,16 @@
 //! `undo`: take an operation back.
 
 use server::Problem;
-use server::api::{UndoReport, UndoRequest};
+use server::api::UndoRequest;
 use server::client::Method;
+use server::snapshots::Undone;
 
 use crate::session::Session;
 
 /// Take an operation back
 ///
-/// The last one that can be, or the one whose id `spinney op log` shows. It is one more operation of the log.
+/// The last one that can be, or the one whose id `spinney op log` shows: a take, goto, rm or edit. Asked again it goes further
+/// back. An undo is one more operation of the log, and can be undone by its id.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney undo\n  spinney undo 3f2a8c01d2e4b596")]
 pub(crate) struct Args {
@@ -17,11 +19,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
-    let report: UndoReport = session.change(Method::POST, "/v1/undo", &UndoRequest { id: args.id })?;
+    let undone: Undone = session.change(Method::POST, "/v1/undo", &UndoRequest { id: args.id })?;
     if session.out.json {
-        session.out.document("spinney.undo/1", &report);
-    } else {
-        session.out.line(report.done);
+        session.out.document("spinney.undo/2", &undone);
+        return Ok(());
+    }
+    session.out.line(format_args!(
+        "{}: {}",
+        if undone.redone { "did again" } else { "undid" },
+        undone.operation
+    ));
+    if let Some(id) = undone.again {
+        session.out.note(format_args!("`spinney undo {id}` does it again"));
     }
     Ok(())
 }

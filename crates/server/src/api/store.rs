@@ -1,6 +1,6 @@
 //! Space, garbage, damage, and taking operations back.
 
-use ::snapshots::{Du, FsckReport, GcReport};
+use ::snapshots::{Du, FsckReport, GcReport, Undone};
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
@@ -40,13 +40,6 @@ pub struct UndoRequest {
     pub id: Option<String>,
 }
 
-/// Result of `undo`.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct UndoReport {
-    /// What was done, as a sentence.
-    pub done: String,
-}
-
 /// Space: exclusive, shared, reclaimable
 #[utoipa::path(get, path = "/v1/du", tag = "store", operation_id = "du", params(DuQuery),
     responses((status = 200, description = "Space by snapshot and in all", body = Du)))]
@@ -83,7 +76,7 @@ pub(super) async fn fsck(State(app): Shared, key: Key) -> Result<Accepted, Probl
     app.run("fsck", "", key, (), move |engine, cx| -> ::snapshots::Result<FsckReport> { engine.fsck(cx) })
 }
 
-/// Take an operation back; the operation's result is an `UndoReport`
+/// Take an operation back; the operation's result is an `Undone`
 #[utoipa::path(post, path = "/v1/undo", tag = "operations", operation_id = "undo", request_body = UndoRequest,
     responses((status = 202, description = "Started", body = OperationView)))]
 pub(super) async fn undo(
@@ -92,7 +85,11 @@ pub(super) async fn undo(
     Body(body): Body<UndoRequest>,
 ) -> Result<Accepted, Problem> {
     let id = body.id.clone();
-    app.run("undo", id.clone().unwrap_or_default(), key, body, move |engine, cx| {
-        Ok(UndoReport { done: engine.undo(cx, id.as_deref())? })
-    })
+    app.run(
+        "undo",
+        id.clone().unwrap_or_default(),
+        key,
+        body,
+        move |engine, cx| -> ::snapshots::Result<Undone> { engine.undo(cx, id.as_deref()) },
+    )
 }

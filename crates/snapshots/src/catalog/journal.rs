@@ -2,11 +2,58 @@
 
 use jiff::Timestamp;
 use rusqlite::{Row, Transaction, params};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{json_column, now, one, optional_json, time_column, to_json};
 use crate::error::{Code, Error, Result};
 use crate::types::OpState;
+
+/// The act that takes an operation back. Ids, not names: these may have changed since.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Act {
+    /// Take names away, as `rm` does.
+    Remove(Things),
+    /// Give names back.
+    Restore(Things),
+    /// Go to the undo point that holds what was left.
+    Goto(String),
+    /// Write the name of a machine.
+    NameTarget { id: String, name: String },
+    /// Write the text of a snapshot.
+    WriteSnapshot { id: String, name: String, note: String, keep: bool },
+}
+
+impl Act {
+    /// True if it is about this snapshot or target.
+    pub(crate) fn needs(&self, id: &str) -> bool {
+        match self {
+            Self::Remove(things) | Self::Restore(things) => {
+                things.target.as_deref() == Some(id) || things.snapshots.iter().any(|s| s == id)
+            }
+            Self::Goto(about)
+            | Self::NameTarget { id: about, .. }
+            | Self::WriteSnapshot { id: about, .. } => about == id,
+        }
+    }
+}
+
+/// What [`Act::Remove`] and [`Act::Restore`] are about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Things {
+    pub(crate) snapshots: Vec<String>,
+    pub(crate) target: Option<String>,
+}
+
+/// What an operation leaves for whoever takes it back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Inverse {
+    pub(crate) act: Act,
+    /// In an undo: the operation that it took back, which is done again by taking this one back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) undid: Option<String>,
+}
 
 /// One operation.
 #[derive(Clone, Debug)]
@@ -20,8 +67,8 @@ pub(crate) struct OpRow {
     pub(crate) state: OpState,
     /// What recovery needs.
     pub(crate) plan: Value,
-    /// What undo needs; none if it cannot be undone.
-    pub(crate) undo: Option<Value>,
+    /// What undo needs; none if it cannot be undone. Kept when it has been: it may be done again.
+    pub(crate) undo: Option<Inverse>,
     pub(crate) started: Timestamp,
     pub(crate) ended: Option<Timestamp>,
     pub(crate) error: Option<String>,
@@ -36,13 +83,24 @@ impl OpRow {
             target: row.get("target")?,
             state: json_column(row, "state")?,
             plan: json_column(row, "plan")?,
-            undo: optional_json(row, "undo")?,
+            // An entry that cannot be read is one that cannot be undone.
+            undo: optional_json(row, "undo").unwrap_or_default(),
             started: time_column(row, "started")?,
             ended: row
                 .get::<_, Option<i64>>("ended")?
                 .map(|ms| Timestamp::from_millisecond(ms).unwrap_or(Timestamp::UNIX_EPOCH)),
             error: row.get("error")?,
         })
+    }
+
+    /// What it was, in words: "take web@before".
+    pub(crate) fn title(&self) -> String {
+        format!("{} {}", self.kind, self.subject)
+    }
+
+    /// The operation that this one, an undo, took back.
+    pub(crate) fn undid(&self) -> Option<&str> {
+        self.undo.as_ref()?.undid.as_deref()
     }
 
     /// Writes that an operation begins.
@@ -76,10 +134,14 @@ impl OpRow {
         Ok(())
     }
 
-    /// Writes that it is done, with what undo needs.
-    pub(crate) fn finish(tx: &Transaction<'_>, id: &str, undo: Option<&Value>) -> Result<()> {
+    /// Writes that it is done, with the act that takes it back.
+    pub(crate) fn finish(tx: &Transaction<'_>, id: &str, undo: Option<Act>) -> Result<()> {
+        Self::done(tx, id, undo.map(|act| Inverse { act, undid: None }).as_ref())
+    }
+
+    fn done(tx: &Transaction<'_>, id: &str, undo: Option<&Inverse>) -> Result<()> {
         tx.execute(
-            "UPDATE operations SET state = ?2, undo = ?3, ended = ?4 WHERE id = ?1",
+            "UPDATE operations SET state = ?2, undo = ?3, ended = coalesce(ended, ?4) WHERE id = ?1",
             params![id, to_json(&OpState::Done)?, undo.map(to_json).transpose()?, now().as_millisecond()],
         )?;
         Ok(())
@@ -94,13 +156,23 @@ impl OpRow {
         Ok(())
     }
 
-    /// Writes that it was taken back.
-    pub(crate) fn set_undone(tx: &Transaction<'_>, id: &str) -> Result<()> {
+    /// Writes that operation `by` is done and took this one back; `back` would take `by` back in turn. If this one was an undo
+    /// itself, what it had taken back is done again, and can be undone like at first.
+    pub(crate) fn taken_back(&self, tx: &Transaction<'_>, by: &str, back: Option<Act>) -> Result<()> {
         tx.execute(
-            "UPDATE operations SET state = ?2, undo = NULL WHERE id = ?1",
-            params![id, to_json(&OpState::Undone)?],
+            "UPDATE operations SET state = ?2 WHERE id = ?1",
+            params![self.id, to_json(&OpState::Undone)?],
         )?;
-        Ok(())
+        match self.undid() {
+            Some(first) => {
+                Self::done(tx, first, back.map(|act| Inverse { act, undid: None }).as_ref())?;
+                Self::done(tx, by, None)
+            }
+            None => {
+                let undid = Some(self.id.clone());
+                Self::done(tx, by, back.map(|act| Inverse { act, undid }).as_ref())
+            }
+        }
     }
 
     /// One operation.
@@ -116,6 +188,14 @@ impl OpRow {
         let mut query = tx.prepare("SELECT * FROM operations ORDER BY seq DESC LIMIT ?1")?;
         let rows = query.query_map([limit as u64], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
         Ok(rows)
+    }
+
+    /// All operations that can be undone, newest first.
+    pub(crate) fn undoable(tx: &Transaction<'_>) -> Result<Vec<Self>> {
+        let mut query =
+            tx.prepare("SELECT * FROM operations WHERE undo IS NOT NULL AND state = ?1 ORDER BY seq DESC")?;
+        let rows = query.query_map([to_json(&OpState::Done)?], Self::from_row)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
     /// Operations that were under way when the daemon ended, oldest first.

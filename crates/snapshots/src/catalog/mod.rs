@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Code, Error, Result};
 
-pub(crate) use journal::OpRow;
+pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
 pub(crate) use targets::{ProcessRow, TargetRow};

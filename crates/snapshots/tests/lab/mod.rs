@@ -1,0 +1,108 @@
+//! A state folder with machines that are off: everything but memory, in milliseconds a step. Needs QEMU and qemu-img installed
+//! (`make setup`); no guest runs.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use snapshots::{Code, Context, DiskSource, Engine, GotoPower, MachineConfig, Settings, TakeOptions};
+
+pub(crate) struct Lab {
+    pub(crate) engine: Option<Arc<Engine>>,
+    pub(crate) dir: tempfile::TempDir,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let mut lab = Self { engine: None, dir: tempfile::tempdir().unwrap() };
+        lab.open();
+        lab
+    }
+
+    pub(crate) fn open(&mut self) -> Vec<String> {
+        self.engine = None;
+        let state = self.dir.path().join("s");
+        let (engine, notes) =
+            Engine::open(Settings { state, qemu: None, qemu_img: None, accel: Some("tcg".into()) }).unwrap();
+        self.engine = Some(engine);
+        notes
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        self.engine.as_ref().unwrap()
+    }
+
+    pub(crate) fn create(&self, name: &str, disks: Vec<DiskSource>) {
+        self.engine().create(&Context::new(), name, config(disks)).unwrap();
+    }
+
+    pub(crate) fn take(&self, name: &str) {
+        let options = TakeOptions { name: Some(name.into()), ..TakeOptions::default() };
+        self.engine().take(&Context::new(), "m", options).unwrap();
+    }
+
+    pub(crate) fn goto(&self, name: &str, discard: bool) {
+        self.engine().goto(&Context::new(), &format!("m@{name}"), GotoPower::Recorded, discard).unwrap();
+    }
+
+    /// Writes a word to the first disk of here, as a guest would.
+    pub(crate) fn write(&self, offset: u64, byte: u8) {
+        let image = self.here();
+        qemu_io(&image, &format!("write -P {byte} {offset} 4096"));
+    }
+
+    /// True if the first disk of here holds this byte there.
+    pub(crate) fn holds(&self, offset: u64, byte: u8) -> bool {
+        let output = Command::new("qemu-io")
+            .args(["-r", "-f", "qcow2", "-c", &format!("read -P {byte} {offset} 4096")])
+            .arg(self.here())
+            .output()
+            .unwrap();
+        assert!(output.status.code().is_some_and(|code| code <= 1), "{output:?}");
+        !String::from_utf8_lossy(&output.stdout).contains("verification failed")
+    }
+
+    /// The newest layer file: the one of here, since every take and goto makes one.
+    pub(crate) fn here(&self) -> PathBuf {
+        let mut files: Vec<_> = layers(self.dir.path());
+        files.sort_by_key(|path| path.metadata().unwrap().created().unwrap());
+        files.pop().unwrap()
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        let tree = self.engine().tree("m").unwrap();
+        tree.snapshots.iter().filter(|s| !s.undo_point).map(|s| s.name.clone()).collect()
+    }
+
+    pub(crate) fn code(&self, result: snapshots::Result<impl std::fmt::Debug>) -> Code {
+        result.unwrap_err().code()
+    }
+}
+
+pub(crate) fn config(disks: Vec<DiskSource>) -> MachineConfig {
+    MachineConfig {
+        memory: 64 << 20,
+        cpus: 1,
+        disks,
+        kernel: None,
+        initrd: None,
+        append: None,
+        networks: Vec::new(),
+        memory_snapshots: true,
+        qemu_args: Vec::new(),
+    }
+}
+
+pub(crate) fn layers(dir: &Path) -> Vec<PathBuf> {
+    let groups = std::fs::read_dir(dir.join("s/groups")).unwrap();
+    let folders = groups.map(|g| g.unwrap().path().join("layers"));
+    folders.flat_map(|f| std::fs::read_dir(f).unwrap()).map(|e| e.unwrap().path()).collect()
+}
+
+pub(crate) fn qemu_io(image: &Path, command: &str) {
+    let status = Command::new("qemu-io").args(["-f", "qcow2", "-c", command]).arg(image).output().unwrap();
+    assert!(status.status.success(), "{status:?}");
+}
+
+pub(crate) const DISK: DiskSource = DiskSource::Size(16 << 20);

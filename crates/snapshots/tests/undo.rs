@@ -1,0 +1,155 @@
+//! Undo, and undo of undo, on a machine that is off.
+
+mod lab;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use snapshots::{Code, Context, Edit, OpState, Operation};
+
+use lab::{DISK, Lab, layers};
+
+/// Undoes the last operation; returns the id that does it again.
+fn undo(lab: &Lab) -> String {
+    let undone = lab.engine().undo(&Context::new(), None).unwrap();
+    assert!(!undone.redone);
+    undone.again.unwrap()
+}
+
+fn redo(lab: &Lab, id: &str) {
+    let undone = lab.engine().undo(&Context::new(), Some(id)).unwrap();
+    assert!(undone.redone && undone.again.is_none());
+}
+
+fn here(lab: &Lab) -> Option<String> {
+    lab.engine().machine("m").unwrap().parent
+}
+
+fn last(lab: &Lab, kind: &str) -> Operation {
+    lab.engine().operations(100).unwrap().into_iter().find(|op| op.kind == kind).unwrap()
+}
+
+#[test]
+fn a_take_is_undone_and_done_again() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.write(0, 1);
+    lab.take("two");
+    lab.write(0, 2);
+    for _ in 0..2 {
+        let id = undo(&lab);
+        assert_eq!((lab.names(), here(&lab).as_deref()), (vec!["one".into()], Some("one")));
+        assert_eq!(last(&lab, "take").state, OpState::Undone);
+        redo(&lab, &id);
+        assert_eq!((lab.names().len(), here(&lab).as_deref()), (2, Some("two")));
+        assert_eq!(last(&lab, "take").state, OpState::Done);
+        let error = lab.engine().undo(&Context::new(), Some(&id)).unwrap_err();
+        assert_eq!(error.code(), Code::Refused, "an undo is undone once: {error}");
+    }
+    assert!(lab.holds(0, 2), "here was not touched");
+    lab.goto("two", true);
+    assert!(lab.holds(0, 1));
+    // The goto threw something away and is passed over; then take after take, as far as there are any.
+    undo(&lab);
+    undo(&lab);
+    assert!(lab.names().is_empty());
+    assert_eq!(lab.engine().undo(&Context::new(), None).unwrap_err().code(), Code::NotFound);
+}
+
+#[test]
+fn a_goto_swings_between_what_was_and_what_is() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.write(0, 1);
+    lab.take("two");
+    lab.write(0, 2);
+    lab.goto("one", false);
+    lab.write(0, 3);
+    let mut id = undo(&lab);
+    assert!(lab.holds(0, 2));
+    assert_eq!(here(&lab).as_deref(), Some("two"), "where it was before the goto");
+    for _ in 0..2 {
+        redo(&lab, &id);
+        assert!(lab.holds(0, 3), "what was written after the goto is there again");
+        assert_eq!(here(&lab).as_deref(), Some("one"));
+        id = undo(&lab);
+        assert!(lab.holds(0, 2));
+        assert_eq!(here(&lab).as_deref(), Some("two"));
+    }
+    assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
+}
+
+#[test]
+fn rm_and_edit_are_undone_and_done_again() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.engine().rm(&Context::new(), "m@one", false).unwrap();
+    let id = undo(&lab);
+    assert_eq!(lab.names(), ["one"]);
+    lab.engine().protect(&Context::new(), "m@one", true).unwrap();
+    let error = lab.engine().undo(&Context::new(), Some(&id)).unwrap_err();
+    assert_eq!(error.code(), Code::Refused, "{error}");
+    lab.engine().protect(&Context::new(), "m@one", false).unwrap();
+    redo(&lab, &id);
+    assert!(lab.names().is_empty());
+    undo(&lab);
+
+    let edit = Edit { name: Some("uno".into()), note: Some("first".into()), keep: Some(true) };
+    lab.engine().edit(&Context::new(), "m@one", edit).unwrap();
+    let id = undo(&lab);
+    assert!(!lab.engine().snapshot("m@one").unwrap().keep);
+    redo(&lab, &id);
+    let snapshot = lab.engine().snapshot("m@uno").unwrap();
+    assert_eq!((snapshot.note.as_str(), snapshot.keep), ("first", true));
+
+    lab.engine().rm(&Context::new(), "m", false).unwrap();
+    let id = undo(&lab);
+    redo(&lab, &id);
+    assert_eq!(lab.code(lab.engine().machine("m")), Code::NotFound);
+    undo(&lab);
+    assert_eq!(lab.names(), ["uno"]);
+}
+
+#[test]
+fn a_name_that_was_taken_meanwhile_is_not_taken_twice() {
+    let lab = Lab::new();
+    lab.create("m", vec![]);
+    lab.take("one");
+    let id = undo(&lab);
+    lab.take("one");
+    let error = lab.engine().undo(&Context::new(), Some(&id)).unwrap_err();
+    assert_eq!(error.code(), Code::Refused, "{error}");
+    assert_eq!(lab.names(), ["one"]);
+}
+
+#[test]
+fn undo_pins_a_tenth_of_the_store_at_most_and_a_gibibyte_in_any_case() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("base");
+    let large = |name: &str| -> PathBuf {
+        let layer = lab.here();
+        lab.take(name);
+        let sized = Command::new("fallocate").args(["--length", "700M"]).arg(&layer).status().unwrap();
+        assert!(sized.success());
+        lab.goto("base", true);
+        layer
+    };
+    let (first, second) = (large("first"), large("second"));
+    lab.engine().rm(&Context::new(), "m@first", false).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    lab.engine().gc(&Context::new(), false, false).unwrap();
+    assert!(first.exists(), "700 MiB are less than a gibibyte");
+    lab.engine().rm(&Context::new(), "m@second", false).unwrap();
+    let plan = lab.engine().gc(&Context::new(), false, true).unwrap();
+    assert_eq!(plan.ends_undo_of, ["rm m@first"]);
+    lab.engine().gc(&Context::new(), false, false).unwrap();
+    assert!(!first.exists() && second.exists(), "the oldest goes first");
+    undo(&lab);
+    assert_eq!(lab.names(), ["base", "second"]);
+    assert_eq!(layers(lab.dir.path()).len(), 3, "of base, second, and here");
+    assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
+}
