@@ -62,6 +62,11 @@ pub fn load(
     qmp.execute("migrate-incoming", arguments)?;
     let fed = feed(&socket);
     let _ = socket.shutdown(if fed.is_ok() { Shutdown::Write } else { Shutdown::Both });
+    // A stream that broke because QEMU closed it has its reason with QEMU; one that was given up has it here.
+    let fed = match fed {
+        Err(error) if !is_broken_pipe(error.as_ref()) => return Err(LoadError::Feed(error)),
+        other => other,
+    };
 
     let deadline = Instant::now() + FINISH_LIMIT;
     loop {
@@ -74,15 +79,10 @@ pub fn load(
         let reason = answer.get("error-desc").and_then(Value::as_str).map(str::to_owned);
         match status.as_str() {
             "completed" if fed.is_ok() => return Ok(()),
-            "failed" | "cancelled" => match (reason, fed) {
-                // A feed that failed of itself is the cause; one that broke because QEMU closed is not.
-                (_, Err(error)) if !is_broken_pipe(error.as_ref()) => return Err(LoadError::Feed(error)),
-                (reason, _) => {
-                    return Err(LoadError::Refused {
-                        reason: reason.unwrap_or_else(|| "no reason given".into()),
-                    });
-                }
-            },
+            "failed" | "cancelled" => {
+                let reason = reason.unwrap_or_else(|| "no reason given".into());
+                return Err(LoadError::Refused { reason });
+            }
             _ if Instant::now() >= deadline => return Err(LoadError::TimedOut { status }),
             _ => thread::sleep(Duration::from_millis(1)),
         }

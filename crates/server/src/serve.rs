@@ -16,6 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often what nothing needs is looked for.
 const COLLECT_EVERY: Duration = Duration::from_secs(600);
 
+/// How often the daemon sees whether its socket is still there.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// How to serve.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -44,7 +47,7 @@ pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
 fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     let (engine, notes) = Engine::open(settings.clone())?;
     tracing::info!(version = crate::VERSION, state = %settings.state.display(), "open");
-    for note in notes {
+    for note in &notes {
         tracing::warn!("{note}");
     }
     collect_in_background(&engine)
@@ -54,7 +57,7 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
         .enable_all()
         .build()
         .map_err(|error| Problem::new(Code::Failed, "cannot start the runtime").because(&error))?;
-    let result = runtime.block_on(listen(App::new(engine, settings), path));
+    let result = runtime.block_on(listen(App::new(engine, settings, notes), path));
     // What still reads must not hold up the end.
     runtime.shutdown_background();
     result
@@ -82,6 +85,7 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
     };
     let ended = end(&app).map_err(cannot)?;
     let listener = socket::bind(path)?;
+    let bound = socket::Bound::new(path);
     tracing::info!(socket = %path.display(), "listen");
     let mut stop = app.stop.subscribe();
     let graceful = async move {
@@ -97,7 +101,7 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
             app.operations.close();
             drain(&app).await;
             // From here on new clients find no socket, and start the next daemon as soon as our lock is gone.
-            let _ = std::fs::remove_file(path);
+            bound.remove();
             app.stop.send_replace(true);
             match tokio::time::timeout(PATIENCE, &mut server).await {
                 Ok(Ok(result)) => result.map_err(cannot),
@@ -105,15 +109,28 @@ async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {
                 Ok(Err(_)) | Err(_) => Ok(()),
             }
         }
+        () = gone(&bound) => {
+            tracing::error!("the state folder is gone from under the daemon");
+            app.operations.close();
+            drain(&app).await;
+            Ok(())
+        }
         result = &mut server => match result {
             Ok(result) => result.map_err(cannot),
             Err(error) => Err(Problem::new(Code::Failed, "the server died").because(&error)),
         },
     };
     // Still ours: nobody else serves this folder before the engine lets go of its lock.
-    let _ = std::fs::remove_file(path);
+    bound.remove();
     tracing::info!("end");
     result
+}
+
+/// Comes when nobody finds our socket any more: somebody has removed or moved the state folder.
+async fn gone(bound: &socket::Bound) {
+    while bound.is_there() {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Comes when somebody wants the daemon to end, by signal or by request.

@@ -72,6 +72,36 @@ pub(crate) fn bind(path: &Path) -> Result<tokio::net::UnixListener, Problem> {
     Ok(listener)
 }
 
+/// The file of a socket that we have bound, to tell it from a successor's under the same path.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    path: PathBuf,
+    file: Option<(u64, u64)>,
+}
+
+impl Bound {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), file: file_of(path) }
+    }
+
+    /// True as long as clients find us under the path.
+    pub(crate) fn is_there(&self) -> bool {
+        self.file.is_some() && file_of(&self.path) == self.file
+    }
+
+    /// Takes the path away, if it is still ours.
+    pub(crate) fn remove(&self) {
+        if self.is_there() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn file_of(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,5 +133,20 @@ mod tests {
         assert!(path.exists());
         let _listener = bind(&path).unwrap();
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn a_socket_in_place_of_ours_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = path(folder.path()).unwrap();
+        let _ours = bind(&path).unwrap();
+        let bound = Bound::new(&path);
+        assert!(bound.is_there());
+        // Moved and not removed, so that its number is not given to the next.
+        std::fs::rename(&path, folder.path().join("old")).unwrap();
+        assert!(!bound.is_there());
+        let _theirs = bind(&path).unwrap();
+        bound.remove();
+        assert!(path.exists());
     }
 }

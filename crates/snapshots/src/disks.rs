@@ -52,20 +52,28 @@ impl Engine {
     }
 
     /// Sees to it that every file of the chains is there and that no user's image changed behind our back.
-    pub(crate) fn check_chains(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<()> {
+    pub(crate) fn check_chains(
+        &self,
+        tx: &Transaction<'_>,
+        machine: &str,
+        disks: &[(String, String)],
+    ) -> Result<()> {
         for (disk, layer) in disks {
             for row in LayerRow::chain(tx, layer)? {
-                self.check_layer(disk, &row)?;
+                self.check_layer(machine, disk, &row)?;
             }
         }
         Ok(())
     }
 
-    fn check_layer(&self, disk: &str, row: &LayerRow) -> Result<()> {
+    fn check_layer(&self, machine: &str, disk: &str, row: &LayerRow) -> Result<()> {
         let path = self.layer_file(row);
         let found = stamp(&path).map_err(|error| {
-            Error::new(Code::Damaged, format!("a layer of {disk} is missing: {}", path.display()))
-                .because(error)
+            Error::new(
+                Code::Damaged,
+                format!("a layer of {disk} of {machine} is missing: {}", path.display()),
+            )
+            .because(error)
         })?;
         if let Some(known) = row.stamp
             && known != found
@@ -75,7 +83,28 @@ impl Engine {
                     "it had {} bytes when the machine was made and has {} now, or was written to since",
                     known.bytes, found.bytes
                 ))
-                .hint("put the image back as it was; disks made over it are only right together with it"));
+                .hint(format!(
+                    "put it back as it was: disks made over it are only right together with it. If its content is the same, \
+                     `spinney edit {machine} --accept-disks` takes it as it is now"
+                )));
+        }
+        Ok(())
+    }
+
+    /// Takes the users' images under these layers as they are now.
+    pub(crate) fn accept_bases(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<()> {
+        for (disk, layer) in disks {
+            for row in LayerRow::chain(tx, layer)?.iter().filter(|row| row.stamp.is_some()) {
+                let path = self.layer_file(row);
+                let seen = stamp(&path).map_err(|error| {
+                    Error::new(
+                        Code::NotFound,
+                        format!("the image under {disk} is missing: {}", path.display()),
+                    )
+                    .because(error)
+                })?;
+                LayerRow::set_stamp(tx, &row.id, &seen)?;
+            }
         }
         Ok(())
     }

@@ -56,8 +56,27 @@ fn qemu_check(qemu: &Qemu) -> Check {
 }
 
 fn accel_check(settings: &Settings, qemu: &Qemu) -> Check {
-    if let Some(word) = &settings.accel {
-        return check("accelerator", CheckLevel::Good, format!("{word}, as configured"), None);
+    let wanted = settings.accel.as_deref();
+    match wanted.map(|word| (word, Accel::parse(word))) {
+        Some((word, None)) => {
+            let found = format!("{word:?}, as configured, is not an accelerator");
+            return check(
+                "accelerator",
+                CheckLevel::Missing,
+                found,
+                Some("write kvm or tcg, or leave it out"),
+            );
+        }
+        Some((_, Some(Accel::Tcg))) => {
+            return check("accelerator", CheckLevel::Good, "tcg (emulation), as configured".into(), None);
+        }
+        Some((_, Some(Accel::Kvm))) => {
+            if let (Accel::Tcg, why) = accel::probe(qemu) {
+                let found = format!("kvm, as configured, cannot be used: {why}");
+                return check("accelerator", CheckLevel::Missing, found, Some("leave it out, or write tcg"));
+            }
+        }
+        None => {}
     }
     match accel::probe(qemu) {
         (Accel::Kvm, why) => check("accelerator", CheckLevel::Good, format!("kvm: {why}"), None),

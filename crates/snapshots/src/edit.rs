@@ -8,7 +8,7 @@ use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::name::{check_name, check_note};
+use crate::name::{check_name, check_note, check_snapshot_name};
 use crate::take::snapshot_name_taken;
 use crate::types::Edit;
 
@@ -25,8 +25,15 @@ impl Engine {
     }
 
     fn edit_snapshot(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
+        if edit.accept_disks {
+            return Err(Error::new(
+                Code::Usage,
+                format!("{address} is a snapshot: --accept-disks is for a machine"),
+            )
+            .hint(format!("write `spinney edit {} --accept-disks`", address::split(address).0)));
+        }
         if let Some(name) = &edit.name {
-            check_name("snapshot", name)?;
+            check_snapshot_name(name)?;
         }
         let (row, _guard) = self.lock_target(cx, address::split(address).0, "edit")?;
         self.journaled(cx, "edit", address, Some(&row.id), &json!({}), || {
@@ -54,11 +61,16 @@ impl Engine {
             )
             .hint(format!("notes and --keep belong to snapshots: {target}@NAME")));
         }
+        if let Some(name) = &edit.name {
+            check_name("machine", name)?;
+        }
         let (row, _guard) = self.lock_target(cx, target, "edit")?;
+        if edit.accept_disks {
+            self.accept_disks(cx, &row)?;
+        }
         let Some(name) = edit.name else {
             return Ok(row.name);
         };
-        check_name("machine", &name)?;
         self.journaled(cx, "edit", target, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let old = TargetRow::by_name(tx, target)?;
@@ -71,6 +83,22 @@ impl Engine {
             })
         })?;
         Ok(name)
+    }
+
+    /// The images of the user's that the machine's disks and snapshots lie over are right as they are now.
+    fn accept_disks(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+        // An entry of its own: this half of an edit cannot be undone.
+        let entry = Context::new();
+        self.journaled(&entry, "accept", &row.name, Some(&row.id), &json!({}), || {
+            cx.check()?;
+            self.catalog.write(|tx| {
+                self.accept_bases(tx, &TargetRow::disks(tx, &row.id)?)?;
+                for snapshot in SnapshotRow::of_target(tx, &row.id)? {
+                    self.accept_bases(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
+                }
+                OpRow::finish(tx, &entry.id, None)
+            })
+        })
     }
 
     /// Makes `rm` refuse a snapshot or a machine, or no longer.

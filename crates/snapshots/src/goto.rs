@@ -162,12 +162,22 @@ impl Engine {
     ) -> Result<GotoReport> {
         let began = Instant::now();
         let (was, old) = self.look(row)?;
+        if old.is_some() && !discard && !row.config.memory_snapshots {
+            let name = &row.name;
+            let message = format!("the memory of {name} would be lost: it was made with --no-memory");
+            return Err(Error::new(Code::Refused, message).hint(match purpose.undoes {
+                None => format!(
+                    "`spinney stop {name}` first; or add --discard, which keeps nothing of what is left"
+                ),
+                Some(_) => format!("`spinney stop {name}` first"),
+            }));
+        }
         let wanted = wanted_power(snapshot, power);
         let plan = json!(GotoPlan { was_running: was == Power::Running, new: None });
         let swapped = self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &plan, || {
             let overlays = self.catalog.read(|tx| {
                 let disks = SnapshotRow::disks(tx, &snapshot.id)?;
-                self.check_chains(tx, &disks)?;
+                self.check_chains(tx, &row.name, &disks)?;
                 self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
             })?;
             cx.phase("preparing disks", 0);
@@ -344,23 +354,10 @@ impl Engine {
         old: Option<&Running>,
     ) -> Result<Unwritten> {
         let began = Instant::now();
-        let mode = match (old, row.config.memory_snapshots) {
-            (None, _) => Mode::Off,
-            (Some(_), true) => Mode::StopCopy,
-            (Some(_), false) => Mode::DiskOnly,
-        };
-        if let Some(old) = old
-            && mode == Mode::DiskOnly
-        {
-            // Nothing that the guest does from now on is lost, because it does nothing.
-            old.qmp.execute("stop", json!({}))?;
-        }
+        let mode = if old.is_some() { Mode::StopCopy } else { Mode::Off };
         // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
         let stays = was == Power::Paused && old.is_some_and(|old| old.row.keeps_paused());
-        let power = match (mode, was) {
-            (Mode::DiskOnly | Mode::Off, _) | (_, Power::LostPower) => Power::Off,
-            (_, was) => was,
-        };
+        let power = if old.is_some() { was } else { Power::Off };
         let job = TakeJob {
             target: row,
             name: self.undo_point_name(row)?,

@@ -197,18 +197,22 @@ pub(crate) fn feed(
     cx: &Context,
     socket: &UnixStream,
 ) -> Result<(), CallbackError> {
-    let stream = RestoreStream::new(socket, &state.header, &state.blocks, state.ram_section)?;
+    let mut stream = RestoreStream::new(socket, &state.header, &state.blocks, state.ram_section)?;
     let (full, runs) = bounded::<Run>(BATCHES);
     let (empty, spares) = bounded::<Vec<u8>>(BATCHES);
     thread::scope(|scope| {
         let reader = scope.spawn(move || read_runs(store, memory, state, cx, &full, &spares));
-        let written = write_runs(stream, &runs, &empty, state);
+        let written = write_runs(&mut stream, &runs, &empty);
         drop(runs);
         let read = reader.join().unwrap_or_else(|_| Err("the thread that reads pages ended early".into()));
         // A store that fails is the cause of a stream that ends early; a stream that breaks is QEMU's doing.
         match (written, read) {
             (Err(error), Ok(())) | (_, Err(error)) => Err(error),
-            (Ok(()), Ok(())) => Ok(()),
+            // Only now: with its end, QEMU would take a stream for whole that lacks pages.
+            (Ok(()), Ok(())) => {
+                stream.finish(&state.tail)?;
+                Ok(())
+            }
         }
     })
 }
@@ -221,10 +225,9 @@ struct Run {
 }
 
 fn write_runs(
-    mut stream: RestoreStream<impl Write>,
+    stream: &mut RestoreStream<impl Write>,
     runs: &Receiver<Run>,
     empty: &Sender<Vec<u8>>,
-    state: &DeviceState,
 ) -> Result<(), CallbackError> {
     for run in runs {
         let offset = run.page * PAGE_SIZE as u64;
@@ -235,7 +238,6 @@ fn write_runs(
             let _ = empty.try_send(run.bytes);
         }
     }
-    stream.finish(&state.tail)?;
     Ok(())
 }
 

@@ -28,6 +28,19 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     }
 }
 
+/// As [`check_name`], for a name that somebody chooses: "undo-7" is what an undo point is called.
+pub(crate) fn check_snapshot_name(name: &str) -> Result<()> {
+    check_name("snapshot", name)?;
+    match name.strip_prefix("undo-") {
+        Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => Err(Error::new(
+            Code::Usage,
+            format!("{name:?} cannot be the name of a snapshot: undo points are called so"),
+        )
+        .hint("choose any name but undo-NUMBER")),
+        _ => Ok(()),
+    }
+}
+
 /// Any text of bounded length.
 pub(crate) fn check_note(note: &str) -> Result<()> {
     let length = note.chars().count();
@@ -57,6 +70,16 @@ mod tests {
         let long = "a".repeat(65);
         for bad in ["", "-a", ".a", "_a", "a b", "a@b", "a/b", "é", "a\n", &long] {
             assert_eq!(check_name("machine", bad).unwrap_err().code(), Code::Usage, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_undo_points_are_not_for_people() {
+        for good in ["undo", "undo-x", "undo-1a", "undoing-1"] {
+            check_snapshot_name(good).unwrap();
+        }
+        for bad in ["undo-", "undo-1", "undo-007"] {
+            assert_eq!(check_snapshot_name(bad).unwrap_err().code(), Code::Usage, "{bad:?}");
         }
     }
 

@@ -122,7 +122,7 @@ impl Engine {
     pub(crate) fn here_specs(&self, row: &TargetRow) -> Result<Vec<Disk>> {
         self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
-            self.check_chains(tx, &disks)?;
+            self.check_chains(tx, &row.name, &disks)?;
             self.disk_specs(tx, &disks)
         })
     }
@@ -156,40 +156,23 @@ impl Engine {
     pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "stop")?;
         let running = self.needs_process(&row)?;
-        self.journaled(cx, "stop", target, Some(&row.id), &json!({}), || {
+        let was_paused = self.look(&row)?.0 == Power::Paused;
+        let plan = json!({ "was_paused": was_paused });
+        self.journaled(cx, "stop", target, Some(&row.id), &plan, || {
             cx.phase("waiting for the guest to power off", 0);
-            if self.look(&row)?.0 == Power::Paused {
+            if was_paused {
                 running.qmp.execute("cont", json!({}))?;
             }
-            let deadline = Instant::now() + timeout;
-            let mut pressed = Instant::now();
-            running.qmp.execute("system_powerdown", json!({}))?;
-            while !running.process.wait(Duration::from_millis(50)) {
-                cx.check()?;
-                if Instant::now() >= deadline {
-                    if kill {
-                        break;
-                    }
-                    return Err(Error::new(
-                        Code::TimedOut,
-                        format!("{target} did not power off within {} s; it runs on", timeout.as_secs()),
-                    )
-                    .hint(format!(
-                        "`spinney stop {target} --kill` cuts the power when the guest ignores the button"
-                    )));
-                }
-                // A guest that was just booting had nobody at the button yet.
-                if pressed.elapsed() > Duration::from_secs(5) {
-                    pressed = Instant::now();
-                    running.qmp.execute("system_powerdown", json!({})).ok();
-                }
+            let pressed = press_and_wait(cx, &running, target, timeout, kill);
+            if pressed.is_err() && was_paused {
+                running.qmp.execute("stop", json!({}))?;
             }
+            pressed?;
             self.end_process(&row.id, &running);
             self.write_off(cx, &row)
         })?;
         self.machine_by_id(&row.id)
     }
-
     /// Cuts the power.
     pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "kill")?;
@@ -221,6 +204,10 @@ impl Engine {
     ) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, kind)?;
         let running = self.needs_process(&row)?;
+        if self.look(&row)?.0 == power {
+            let state = if power == Power::Paused { "paused" } else { "running" };
+            return Err(Error::new(Code::Refused, format!("{target} is {state} already")));
+        }
         self.journaled(cx, kind, target, Some(&row.id), &json!({}), || {
             running.qmp.execute(command, json!({}))?;
             self.catalog.write(|tx| {
@@ -241,4 +228,36 @@ impl Engine {
                 .hint(format!("`spinney start {}` starts it", row.name))
         })
     }
+}
+
+/// Presses the power button until the process has ended, or until it may be ended.
+fn press_and_wait(
+    cx: &Context,
+    running: &Running,
+    target: &str,
+    timeout: Duration,
+    kill: bool,
+) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    let mut pressed = Instant::now();
+    running.qmp.execute("system_powerdown", json!({}))?;
+    while !running.process.wait(Duration::from_millis(50)) {
+        cx.check()?;
+        if Instant::now() >= deadline {
+            if kill {
+                return Ok(());
+            }
+            let seconds = timeout.as_secs();
+            let message = format!("{target} did not power off within {seconds} s; it goes on as before");
+            return Err(Error::new(Code::TimedOut, message).hint(format!(
+                "`spinney stop {target} --kill` cuts the power when the guest ignores the button"
+            )));
+        }
+        // A guest that was just booting had nobody at the button yet.
+        if pressed.elapsed() > Duration::from_secs(5) {
+            pressed = Instant::now();
+            running.qmp.execute("system_powerdown", json!({})).ok();
+        }
+    }
+    Ok(())
 }

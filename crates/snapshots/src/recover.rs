@@ -7,6 +7,7 @@
 //! |---|---|
 //! | a machine's process is gone | power "off" if QEMU ended in order, else "lost power" |
 //! | a process that the catalog does not name as a machine's | ended: a goto or start that did not get to its commit |
+//! | a paused guest that `stop` let run | paused |
 //! | a guest standing still in a migration, or stopped by a goto or take that is unfinished | let go on |
 //! | here's disk is an overlay that QEMU does not write to | the overlay is taken back |
 //! | a layer file or run folder that the catalog does not know | removed |
@@ -32,6 +33,7 @@ use crate::types::{OpState, Power};
 #[serde(default)]
 struct Plan {
     was_running: bool,
+    was_paused: bool,
     new: Option<ProcessRow>,
 }
 
@@ -47,9 +49,8 @@ impl Engine {
         }
         self.end_unrecorded(&targets);
         for target in &targets {
-            let plan = unfinished.iter().find(|op| op.target.as_ref() == Some(&target.id));
-            let was_running = plan.map(|op| plan_of(&op.plan).was_running);
-            self.recover_target(target, was_running, &mut notes)?;
+            let op = unfinished.iter().find(|op| op.target.as_ref() == Some(&target.id));
+            self.recover_target(target, op.map(|op| plan_of(&op.plan)), &mut notes)?;
         }
         for op in &unfinished {
             notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
@@ -72,12 +73,7 @@ impl Engine {
         }
     }
 
-    fn recover_target(
-        &self,
-        target: &TargetRow,
-        was_running: Option<bool>,
-        notes: &mut Vec<String>,
-    ) -> Result<()> {
+    fn recover_target(&self, target: &TargetRow, plan: Option<Plan>, notes: &mut Vec<String>) -> Result<()> {
         let Some(row) = &target.process else { return Ok(()) };
         let name = &target.name;
         let running = match self.adopt(row) {
@@ -97,7 +93,7 @@ impl Engine {
                 return Ok(());
             }
         };
-        if let Err(error) = self.mend_running(target, &running, was_running) {
+        if let Err(error) = self.mend_running(target, &running, plan) {
             notes.push(format!("{name} runs, but could not be put in order: {error}"));
         }
         self.running_map().insert(target.id.clone(), running.into());
@@ -105,8 +101,13 @@ impl Engine {
     }
 
     /// Frees the guest and takes back overlays that it does not write to.
-    fn mend_running(&self, target: &TargetRow, running: &Running, was_running: Option<bool>) -> Result<()> {
-        let freed = free_guest(running, was_running.unwrap_or(target.power == Power::Running));
+    fn mend_running(&self, target: &TargetRow, running: &Running, plan: Option<Plan>) -> Result<()> {
+        let was_running = plan.as_ref().map_or(target.power == Power::Running, |plan| plan.was_running);
+        let freed = free_guest(running, was_running);
+        if plan.is_some_and(|plan| plan.was_paused) {
+            // It ran only to hear the power button.
+            running.qmp.execute("stop", serde_json::json!({}))?;
+        }
         let here = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &target.id)?;
             disks

@@ -184,8 +184,7 @@ impl Engine {
         Ok((power, process))
     }
 
-    /// Writes down that a machine's process has ended, and how: QEMU removes its pid file when the guest powers off, and
-    /// leaves it behind when it is killed.
+    /// Writes down that a machine's process has ended, and how.
     fn forget(&self, target: &TargetRow, running: &Arc<Running>) -> Result<Power> {
         let power = power_after_end(&running.run);
         let mut map = self.running_map();
@@ -224,9 +223,11 @@ impl Engine {
     }
 }
 
-/// QEMU removes its pid file when it ends in order.
+/// QEMU removes its pid file when it ends in order. That is also so when somebody ended it with a signal, which the guest had no
+/// say in; then its log says so.
 fn power_after_end(run: &RunFolder) -> Power {
-    if run.pid_file().exists() { Power::LostPower } else { Power::Off }
+    let by_signal = log_tail(run).contains("terminating on signal");
+    if by_signal || run.pid_file().exists() { Power::LostPower } else { Power::Off }
 }
 
 /// The kernel's id of this boot of the host.

@@ -23,13 +23,13 @@ use serde_json::json;
 
 use crate::catalog::{Act, Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
 use crate::context::Context;
-use crate::disks::{DEPTH_LIMIT, NewOverlay};
+use crate::disks::{DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::id::new_id;
 use crate::memory::{ingest, memory_bytes, store_maps};
-use crate::name::{check_name, check_note};
+use crate::name::{check_note, check_snapshot_name};
 use crate::running::Running;
 use crate::tree::view_by_id;
 use crate::types::{Mode, Power, Snapshot, TakeOptions};
@@ -74,7 +74,7 @@ impl Engine {
     pub fn take(&self, cx: &Context, target: &str, options: TakeOptions) -> Result<Snapshot> {
         check_note(&options.note)?;
         if let Some(name) = &options.name {
-            check_name("snapshot", name)?;
+            check_snapshot_name(name)?;
         }
         let (row, _guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
@@ -144,6 +144,10 @@ impl Engine {
     ) -> Result<Unwritten> {
         let target = job.target;
         let hold = self.store.hold();
+        let frozen = self.catalog.read(|tx| {
+            let disks = TargetRow::disks(tx, &target.id)?;
+            disks.iter().map(|(_, layer)| LayerRow::by_id(tx, layer)).collect::<Result<Vec<_>>>()
+        })?;
         let captured = match running {
             Some(running) if job.mode != Mode::Off => self.capture_running(cx, job, running, overlays)?,
             _ => Captured::default(),
@@ -167,6 +171,7 @@ impl Engine {
                 pause_us: captured.pause_us,
                 took_us: micros(began),
                 memory_bytes: captured.memory.as_ref().map_or(0, |m| memory_bytes(m.roots())),
+                disk_bytes: frozen.iter().map(|layer| allocated(&self.layer_file(layer))).sum(),
                 saved: captured.saved,
             },
             memory: captured.memory,
@@ -328,7 +333,7 @@ impl Engine {
 
 pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
     Error::new(Code::Refused, format!("there already is a snapshot {target}@{name}"))
-        .hint("choose another name, or leave it out to have one chosen")
+        .hint("choose another name; `spinney take` without one chooses one")
 }
 
 /// Whole microseconds since `began`.

@@ -52,6 +52,7 @@ pub(crate) fn view(tx: &rusqlite::Transaction<'_>, row: &SnapshotRow) -> Result<
         took_us: facts.took_us,
         memory_bytes: facts.memory_bytes,
         stored_bytes: facts.saved.bytes_written,
+        disk_bytes: facts.disk_bytes,
         saved: facts.saved,
         keep: row.keep,
         protected: row.protected,

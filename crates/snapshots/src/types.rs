@@ -142,6 +142,8 @@ pub struct Snapshot {
     pub memory_bytes: u64,
     /// Bytes it added to the page store.
     pub stored_bytes: u64,
+    /// Bytes of the disk layers that it froze: what was written since the snapshot before.
+    pub disk_bytes: u64,
     /// Pages by cause.
     pub saved: pages::Saved,
     /// No policy, series or expiry removes it.
@@ -211,6 +213,8 @@ pub struct Edit {
     pub note: Option<String>,
     /// New `keep` (snapshots only).
     pub keep: Option<bool>,
+    /// Take the images of the user's under the disks as they are now (machines only).
+    pub accept_disks: bool,
 }
 
 /// A target's tree.

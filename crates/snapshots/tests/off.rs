@@ -120,7 +120,7 @@ fn names_and_notes_are_edited_and_the_edit_undone() {
     let lab = Lab::new();
     lab.create("m", vec![]);
     lab.take("one");
-    let edit = Edit { name: Some("uno".into()), note: Some("first".into()), keep: None };
+    let edit = Edit { name: Some("uno".into()), note: Some("first".into()), ..Edit::default() };
     assert_eq!(lab.engine().edit(&Context::new(), "m@one", edit).unwrap(), "m@uno");
     lab.engine().undo(&Context::new(), None).unwrap();
     let snapshot = lab.engine().snapshot("m@one").unwrap();

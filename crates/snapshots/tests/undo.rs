@@ -97,7 +97,8 @@ fn rm_and_edit_are_undone_and_done_again() {
     assert!(lab.names().is_empty());
     undo(&lab);
 
-    let edit = Edit { name: Some("uno".into()), note: Some("first".into()), keep: Some(true) };
+    let edit =
+        Edit { name: Some("uno".into()), note: Some("first".into()), keep: Some(true), ..Edit::default() };
     lab.engine().edit(&Context::new(), "m@one", edit).unwrap();
     let id = undo(&lab);
     assert!(!lab.engine().snapshot("m@one").unwrap().keep);

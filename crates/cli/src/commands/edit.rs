@@ -17,7 +17,7 @@ Examples:
   spinney edit web --name www
   spinney edit web@snap-1 --name before-upgrade -m \"all is well\"
   spinney edit web@snap-1 --keep=false")]
-#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep"])))]
+#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "accept_disks"])))]
 pub(crate) struct Args {
     /// Machine or snapshot
     #[arg(add = ArgValueCompleter::new(complete::addresses))]
@@ -31,10 +31,13 @@ pub(crate) struct Args {
     /// Let nothing but rm remove it, or with =false anything
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     keep: Option<bool>,
+    /// Take the image files under a machine's disks as they are now, after one was touched or copied back
+    #[arg(long)]
+    accept_disks: bool,
 }
 
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
-    let edit = Edit { name: args.name, note: args.message, keep: args.keep };
+    let edit = Edit { name: args.name, note: args.message, keep: args.keep, accept_disks: args.accept_disks };
     let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
     if session.out.json {
         session.out.document("spinney.edit/1", &renamed);

@@ -27,6 +27,8 @@ pub struct Version {
     pub started: Timestamp,
     /// Operations that run now.
     pub running: usize,
+    /// What its start found and put in order, in sentences.
+    pub notes: Vec<String>,
 }
 
 /// Version, process and state folder of the daemon
@@ -39,6 +41,7 @@ pub(super) async fn version(State(app): Shared) -> Json<Version> {
         state: app.settings.state.clone(),
         started: app.started,
         running: app.operations.running().len(),
+        notes: app.notes.clone(),
     })
 }
 

@@ -46,6 +46,8 @@ pub(crate) struct App {
     pub(crate) settings: Settings,
     pub(crate) operations: Arc<Operations>,
     pub(crate) started: Timestamp,
+    /// What people should know of what the start found.
+    pub(crate) notes: Vec<String>,
     /// Becomes true when the daemon shall end.
     pub(crate) stop: watch::Sender<bool>,
 }
@@ -54,13 +56,14 @@ pub(crate) struct App {
 type Shared = State<Arc<App>>;
 
 impl App {
-    pub(crate) fn new(engine: Arc<Engine>, settings: Settings) -> Arc<Self> {
+    pub(crate) fn new(engine: Arc<Engine>, settings: Settings, notes: Vec<String>) -> Arc<Self> {
         let operations = Arc::default();
         Arc::new(Self {
             engine,
             settings,
             operations,
             started: Timestamp::now(),
+            notes,
             stop: watch::channel(false).0,
         })
     }

@@ -43,7 +43,7 @@ pub(super) struct WaitQuery {
     wait: u64,
 }
 
-/// The journal, newest first
+/// The journal, newest first; what still waits for its turn, and is in no journal, comes before it
 #[utoipa::path(get, path = "/v1/operations", tag = "operations", operation_id = "list_operations",
     params(ListQuery),
     responses((status = 200, description = "Entries", body = Vec<Operation>)))]
@@ -51,7 +51,16 @@ pub(super) async fn list(
     State(app): Shared,
     Parameters(query): Parameters<ListQuery>,
 ) -> Result<Json<Vec<Operation>>, Problem> {
-    app.read(move |engine| engine.operations(query.limit.min(MOST_ENTRIES))).await
+    let limit = query.limit.min(MOST_ENTRIES);
+    let waiting = app.operations.running();
+    app.read(move |engine| {
+        let mut entries = engine.operations(limit)?;
+        let waiting = waiting.into_iter().rev().filter(|view| engine.operation(&view.id).is_err());
+        entries.splice(0..0, waiting.map(waiting_entry));
+        entries.truncate(limit);
+        Ok(entries)
+    })
+    .await
 }
 
 /// One operation: how far it is, and what it came to
@@ -89,6 +98,20 @@ pub(super) async fn cancel(
         None => app.read(move |engine| journalled(engine, &id)).await?,
     };
     Ok((StatusCode::ACCEPTED, view))
+}
+
+/// An operation that waits for its turn, as an entry of the journal that it will get.
+fn waiting_entry(view: OperationView) -> Operation {
+    Operation {
+        id: view.id,
+        kind: view.kind,
+        subject: view.subject,
+        state: view.state,
+        started: view.started,
+        ended: None,
+        error: None,
+        undoable: false,
+    }
 }
 
 /// An operation that only the journal still knows.

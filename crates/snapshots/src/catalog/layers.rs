@@ -89,6 +89,12 @@ impl LayerRow {
         Ok(rows)
     }
 
+    /// Writes what a user's image looks like now.
+    pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
+        tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;
+        Ok(())
+    }
+
     /// Forgets a layer that nothing refers to any more.
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM layers WHERE id = ?1", [id])?;

@@ -35,6 +35,9 @@ pub(crate) struct Facts {
     pub(crate) pause_us: Option<u64>,
     pub(crate) took_us: u64,
     pub(crate) memory_bytes: u64,
+    /// Allocated bytes of the layers that it froze.
+    #[serde(default)]
+    pub(crate) disk_bytes: u64,
     pub(crate) saved: Saved,
 }
 
