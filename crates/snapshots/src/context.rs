@@ -35,6 +35,11 @@ impl Context {
         Self { id: new_id(), progress: Arc::default(), cancel: Arc::default() }
     }
 
+    /// The same operation, from here on deaf to the caller's wish to cancel.
+    pub(crate) fn uncancelled(&self) -> Self {
+        Self { cancel: Arc::default(), ..self.clone() }
+    }
+
     /// Says what is being done now, and how many units that has.
     pub(crate) fn phase(&self, phase: &str, total: u64) {
         phase.clone_into(&mut self.progress.phase.lock().unwrap_or_else(PoisonError::into_inner));

@@ -35,6 +35,7 @@ pub struct Error {
     code: Code,
     message: String,
     hint: Option<String>,
+    in_the_way: bool,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -44,7 +45,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of a class, with its sentence.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, source: None }
+        Self { code, message: message.into(), hint: None, in_the_way: false, source: None }
     }
 
     /// Adds what the reader can do about it.
@@ -59,6 +60,17 @@ impl Error {
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
+    }
+
+    /// Notes that another running machine may be all that is in the way.
+    pub(crate) fn in_the_way(mut self) -> Self {
+        self.in_the_way = true;
+        self
+    }
+
+    /// True if it may be that only another running machine is in the way.
+    pub(crate) fn is_in_the_way(&self) -> bool {
+        self.in_the_way
     }
 
     /// Its class.

@@ -13,39 +13,27 @@
 //! Until 5 every failure leaves the machine as it was, running on: a snapshot that cannot be loaded costs nothing. From 5 on the
 //! goto has happened; recovery ends the old process and lets the new guest run. The undo point freezes the layers that here wrote
 //! to, without overlays of its own: nobody writes to them again.
+//!
+//! Where both cannot be there at once (a host port of `--qemu-arg`, no room for two) the order is another, `in_place`: undo point,
+//! commit of that, end of the old process, steps 3, 5 and 7. If 3 fails, the undo point is loaded in its stead; if we die in
+//! between, recovery does that.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use qemu::load::load;
-use qemu::save::settle;
-use serde::{Deserialize, Serialize};
+use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted};
-use crate::memory::{feed, read_state};
-use crate::running::{Begin, Running, log_tail};
-use crate::take::{TakeJob, Unwritten, free_guest, micros};
+use crate::running::Running;
+use crate::swap::{GotoPlan, Standby, Swap, Swapped};
+use crate::take::{micros, point_here_at};
 use crate::tree::view_by_id;
-use crate::types::{GotoPower, GotoReport, Mode, Power};
-
-/// Undo points that a target keeps.
-const UNDO_POINTS: usize = 5;
-
-/// What recovery has to know of a goto.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct GotoPlan {
-    /// The old guest ran.
-    pub(crate) was_running: bool,
-    /// The new process, once it exists.
-    pub(crate) new: Option<ProcessRow>,
-}
+use crate::types::{GotoPower, GotoReport, Power};
 
 /// On whose behalf a goto happens, for the journal.
 pub(crate) struct Purpose<'a> {
@@ -55,47 +43,15 @@ pub(crate) struct Purpose<'a> {
     pub(crate) undoes: Option<&'a OpRow>,
 }
 
-/// What a swap did.
-struct Swapped {
-    undo_point: Option<String>,
-    power: Power,
-    /// From the end of the old process to the new guest being as wanted.
-    took_us: Option<u64>,
-}
-
-/// Both machines while either may still be the one that stays. Dropped before the commit, by an error or a panic, it ends the new
-/// one and lets the old one go on.
-struct Standby<'a> {
-    new: Option<Running>,
-    old: Option<&'a Running>,
-    was_running: bool,
-}
-
-impl Standby<'_> {
-    /// The commit has happened: nothing is taken back any more.
-    fn disarm(mut self) -> Option<Running> {
-        self.old = None;
-        self.new.take()
-    }
-}
-
-impl Drop for Standby<'_> {
-    fn drop(&mut self) {
-        if let Some(new) = &self.new {
-            abandon(new);
-        }
-        if let Some(old) = self.old
-            && let Err(error) = free_guest(old, self.was_running)
-        {
-            tracing::error!(%error, run = old.row.run, "a machine could not be let go on");
+impl Purpose<'_> {
+    /// The journal's part of the transaction that decides.
+    fn end(&self, tx: &Transaction<'_>, cx: &Context, undo_point: Option<&SnapshotRow>) -> Result<()> {
+        let undo = undo_point.map(|point| Act::Goto(point.id.clone()));
+        match self.undoes {
+            Some(undone) => undone.taken_back(tx, &cx.id, undo),
+            None => OpRow::finish(tx, &cx.id, undo),
         }
     }
-}
-
-/// Ends a process that did not become the machine's.
-fn abandon(new: &Running) {
-    new.process.kill();
-    let _ = std::fs::remove_dir_all(&new.run.0);
 }
 
 impl Engine {
@@ -163,246 +119,160 @@ impl Engine {
         let began = Instant::now();
         let (was, old) = self.look(row)?;
         if old.is_some() && !discard && !row.config.memory_snapshots {
-            let name = &row.name;
-            let message = format!("the memory of {name} would be lost: it was made with --no-memory");
-            return Err(Error::new(Code::Refused, message).hint(match purpose.undoes {
-                None => format!(
-                    "`spinney stop {name}` first; or add --discard, which keeps nothing of what is left"
-                ),
-                Some(_) => format!("`spinney stop {name}` first"),
-            }));
+            return Err(memory_would_go(&row.name, purpose.undoes.is_none()));
         }
-        let wanted = wanted_power(snapshot, power);
-        let plan = json!(GotoPlan { was_running: was == Power::Running, new: None });
-        let swapped = self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &plan, || {
-            let overlays = self.catalog.read(|tx| {
-                let disks = SnapshotRow::disks(tx, &snapshot.id)?;
-                self.check_chains(tx, &row.name, &disks)?;
-                self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
+        let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };
+        let swapped =
+            self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!(plan), || {
+                let overlays = self.overlays_over(cx, row, snapshot)?;
+                let swap = Swap {
+                    cx,
+                    row,
+                    snapshot,
+                    overlays: &overlays,
+                    was,
+                    wanted: wanted_power(snapshot, power),
+                    old: old.as_deref(),
+                    keep: !discard,
+                    // An undo point is here as it was, and so it hangs where here hung.
+                    parent: if purpose.undoes.is_some() {
+                        snapshot.parent.as_deref()
+                    } else {
+                        Some(&snapshot.id)
+                    },
+                    plan: &plan,
+                };
+                let swapped = match (self.swap(&swap, &|tx, point| purpose.end(tx, cx, point)), &old) {
+                    (Err(error), Some(old)) if error.is_in_the_way() => {
+                        self.in_place(&swap, purpose, old, error)
+                    }
+                    (swapped, _) => swapped,
+                };
+                if swapped.is_err() {
+                    self.remove_overlays(&overlays);
+                }
+                swapped
             })?;
-            cx.phase("preparing disks", 0);
-            self.make_overlays(&overlays)?;
-            let swapped =
-                self.swap(cx, purpose, row, snapshot, wanted, discard, (was, old.as_deref()), &overlays);
-            if swapped.is_err() {
-                self.remove_overlays(&overlays);
-            }
-            swapped
-        })?;
+        if let Err(error) = self.trim_undo_points(&row.id) {
+            tracing::warn!(%error, "old undo points could not be removed");
+        }
         Ok(GotoReport {
             snapshot: view_by_id(&self.catalog, &snapshot.id)?,
             power: swapped.power,
             undo_point: swapped.undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
             took_us: swapped.took_us.unwrap_or_else(|| micros(began)),
+            in_place: swapped.in_place,
         })
     }
 
-    /// Steps 3 to 7.
-    #[expect(clippy::too_many_arguments, reason = "one step of one story")]
-    fn swap(
-        &self,
-        cx: &Context,
-        purpose: &Purpose<'_>,
-        row: &TargetRow,
-        snapshot: &SnapshotRow,
-        wanted: Power,
-        discard: bool,
-        (was, old): (Power, Option<&Running>),
-        overlays: &[NewOverlay],
-    ) -> Result<Swapped> {
-        let mut standby = Standby { new: None, old, was_running: was == Power::Running };
-        if matches!(wanted, Power::Paused | Power::Running) {
-            standby.new = Some(self.load_beside(cx, row, snapshot, (was, old), overlays)?);
-        }
-        cx.check()?;
-        let undo_point = match discard {
-            true => None,
-            false => Some(self.capture_undo_point(cx, row, was, old)?),
-        };
-        let process = standby.new.as_ref().map(|new| new.row.clone());
-        self.catalog.write(|tx| {
-            if let Some(point) = &undo_point {
-                point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
-            }
-            for overlay in overlays {
-                overlay.row.insert(tx)?;
-                TargetRow::set_disk(tx, &row.id, &overlay.disk, &overlay.row.id)?;
-            }
-            // An undo point is here as it was, and so it hangs where here hung.
-            let parent = if purpose.undoes.is_some() { snapshot.parent.as_ref() } else { Some(&snapshot.id) };
-            TargetRow::set_parent(tx, &row.id, parent.map(String::as_str))?;
-            TargetRow::set_config(tx, &row.id, &snapshot.config)?;
-            TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
-            let undo = undo_point.as_ref().map(|point| Act::Goto(point.row.id.clone()));
-            match purpose.undoes {
-                Some(undone) => undone.taken_back(tx, &cx.id, undo),
-                None => OpRow::finish(tx, &cx.id, undo),
-            }
-        })?;
-        // From here on the goto has happened, and whatever fails is told, not taken back.
-        let new = standby.disarm();
-        let ended = Instant::now();
-        if let Some(old) = old {
-            self.replace_process(&row.id, old);
-        }
-        let mut power = wanted;
-        if let Some(new) = new {
-            let new = Arc::new(new);
-            self.running_map().insert(row.id.clone(), Arc::clone(&new));
-            if wanted == Power::Running
-                && let Err(error) = settle(&new.qmp, "running")
-            {
-                tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
-                power = Power::Paused;
-            }
-        }
-        let took_us = old.map(|_| micros(ended));
-        if let Err(error) = self.trim_undo_points(&row.id) {
-            tracing::warn!(%error, "old undo points could not be removed");
-        }
-        Ok(Swapped { undo_point: undo_point.map(|point| point.row.id), power, took_us })
-    }
-
-    /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
-    fn load_beside(
+    /// Step 2.
+    fn overlays_over(
         &self,
         cx: &Context,
         row: &TargetRow,
         snapshot: &SnapshotRow,
-        (was, old): (Power, Option<&Running>),
-        overlays: &[NewOverlay],
-    ) -> Result<Running> {
-        let disks = self.catalog.read(|tx| {
-            let mut disks = Vec::new();
-            for new in overlays {
-                let below = [(new.disk.clone(), new.below.id.clone())];
-                for mut disk in self.disk_specs(tx, &below)? {
-                    disk.layers.push(self.layer_spec(&new.row));
-                    disks.push(disk);
-                }
-            }
-            Ok(disks)
+    ) -> Result<Vec<NewOverlay>> {
+        let overlays = self.catalog.read(|tx| {
+            let disks = SnapshotRow::disks(tx, &snapshot.id)?;
+            self.check_chains(tx, &row.name, &disks)?;
+            self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
         })?;
-        let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
-        cx.phase("starting", 0);
-        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin);
-        let new = new.map_err(|error| match old {
-            // Something that only one process can have at a time: a host port of --qemu-arg, or simply the memory.
-            Some(_) => error
-                .hint(format!("the running machine may be in its way: `spinney kill {}` first", row.name)),
-            None => error,
-        })?;
-        let loaded = self
-            .catalog
-            .write(|tx| {
-                let plan = GotoPlan { was_running: was == Power::Running, new: Some(new.row.clone()) };
-                OpRow::set_plan(tx, &cx.id, &json!(plan))
-            })
-            .and_then(|()| self.load_memory(cx, snapshot, &new));
-        if let Err(error) = loaded {
-            let words = log_tail(&new.run);
-            abandon(&new);
-            let noted = error.code() == Code::Failed && !words.is_empty();
-            return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
-        }
-        Ok(new)
+        cx.phase("preparing disks", 0);
+        self.make_overlays(&overlays)?;
+        Ok(overlays)
     }
 
-    fn load_memory(&self, cx: &Context, snapshot: &SnapshotRow, new: &Running) -> Result<()> {
-        let Some(memory) = &snapshot.memory else { return Ok(()) };
-        let mut state = read_state(self.store.as_ref(), memory)?;
-        if planted(Fault::OtherDeviceState)
-            && let Some(other) = self.other_state(snapshot)?
-        {
-            state.tail = other.tail;
+    /// For a new machine that cannot start beside the old one: the old one ends first, with an undo point that brings it back if
+    /// the new one cannot be loaded.
+    fn in_place(&self, swap: &Swap<'_>, purpose: &Purpose<'_>, old: &Running, why: Error) -> Result<Swapped> {
+        let Swap { cx, row, was, .. } = *swap;
+        if !row.config.memory_snapshots {
+            return Err(why.hint(format!("`spinney stop {}` first", row.name)));
         }
-        let version = self.tools()?.qemu.version;
-        let mut store_failed = None;
-        cx.phase("loading memory", state.blocks.total());
-        let loaded = load(&new.qmp, version, &mut |socket| {
-            let fed = feed(self.store.as_ref(), memory, &state, cx, socket);
-            fed.map_err(|error| match error.downcast::<pages::Error>() {
-                Ok(error) => {
-                    store_failed = Some(*error);
-                    "the page store failed".into()
-                }
-                Err(other) => other,
-            })
+        tracing::info!(target = row.name, error = %why, causes = ?why.causes(), "goto in place");
+        let standby = Standby { new: None, old: Some(old), was_running: was == Power::Running };
+        let point = self.capture_undo_point(cx, row, was, Some(old))?;
+        // The disks of the machine that is off: nothing writes to what the undo point freezes.
+        let here = self.catalog.read(|tx| {
+            let disks = TargetRow::disks(tx, &row.id)?;
+            Ok((self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)?, disks))
         });
-        if let Some(error) = store_failed {
-            return Err(Error::from(error));
+        let (spare, frozen) = here?;
+        self.make_overlays(&spare)?;
+        let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
+        let written = self.catalog.write(|tx| {
+            point.row.insert(tx, &frozen)?;
+            point_here_at(tx, &row.id, &spare)?;
+            TargetRow::set_process(tx, &row.id, Power::LostPower, None)?;
+            OpRow::set_plan(tx, &cx.id, &json!(plan))
+        });
+        written.inspect_err(|_| self.remove_overlays(&spare))?;
+        drop(standby.disarm());
+        self.replace_process(&row.id, old);
+        let ended = Instant::now();
+
+        let alone = Swap { old: None, was: Power::LostPower, keep: false, plan: &plan, ..*swap };
+        let swapped = self.swap(&alone, &|tx, _| match swap.keep {
+            true => purpose.end(tx, cx, Some(&point.row)),
+            false => {
+                SnapshotRow::set_removed(tx, &point.row.id, true)?;
+                purpose.end(tx, cx, None)
+            }
+        });
+        let name = point.row.full_name();
+        match swapped {
+            Ok(swapped) => {
+                let causes = why.causes().join(": ");
+                Ok(Swapped {
+                    undo_point: swap.keep.then(|| point.row.id.clone()),
+                    took_us: Some(micros(ended)),
+                    in_place: Some(if causes.is_empty() { why.to_string() } else { causes }),
+                    ..swapped
+                })
+            }
+            Err(error) => match self.bring_back(cx, &row.id, &point.row.id, &plan) {
+                Ok(()) => Err(error),
+                Err(second) => {
+                    tracing::error!(error = %second, causes = ?second.causes(), "a machine could not be brought back");
+                    Err(error
+                        .hint(format!("{} is off: `spinney goto {name}` brings it back as it was", row.name)))
+                }
+            },
         }
-        cx.check()?;
-        loaded.map_err(|error| {
-            Error::new(Code::Failed, format!("{} could not be loaded", snapshot.full_name())).because(error)
-        })
     }
 
-    /// For the planted fault: the device state of another snapshot of the same target.
-    fn other_state(&self, snapshot: &SnapshotRow) -> Result<Option<qemu::migration::DeviceState>> {
-        let all = self.catalog.read(|tx| SnapshotRow::of_target(tx, &snapshot.target))?;
-        let other = all.iter().find_map(|s| s.memory.as_ref().filter(|_| s.id != snapshot.id));
-        other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
-    }
-
-    /// Step 4: here as it is now, to become a snapshot that `tree` folds away. A guest that ran stands still afterwards.
-    fn capture_undo_point(
-        &self,
-        cx: &Context,
-        row: &TargetRow,
-        was: Power,
-        old: Option<&Running>,
-    ) -> Result<Unwritten> {
-        let began = Instant::now();
-        let mode = if old.is_some() { Mode::StopCopy } else { Mode::Off };
-        // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
-        let stays = was == Power::Paused && old.is_some_and(|old| old.row.keeps_paused());
-        let power = if old.is_some() { was } else { Power::Off };
-        let job = TakeJob {
-            target: row,
-            name: self.undo_point_name(row)?,
-            note: "before goto".into(),
+    /// Loads the machine that an undo point holds, after a goto in place that came to nothing. Cannot be cancelled.
+    pub(crate) fn bring_back(&self, cx: &Context, target: &str, point: &str, plan: &GotoPlan) -> Result<()> {
+        let cx = &cx.uncancelled();
+        let (row, point) =
+            self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, point)?)))?;
+        let overlays = self.overlays_over(cx, &row, &point)?;
+        let swap = Swap {
+            cx,
+            row: &row,
+            snapshot: &point,
+            overlays: &overlays,
+            was: Power::LostPower,
+            wanted: point.facts.power,
+            old: None,
             keep: false,
-            undo_point: true,
-            mode,
-            power,
-            stands_still: !stays,
+            parent: point.parent.as_deref(),
+            plan,
         };
-        if old.is_none() {
-            let here = self.catalog.read(|tx| TargetRow::disks(tx, &row.id))?;
-            self.sync_layers(&here)?;
-        }
-        self.capture(cx, &job, old, &[], began)
+        let swapped = self.swap(&swap, &|tx, _| SnapshotRow::set_removed(tx, &point.id, true));
+        swapped.map(drop).inspect_err(|_| self.remove_overlays(&overlays))
     }
+}
 
-    /// "undo-N", counted apart from the names that people see.
-    fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
-        self.catalog.read(|tx| {
-            let mut number = SnapshotRow::undo_points(tx, &row.id)?.len() + 1;
-            while SnapshotRow::name_taken(tx, &row.id, &format!("undo-{number}"))? {
-                number += 1;
-            }
-            Ok(format!("undo-{number}"))
-        })
-    }
-
-    /// Removes undo points beyond the newest few.
-    fn trim_undo_points(&self, target: &str) -> Result<()> {
-        self.catalog.write(|tx| {
-            let here = TargetRow::by_id(tx, target)?.parent;
-            let mut points = SnapshotRow::undo_points(tx, target)?;
-            points.retain(|s| s.removed.is_none());
-            let excess = points.len().saturating_sub(UNDO_POINTS);
-            for old in points
-                .into_iter()
-                .take(excess)
-                .filter(|s| Some(&s.id) != here.as_ref() && !s.protected && !s.keep)
-            {
-                SnapshotRow::set_removed(tx, &old.id, true)?;
-            }
-            Ok(())
-        })
-    }
+fn memory_would_go(name: &str, can_discard: bool) -> Error {
+    let error = Error::new(
+        Code::Refused,
+        format!("the memory of {name} would be lost: it was made with --no-memory"),
+    );
+    error.hint(match can_discard {
+        true => format!("`spinney stop {name}` first; or add --discard, which keeps nothing of what is left"),
+        false => format!("`spinney stop {name}` first"),
+    })
 }
 
 fn wanted_power(snapshot: &SnapshotRow, power: GotoPower) -> Power {

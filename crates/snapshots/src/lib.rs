@@ -27,10 +27,12 @@ mod power;
 mod recover;
 mod remove;
 mod running;
+mod swap;
 mod take;
 mod tree;
 mod types;
 mod undo;
+mod undo_point;
 
 pub use context::{Context, Progress};
 pub use engine::{Engine, Settings};

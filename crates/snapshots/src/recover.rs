@@ -11,6 +11,7 @@
 //! | a guest standing still in a migration, or stopped by a goto or take that is unfinished | let go on |
 //! | here's disk is an overlay that QEMU does not write to | the overlay is taken back |
 //! | a layer file or run folder that the catalog does not know | removed |
+//! | a machine that a goto in place had ended | loaded again from its undo point |
 //! | an unfinished operation | "failed", with a note for people |
 
 use std::collections::HashSet;
@@ -20,11 +21,13 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::catalog::{LayerRow, OpRow, ProcessRow, TargetRow};
+use crate::catalog::{LayerRow, OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::context::Context;
 use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::running::{Adopted, Running, boot_id};
+use crate::swap::GotoPlan;
 use crate::take::free_guest;
 use crate::types::{OpState, Power};
 
@@ -35,6 +38,7 @@ struct Plan {
     was_running: bool,
     was_paused: bool,
     new: Option<ProcessRow>,
+    brought_back_by: Option<String>,
 }
 
 impl Engine {
@@ -58,7 +62,30 @@ impl Engine {
             self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(words)))?;
         }
         self.remove_strays()?;
+        for op in &unfinished {
+            self.recover_in_place(op, &mut notes)?;
+        }
         Ok(notes)
+    }
+
+    /// Loads the machine that a goto in place had ended.
+    fn recover_in_place(&self, op: &OpRow, notes: &mut Vec<String>) -> Result<()> {
+        let (Some(point), Some(target)) = (plan_of(&op.plan).brought_back_by, &op.target) else {
+            return Ok(());
+        };
+        let (row, point) =
+            self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, &point)?)))?;
+        if row.process.is_some() || point.removed.is_some() {
+            return Ok(());
+        }
+        if let Err(error) = self.bring_back(&Context::new(), target, &point.id, &GotoPlan::default()) {
+            let name = point.full_name();
+            notes.push(format!(
+                "{} is off: `spinney goto {name}` brings it back as it was ({error})",
+                row.name
+            ));
+        }
+        Ok(())
     }
 
     /// Ends the process that an unfinished goto had started, unless it became the machine's.

@@ -273,10 +273,17 @@ fn start_error(name: &str, error: QmpError, words: &str) -> Error {
         );
     }
     if words.contains("Failed to get") && words.contains("lock") {
-        return failed(Code::Refused, format!("a disk of {name} is in use by another process"));
+        return failed(Code::Refused, format!("a disk of {name} is in use by another process")).in_the_way();
     }
     if words.contains("annot allocate memory") || words.contains("cannot set up guest memory") {
-        return failed(Code::Precondition, format!("this host has not enough memory for {name}"));
+        return failed(Code::Precondition, format!("this host has not enough memory for {name}"))
+            .in_the_way();
+    }
+    // A port, a device of the host's.
+    let taken = ["ddress already in use", "Could not set up host forwarding rule", "resource busy"];
+    if taken.iter().any(|taken| words.contains(taken)) {
+        return failed(Code::Refused, format!("something of the host's that {name} needs is in use"))
+            .in_the_way();
     }
     failed(Code::Failed, format!("QEMU could not start {name}"))
         .hint("if --qemu-arg was used, look there first")
@@ -318,7 +325,8 @@ fn check_host_memory(bytes: u64) -> Result<()> {
             available >> 20
         ),
     )
-    .hint("end another machine first, or make this one with less --memory"))
+    .hint("end another machine first, or make this one with less --memory")
+    .in_the_way())
 }
 
 #[cfg(test)]

@@ -368,7 +368,11 @@ fn choose_mode(target: &TargetRow, power: Power, options: &TakeOptions) -> Resul
     }
 }
 
-fn point_here_at(tx: &rusqlite::Transaction<'_>, target: &str, overlays: &[NewOverlay]) -> Result<()> {
+pub(crate) fn point_here_at(
+    tx: &rusqlite::Transaction<'_>,
+    target: &str,
+    overlays: &[NewOverlay],
+) -> Result<()> {
     for new in overlays {
         new.row.insert(tx)?;
         TargetRow::set_disk(tx, target, &new.disk, &new.row.id)?;

@@ -200,6 +200,8 @@ pub struct GotoReport {
     pub undo_point: Option<Snapshot>,
     /// Microseconds from the end of the old process (or the command, if there was none) to the guest being as wanted.
     pub took_us: u64,
+    /// Why the old process had to end before the new one could start, which takes longer; none if it did not have to.
+    pub in_place: Option<String>,
 }
 
 /// Changes of `edit`; what is `None` stays.

@@ -1,0 +1,215 @@
+//! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use qemu::load::load;
+use qemu::save::settle;
+use rusqlite::Transaction;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::disks::NewOverlay;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
+use crate::memory::{feed, read_state};
+use crate::running::{Begin, Running, log_tail};
+use crate::take::{Unwritten, free_guest, micros, point_here_at};
+use crate::types::Power;
+
+/// What recovery has to know of a goto.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct GotoPlan {
+    /// The old guest ran.
+    pub(crate) was_running: bool,
+    /// The new process, once it exists.
+    pub(crate) new: Option<ProcessRow>,
+    /// The old process has ended, and this undo point is the machine as it was.
+    pub(crate) brought_back_by: Option<String>,
+}
+
+/// One exchange, of a target that is locked.
+#[derive(Clone, Copy)]
+pub(crate) struct Swap<'a> {
+    pub(crate) cx: &'a Context,
+    pub(crate) row: &'a TargetRow,
+    pub(crate) snapshot: &'a SnapshotRow,
+    /// Over the snapshot's layers; no record speaks of them yet.
+    pub(crate) overlays: &'a [NewOverlay],
+    pub(crate) was: Power,
+    pub(crate) wanted: Power,
+    pub(crate) old: Option<&'a Running>,
+    /// Keep here as an undo point.
+    pub(crate) keep: bool,
+    /// The snapshot that here is a child of afterwards.
+    pub(crate) parent: Option<&'a str>,
+    pub(crate) plan: &'a GotoPlan,
+}
+
+/// What an exchange did.
+pub(crate) struct Swapped {
+    pub(crate) undo_point: Option<String>,
+    pub(crate) power: Power,
+    /// From the end of the old process to the new guest being as wanted.
+    pub(crate) took_us: Option<u64>,
+    /// Why the old process had to end before the new one could start, if it had to.
+    pub(crate) in_place: Option<String>,
+}
+
+/// Both machines while either may still be the one that stays. Dropped before the commit, by an error or a panic, it ends the new
+/// one and lets the old one go on.
+pub(crate) struct Standby<'a> {
+    pub(crate) new: Option<Running>,
+    pub(crate) old: Option<&'a Running>,
+    pub(crate) was_running: bool,
+}
+
+impl Standby<'_> {
+    /// The commit has happened: nothing is taken back any more.
+    pub(crate) fn disarm(mut self) -> Option<Running> {
+        self.old = None;
+        self.new.take()
+    }
+}
+
+impl Drop for Standby<'_> {
+    fn drop(&mut self) {
+        if let Some(new) = &self.new {
+            abandon(new);
+        }
+        if let Some(old) = self.old
+            && let Err(error) = free_guest(old, self.was_running)
+        {
+            tracing::error!(%error, run = old.row.run, "a machine could not be let go on");
+        }
+    }
+}
+
+/// Ends a process that did not become the machine's.
+fn abandon(new: &Running) {
+    new.process.kill();
+    let _ = std::fs::remove_dir_all(&new.run.0);
+}
+
+impl Engine {
+    /// Loads, keeps, decides, and lets the new guest run: steps 3 to 7. `end` writes the journal's part of the transaction, and gets
+    /// the undo point if there is one.
+    pub(crate) fn swap(
+        &self,
+        swap: &Swap<'_>,
+        end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
+    ) -> Result<Swapped> {
+        let Swap { cx, row, snapshot, wanted, was, old, .. } = *swap;
+        let mut standby = Standby { new: None, old, was_running: was == Power::Running };
+        if matches!(wanted, Power::Paused | Power::Running) {
+            standby.new = Some(self.load_beside(swap)?);
+        }
+        cx.check()?;
+        let undo_point: Option<Unwritten> =
+            swap.keep.then(|| self.capture_undo_point(cx, row, was, old)).transpose()?;
+        let point = undo_point.as_ref().map(|point| &point.row);
+        let process = standby.new.as_ref().map(|new| new.row.clone());
+        self.catalog.write(|tx| {
+            if let Some(point) = point {
+                point.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
+            }
+            point_here_at(tx, &row.id, swap.overlays)?;
+            TargetRow::set_parent(tx, &row.id, swap.parent)?;
+            TargetRow::set_config(tx, &row.id, &snapshot.config)?;
+            TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
+            end(tx, point)
+        })?;
+        // From here on the goto has happened, and whatever fails is told, not taken back.
+        let new = standby.disarm();
+        let ended = Instant::now();
+        if let Some(old) = old {
+            self.replace_process(&row.id, old);
+        }
+        let mut power = wanted;
+        if let Some(new) = new {
+            let new = Arc::new(new);
+            self.running_map().insert(row.id.clone(), Arc::clone(&new));
+            if wanted == Power::Running
+                && let Err(error) = settle(&new.qmp, "running")
+            {
+                tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
+                power = Power::Paused;
+            }
+        }
+        let took_us = old.map(|_| micros(ended));
+        Ok(Swapped { undo_point: point.map(|point| point.id.clone()), power, took_us, in_place: None })
+    }
+
+    /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
+    fn load_beside(&self, swap: &Swap<'_>) -> Result<Running> {
+        let Swap { cx, row, snapshot, .. } = *swap;
+        let disks = self.catalog.read(|tx| {
+            let mut disks = Vec::new();
+            for new in swap.overlays {
+                let below = [(new.disk.clone(), new.below.id.clone())];
+                for mut disk in self.disk_specs(tx, &below)? {
+                    disk.layers.push(self.layer_spec(&new.row));
+                    disks.push(disk);
+                }
+            }
+            Ok(disks)
+        })?;
+        let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
+        cx.phase("starting", 0);
+        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
+        let loaded = self
+            .catalog
+            .write(|tx| {
+                let plan = GotoPlan { new: Some(new.row.clone()), ..swap.plan.clone() };
+                OpRow::set_plan(tx, &cx.id, &json!(plan))
+            })
+            .and_then(|()| self.load_memory(cx, snapshot, &new));
+        if let Err(error) = loaded {
+            let words = log_tail(&new.run);
+            abandon(&new);
+            let noted = error.code() == Code::Failed && !words.is_empty();
+            return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
+        }
+        Ok(new)
+    }
+
+    fn load_memory(&self, cx: &Context, snapshot: &SnapshotRow, new: &Running) -> Result<()> {
+        let Some(memory) = &snapshot.memory else { return Ok(()) };
+        let mut state = read_state(self.store.as_ref(), memory)?;
+        if planted(Fault::OtherDeviceState)
+            && let Some(other) = self.other_state(snapshot)?
+        {
+            state.tail = other.tail;
+        }
+        let version = self.tools()?.qemu.version;
+        let mut store_failed = None;
+        cx.phase("loading memory", state.blocks.total());
+        let loaded = load(&new.qmp, version, &mut |socket| {
+            let fed = feed(self.store.as_ref(), memory, &state, cx, socket);
+            fed.map_err(|error| match error.downcast::<pages::Error>() {
+                Ok(error) => {
+                    store_failed = Some(*error);
+                    "the page store failed".into()
+                }
+                Err(other) => other,
+            })
+        });
+        if let Some(error) = store_failed {
+            return Err(Error::from(error));
+        }
+        cx.check()?;
+        loaded.map_err(|error| {
+            Error::new(Code::Failed, format!("{} could not be loaded", snapshot.full_name())).because(error)
+        })
+    }
+
+    /// For the planted fault: the device state of another snapshot of the same target.
+    fn other_state(&self, snapshot: &SnapshotRow) -> Result<Option<qemu::migration::DeviceState>> {
+        let all = self.catalog.read(|tx| SnapshotRow::of_target(tx, &snapshot.target))?;
+        let other = all.iter().find_map(|s| s.memory.as_ref().filter(|_| s.id != snapshot.id));
+        other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
+    }
+}

@@ -1,0 +1,75 @@
+//! Undo points: what a goto would lose, kept as a snapshot that `tree` folds away.
+
+use std::time::Instant;
+
+use crate::catalog::{SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::running::Running;
+use crate::take::{TakeJob, Unwritten};
+use crate::types::{Mode, Power};
+
+/// Undo points that a target keeps.
+const UNDO_POINTS: usize = 5;
+
+impl Engine {
+    /// Step 4: here as it is now, to become a snapshot that `tree` folds away. A guest that ran stands still afterwards.
+    pub(crate) fn capture_undo_point(
+        &self,
+        cx: &Context,
+        row: &TargetRow,
+        was: Power,
+        old: Option<&Running>,
+    ) -> Result<Unwritten> {
+        let began = Instant::now();
+        let mode = if old.is_some() { Mode::StopCopy } else { Mode::Off };
+        // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
+        let stays = was == Power::Paused && old.is_some_and(|old| old.row.keeps_paused());
+        let power = if old.is_some() { was } else { Power::Off };
+        let job = TakeJob {
+            target: row,
+            name: self.undo_point_name(row)?,
+            note: "before goto".into(),
+            keep: false,
+            undo_point: true,
+            mode,
+            power,
+            stands_still: !stays,
+        };
+        if old.is_none() {
+            let here = self.catalog.read(|tx| TargetRow::disks(tx, &row.id))?;
+            self.sync_layers(&here)?;
+        }
+        self.capture(cx, &job, old, &[], began)
+    }
+
+    /// "undo-N", counted apart from the names that people see.
+    fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
+        self.catalog.read(|tx| {
+            let mut number = SnapshotRow::undo_points(tx, &row.id)?.len() + 1;
+            while SnapshotRow::name_taken(tx, &row.id, &format!("undo-{number}"))? {
+                number += 1;
+            }
+            Ok(format!("undo-{number}"))
+        })
+    }
+
+    /// Removes undo points beyond the newest few.
+    pub(crate) fn trim_undo_points(&self, target: &str) -> Result<()> {
+        self.catalog.write(|tx| {
+            let here = TargetRow::by_id(tx, target)?.parent;
+            let mut points = SnapshotRow::undo_points(tx, target)?;
+            points.retain(|s| s.removed.is_none());
+            let excess = points.len().saturating_sub(UNDO_POINTS);
+            for old in points
+                .into_iter()
+                .take(excess)
+                .filter(|s| Some(&s.id) != here.as_ref() && !s.protected && !s.keep)
+            {
+                SnapshotRow::set_removed(tx, &old.id, true)?;
+            }
+            Ok(())
+        })
+    }
+}
