@@ -1,4 +1,4 @@
-//! `TARGET` and `TARGET@SNAPSHOT` as typed. Only the cut between the two is ours; what stands behind the `@` is read
+//! `TARGET` and `TARGET@SNAP` as typed. Only the cut between the two is ours; what stands behind the `@` is read
 //! by the engine.
 
 use server::Problem;
@@ -38,11 +38,12 @@ pub(crate) fn target(text: &str) -> Result<String, Problem> {
 /// Machine, and what stands behind the `@`.
 pub(crate) fn snapshot(text: &str) -> Result<(&str, &str), Problem> {
     match text.split_once('@') {
-        Some(("", _)) => Err(misuse(format!("{text} says no machine"))
-            .hint("write TARGET@SNAPSHOT, such as web@before; `spinney tree` shows the machines and their snapshots")),
+        Some(("", _)) => Err(misuse(format!("{text} says no machine")).hint(
+            "write TARGET@SNAP, such as web@before; `spinney tree` shows the machines and their snapshots",
+        )),
         Some(parts) => Ok(parts),
         None => Err(misuse(format!("{text} is a machine, not a snapshot"))
-            .hint(format!("write {text}@SNAPSHOT; `spinney tree {text}` shows the names"))),
+            .hint(format!("write {text}@SNAP; `spinney tree {text}` shows the names"))),
     }
 }
 
@@ -62,10 +63,10 @@ mod tests {
     #[test]
     fn mixing_them_up_is_a_usage_error_with_a_hint() {
         assert!(target("web@x").unwrap_err().hint.unwrap().contains("web alone"));
-        assert!(snapshot("web").unwrap_err().hint.unwrap().contains("web@SNAPSHOT"));
+        assert!(snapshot("web").unwrap_err().hint.unwrap().contains("web@SNAP"));
         for bad in ["@", "@before"] {
-            assert!(snapshot(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAPSHOT"));
-            assert!(resource(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAPSHOT"));
+            assert!(snapshot(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAP"));
+            assert!(resource(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAP"));
         }
         assert!(resource("").is_err() && resource("..").is_err());
     }

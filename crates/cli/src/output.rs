@@ -138,8 +138,10 @@ pub(crate) fn columns(rows: &[Vec<String>], fit: Option<usize>) -> Vec<String> {
         (0..count).map(|n| column(n).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
     // A number, perhaps with a unit behind it, or the dash that stands for none.
     let number = |cell: &String| {
-        let first = cell.split(' ').next().unwrap_or_default();
-        cell == "-" || !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+        let mut words = cell.split(' ');
+        let first = words.next().unwrap_or_default();
+        let digits = first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        cell == "-" || !first.is_empty() && digits && words.count() < 2
     };
     let numbers = |n: usize| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell != "-");
     let right: Vec<bool> = (0..count).map(numbers).collect();
@@ -284,6 +286,13 @@ mod tests {
             columns(&rows, None),
             ["NAME        SIZE  NOTE", "web        1 GiB", "database  12 MiB  x"]
         );
+    }
+
+    #[test]
+    fn ages_are_set_to_the_left_whatever_they_are() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
+        let rows = [row(["WHEN", "WHAT"]), row(["12 s ago", "take"]), row(["2 s ago", "rm"])];
+        assert_eq!(columns(&rows, None), ["WHEN      WHAT", "12 s ago  take", "2 s ago   rm"]);
     }
 
     #[test]

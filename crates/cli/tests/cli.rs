@@ -92,12 +92,12 @@ fn errors_have_an_exit_code_and_a_hint() {
     "#);
     insta::assert_snapshot!(place.shown("goto web"), @r"
     [stderr] error: web is a machine, not a snapshot
-    [stderr] hint: write web@SNAPSHOT; `spinney tree web` shows the names
+    [stderr] hint: write web@SNAP; `spinney tree web` shows the names
     [exit 2]
     ");
     insta::assert_snapshot!(place.shown("goto @"), @r"
     [stderr] error: @ says no machine
-    [stderr] hint: write TARGET@SNAPSHOT, such as web@before; `spinney tree` shows the machines and their snapshots
+    [stderr] hint: write TARGET@SNAP, such as web@before; `spinney tree` shows the machines and their snapshots
     [exit 2]
     ");
     insta::assert_snapshot!(place.shown("create --file /nowhere/machine.toml"), @r"

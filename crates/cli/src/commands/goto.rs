@@ -27,7 +27,7 @@ Examples:
   spinney goto web@base --discard --yes   keeps no undo point")]
 pub(crate) struct Args {
     /// Snapshot
-    #[arg(add = ArgValueCompleter::new(complete::snapshots))]
+    #[arg(value_name = "TARGET@SNAP", add = ArgValueCompleter::new(complete::snapshots))]
     snapshot: String,
     /// Disks and settings only, machine off
     #[arg(long, group = "power")]

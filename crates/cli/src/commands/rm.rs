@@ -29,7 +29,7 @@ Examples:
   spinney rm web --yes                 the machine, without a question")]
 pub(crate) struct Args {
     /// Machine or snapshot
-    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
     address: String,
     /// Everything below it too
     #[arg(long)]

@@ -18,7 +18,7 @@ use crate::{address, complete};
 )]
 pub(crate) struct Args {
     /// Machine or snapshot
-    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
     address: String,
 }
 
