@@ -55,7 +55,7 @@ impl Interrupts {
                 watched.signalled = true;
                 ended.0.store(signal, Ordering::SeqCst);
                 if let Some(view) = &watched.operation {
-                    say(&format!("\n{}", promise(view)));
+                    say(&format!("\n{}", promise(view, signal)));
                     if let Err(problem) = asks.cancel(&view.id) {
                         say(&format!("cannot cancel: {}", problem.detail));
                     }
@@ -90,10 +90,11 @@ fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
 }
 
 /// What a cancellation is about to do.
-fn promise(view: &OperationView) -> String {
+fn promise(view: &OperationView, signal: i32) -> String {
+    let again = if signal == SIGINT { "; Ctrl-C again leaves it to itself" } else { "" };
     match view.kind.as_str() {
         "stop" => format!("no longer waiting for {} to turn itself off", view.subject),
-        kind => format!("rolling back {}; Ctrl-C again leaves it to itself", named(kind, &view.subject)),
+        kind => format!("rolling back {}{again}", named(kind, &view.subject)),
     }
 }
 

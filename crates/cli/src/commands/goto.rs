@@ -7,7 +7,7 @@ use serde::Serialize;
 use server::Problem;
 use server::api::{DiscardPlan, GotoRequest};
 use server::client::{Client, Method, path, with_query};
-use server::snapshots::{GotoPower, GotoReport, Machine, Power};
+use server::snapshots::{GotoPower, GotoReport, Machine, Mode, Power};
 
 use crate::draw::power;
 use crate::output::span;
@@ -113,7 +113,10 @@ fn print(session: &Session, report: &GotoReport, took_us: u64, was_on: bool) {
 /// The whole time is the one that people wait; for how much of it there was no guest is another matter: while the undo point
 /// was taken of it, and between the two.
 fn line(report: &GotoReport, took_us: u64, was_on: bool) -> String {
-    let captured = report.undo_point.as_ref().map_or(0, |point| point.took_us);
+    let undo_point = report.undo_point.as_ref();
+    let captured = undo_point.map_or(0, |point| point.took_us);
+    // It may have ended while the goto waited its turn.
+    let was_on = was_on && undo_point.is_none_or(|point| point.mode != Mode::Off);
     let away = match report.power {
         Power::Running if was_on => format!(" (guest away for {})", span(report.took_us + captured)),
         _ => String::new(),
