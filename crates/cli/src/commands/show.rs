@@ -104,6 +104,10 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
             .then(|| super::du::saved([s.saved.zero, s.saved.same, s.saved.earlier, s.saved.new])),
     );
     add("disk layers", Some(s.depth.to_string()));
+    add(
+        "disks written",
+        (s.disk_bytes > 0).then(|| format!("{} since the snapshot before", bytes(s.disk_bytes))),
+    );
     rows.extend(of_config(&s.config));
     rows
 }
