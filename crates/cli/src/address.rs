@@ -1,4 +1,4 @@
-//! `TARGET` and `TARGET@SNAPSHOT` as typed. Only the cut between the two is ours; what stands behind the `@` is read
+//! `TARGET` and `TARGET@SNAP` as typed. Only the cut between the two is ours; what stands behind the `@` is read
 //! by the engine.
 
 use server::Problem;
@@ -13,8 +13,11 @@ pub(crate) fn is_snapshot(text: &str) -> bool {
 
 /// Path of the thing in the API, below which its verbs are.
 pub(crate) fn resource(text: &str) -> Result<String, Problem> {
-    let kind = if is_snapshot(text) { "snapshots" } else { "targets" };
-    path(&[kind, text])
+    if is_snapshot(text) {
+        snapshot(text)?;
+        return path(&["snapshots", text]);
+    }
+    path(&["targets", text])
 }
 
 /// Path of a verb on the thing.
@@ -34,10 +37,14 @@ pub(crate) fn target(text: &str) -> Result<String, Problem> {
 
 /// Machine, and what stands behind the `@`.
 pub(crate) fn snapshot(text: &str) -> Result<(&str, &str), Problem> {
-    text.split_once('@').ok_or_else(|| {
-        misuse(format!("{text} is a machine, not a snapshot"))
-            .hint(format!("write {text}@NAME; `spinney tree {text}` shows the names"))
-    })
+    match text.split_once('@') {
+        Some(("", _)) => Err(misuse(format!("{text} says no machine")).hint(
+            "write TARGET@SNAP, such as web@before; `spinney tree` shows the machines and their snapshots",
+        )),
+        Some(parts) => Ok(parts),
+        None => Err(misuse(format!("{text} is a machine, not a snapshot"))
+            .hint(format!("write {text}@SNAP; `spinney tree {text}` shows the names"))),
+    }
 }
 
 #[cfg(test)]
@@ -56,7 +63,11 @@ mod tests {
     #[test]
     fn mixing_them_up_is_a_usage_error_with_a_hint() {
         assert!(target("web@x").unwrap_err().hint.unwrap().contains("web alone"));
-        assert!(snapshot("web").unwrap_err().hint.unwrap().contains("web@NAME"));
+        assert!(snapshot("web").unwrap_err().hint.unwrap().contains("web@SNAP"));
+        for bad in ["@", "@before"] {
+            assert!(snapshot(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAP"));
+            assert!(resource(bad).unwrap_err().hint.unwrap().contains("TARGET@SNAP"));
+        }
         assert!(resource("").is_err() && resource("..").is_err());
     }
 }

@@ -7,37 +7,61 @@ use server::client::{Client, path};
 use server::snapshots::{Machine, Tree};
 
 use crate::config::Config;
-use crate::output::plain;
+use crate::output::{cut, plain};
+
+/// What is shown of a note beside a name.
+const NOTE: usize = 60;
 
 /// Names of machines.
 pub(crate) fn targets(current: &OsStr) -> Vec<CompletionCandidate> {
-    let current = current.to_string_lossy();
-    let Some(client) = daemon() else { return Vec::new() };
-    candidates_of(&client, &current)
+    candidates(current, |client, start| machines(client, start, &[""]))
 }
 
 /// Names of machines, and behind an `@` those of snapshots.
 pub(crate) fn addresses(current: &OsStr) -> Vec<CompletionCandidate> {
-    let current = current.to_string_lossy();
-    let Some(client) = daemon() else { return Vec::new() };
-    let Some((target, start)) = current.split_once('@') else { return candidates_of(&client, &current) };
+    candidates(current, |client, current| match current.split_once('@') {
+        Some((target, start)) => of_target(client, target, start),
+        // Both are addresses; that neither is the only candidate also keeps the shell from setting a space.
+        None => machines(client, current, &["", "@"]),
+    })
+}
+
+/// Addresses of snapshots: no machine alone.
+pub(crate) fn snapshots(current: &OsStr) -> Vec<CompletionCandidate> {
+    candidates(current, |client, current| match current.split_once('@') {
+        Some((target, start)) => of_target(client, target, start),
+        None => machines(client, current, &["@"]),
+    })
+}
+
+fn candidates(
+    current: &OsStr,
+    find: impl FnOnce(&Client, &str) -> Vec<CompletionCandidate>,
+) -> Vec<CompletionCandidate> {
+    daemon().map_or_else(Vec::new, |client| find(&client, &current.to_string_lossy()))
+}
+
+/// Machines whose name begins so, each with every ending.
+fn machines(client: &Client, start: &str, endings: &[&str]) -> Vec<CompletionCandidate> {
+    let machines: Vec<Machine> = client.get("/v1/targets").unwrap_or_default();
+    let names = machines.into_iter().map(|machine| machine.name).filter(|name| name.starts_with(start));
+    names
+        .flat_map(|name| {
+            endings.iter().map(move |ending| CompletionCandidate::new(format!("{name}{ending}")))
+        })
+        .collect()
+}
+
+/// Snapshots of a machine whose name begins so.
+fn of_target(client: &Client, target: &str, start: &str) -> Vec<CompletionCandidate> {
     let Ok(path) = path(&["targets", target, "tree"]) else { return Vec::new() };
     let Ok(tree) = client.get::<Tree>(&path) else { return Vec::new() };
     let snapshots = tree.snapshots.into_iter().filter(|snapshot| snapshot.name.starts_with(start));
     snapshots
         .map(|snapshot| {
-            let note = (!snapshot.note.is_empty()).then(|| plain(&snapshot.note).into());
+            let note = (!snapshot.note.is_empty()).then(|| cut(&plain(&snapshot.note), NOTE).into());
             CompletionCandidate::new(format!("{target}@{}", snapshot.name)).help(note)
         })
-        .collect()
-}
-
-fn candidates_of(client: &Client, start: &str) -> Vec<CompletionCandidate> {
-    let machines: Vec<Machine> = client.get("/v1/targets").unwrap_or_default();
-    machines
-        .into_iter()
-        .filter(|m| m.name.starts_with(start))
-        .map(|m| CompletionCandidate::new(m.name))
         .collect()
 }
 

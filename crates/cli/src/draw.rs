@@ -4,18 +4,22 @@
 use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
-use server::snapshots::{Power, Snapshot, Tree};
+use server::snapshots::{Mode, Power, Snapshot, Tree};
 
-use crate::output::{ago, bytes, plain, span};
+use crate::output::{ago, bytes, cut, plain, room, span};
 
-/// One line of the drawing: branches and name first, then what stands in columns.
+/// One line of the drawing: branches and name first, then what stands in columns, then words and the note.
+#[derive(Default)]
 struct Line {
     label: String,
     cells: Vec<String>,
+    words: Vec<&'static str>,
+    note: String,
 }
 
-/// Draws the tree. Undo points are folded away unless `all`; one that here comes from is shown.
-pub(crate) fn draw(tree: &Tree, now: Timestamp, all: bool) -> Vec<String> {
+/// Draws the tree. Undo points are folded away unless `all`; one that here comes from is shown. Notes are cut so that lines
+/// fit into `width`.
+pub(crate) fn draw(tree: &Tree, now: Timestamp, all: bool, width: Option<usize>) -> Vec<String> {
     let by_id: HashMap<&str, &Snapshot> = tree.snapshots.iter().map(|s| (s.id.as_str(), s)).collect();
     let shown = |s: &Snapshot| all || !s.undo_point || tree.here.as_deref() == Some(&s.id);
     // The nearest shown ancestor; bounded, should parents ever form a ring.
@@ -38,7 +42,7 @@ pub(crate) fn draw(tree: &Tree, now: Timestamp, all: bool) -> Vec<String> {
     let mut drawing = Drawing { tree, now, children, lines: Vec::new(), seen: HashSet::new() };
     drawing.descend(None, "");
     let folded = tree.snapshots.iter().filter(|s| !shown(s)).count();
-    drawing.finish(folded)
+    drawing.finish(folded, width)
 }
 
 /// What hangs below a snapshot.
@@ -74,14 +78,14 @@ impl<'a> Drawing<'a> {
             match child {
                 Child::Here => {
                     let label = format!("{label}● You are here ({})", power(self.tree.machine.power));
-                    self.lines.push(Line { label, cells: Vec::new() });
+                    self.lines.push(Line { label, ..Line::default() });
                 }
                 Child::Snapshot(snapshot) => {
                     if !self.seen.insert(&snapshot.id) {
                         continue;
                     }
                     let label = format!("{label}○ {}", snapshot.name);
-                    self.lines.push(Line { label, cells: self.cells(snapshot) });
+                    self.lines.push(self.line(label, snapshot));
                     stack.push((self.children_of(Some(&snapshot.id)), below));
                 }
             }
@@ -95,35 +99,27 @@ impl<'a> Drawing<'a> {
         children.into_iter().map(|child| (child, only)).collect::<Vec<_>>().into_iter()
     }
 
-    fn cells(&self, s: &Snapshot) -> Vec<String> {
-        let mut words = Vec::new();
-        if s.undo_point {
-            words.push("undo point".to_owned());
+    fn line(&self, label: String, s: &Snapshot) -> Line {
+        let words = [(s.undo_point, "undo point"), (s.protected, "protected"), (s.keep, "kept")];
+        Line {
+            label,
+            cells: vec![
+                ago(self.now, s.created),
+                state(s).to_owned(),
+                bytes(s.stored_bytes),
+                s.pause_us.map(|us| format!("paused {}", span(us))).unwrap_or_default(),
+            ],
+            words: words.into_iter().filter(|(is, _)| *is).map(|(_, word)| word).collect(),
+            note: plain(&s.note),
         }
-        if s.protected {
-            words.push("protected".to_owned());
-        }
-        if s.keep {
-            words.push("kept".to_owned());
-        }
-        if !s.note.is_empty() {
-            words.push(format!("\"{}\"", plain(&s.note)));
-        }
-        vec![
-            ago(self.now, s.created),
-            power(s.power).to_owned(),
-            bytes(s.stored_bytes),
-            s.pause_us.map(|us| format!("paused {}", span(us))).unwrap_or_default(),
-            words.join("  "),
-        ]
     }
 
     /// Sets the cells under each other and adds head and foot.
-    fn finish(self, folded: usize) -> Vec<String> {
+    fn finish(self, folded: usize, fit: Option<usize>) -> Vec<String> {
         let wide = |n: usize| {
             self.lines.iter().filter_map(|l| l.cells.get(n)).map(|c| c.chars().count()).max().unwrap_or(0)
         };
-        let widths: Vec<usize> = (0..5).map(wide).collect();
+        let widths: Vec<usize> = (0..4).map(wide).collect();
         let with_cells = self.lines.iter().filter(|line| !line.cells.is_empty());
         let label_width = with_cells.map(|line| line.label.chars().count()).max().unwrap_or(0);
         let mut out = vec![self.tree.machine.name.clone()];
@@ -131,6 +127,16 @@ impl<'a> Drawing<'a> {
             let mut text = format!("{:<label_width$}", line.label);
             for (cell, width) in line.cells.iter().zip(&widths).filter(|(_, width)| **width > 0) {
                 text.push_str(&format!("  {cell:<width$}"));
+            }
+            for word in &line.words {
+                text.push_str("  ");
+                text.push_str(word);
+            }
+            if !line.note.is_empty() {
+                // Two spaces and two quotation marks.
+                let used = text.chars().count() + 4;
+                let note = fit.map_or_else(|| line.note.clone(), |fit| cut(&line.note, room(fit, used)));
+                text.push_str(&format!("  \"{note}\""));
             }
             out.push(text.trim_end().to_owned());
         }
@@ -140,6 +146,14 @@ impl<'a> Drawing<'a> {
             n => out.push(format!("({n} undo points; --all shows them)")),
         }
         out
+    }
+}
+
+/// The state that a snapshot brings back, in words.
+pub(crate) fn state(snapshot: &Snapshot) -> &'static str {
+    match snapshot.mode {
+        Mode::DiskOnly => "off (disk only)",
+        _ => power(snapshot.power),
     }
 }
 

@@ -24,12 +24,13 @@ fn exit_code(code: Code) -> u8 {
     }
 }
 
-/// Prints a problem on stderr and returns its exit code.
-pub(crate) fn print(problem: &Problem, json: bool) -> ExitCode {
+/// Prints a problem on stderr and returns its exit code. `signalled` is that of the signal which had it cancelled.
+pub(crate) fn print(problem: &Problem, json: bool, signalled: Option<u8>) -> ExitCode {
     let text = if json { document(problem) } else { words(problem, output::colours(&std::io::stderr())) };
     // With stderr gone the exit code still says it.
     let _ = std::io::stderr().write_all(text.as_bytes());
-    ExitCode::from(exit_code(problem.code))
+    let signalled = signalled.filter(|_| problem.code == Code::Interrupted);
+    ExitCode::from(signalled.unwrap_or_else(|| exit_code(problem.code)))
 }
 
 /// Prints what clap says: help and version on stdout (0), mistakes on stderr (2).
@@ -37,7 +38,7 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
     let json = std::env::args_os().any(|arg| arg == "--json");
     if error.use_stderr() && json {
         let text = error.to_string();
-        return print(&Problem::new(Code::Usage, text.trim_start_matches("error: ").trim_end()), true);
+        return print(&Problem::new(Code::Usage, text.trim_start_matches("error: ").trim_end()), true, None);
     }
     let _ = error.print();
     ExitCode::from(if error.use_stderr() { 2 } else { 0 })
@@ -58,7 +59,11 @@ fn document(problem: &Problem) -> String {
 
 fn words(problem: &Problem, colours: bool) -> String {
     let (red, cyan, off) = if colours { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
-    let mut text = format!("{red}error:{off} {}\n", problem.detail);
+    let mut text = match problem.code {
+        // What somebody wanted is no error.
+        Code::Interrupted => format!("{}\n", problem.detail),
+        _ => format!("{red}error:{off} {}\n", problem.detail),
+    };
     for cause in &problem.cause {
         for line in cause.lines() {
             text.push_str("  ");
@@ -92,6 +97,13 @@ mod tests {
           lines
         hint: `spinney unprotect web@base`
         ");
+    }
+
+    #[test]
+    fn what_was_called_off_is_no_error() {
+        let problem = Problem::new(Code::Interrupted, "nothing was done");
+        assert_eq!(words(&problem, true), "nothing was done\n");
+        assert_eq!(exit_code(problem.code), 130);
     }
 
     #[test]

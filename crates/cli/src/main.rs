@@ -11,6 +11,7 @@ mod complete;
 mod config;
 mod draw;
 mod errors;
+mod interrupts;
 mod output;
 mod progress;
 mod session;
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use crate::commands::Cli;
+use crate::config::Config;
 use crate::output::Output;
 use crate::session::Session;
 
@@ -31,10 +33,12 @@ fn main() -> ExitCode {
         Err(error) => return errors::usage(&error),
     };
     let out = Output::new(cli.json, cli.quiet, cli.verbose);
-    let result = config::Config::load(cli.state.as_deref())
-        .and_then(|config| commands::run(cli.command, &Session::new(config, out)));
-    match result {
+    let session = match Config::load(cli.state.as_deref()) {
+        Ok(config) => Session::new(config, out),
+        Err(problem) => return errors::print(&problem, out.json, None),
+    };
+    match commands::run(cli.command, &session) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(problem) => errors::print(&problem, out.json),
+        Err(problem) => errors::print(&problem, out.json, session.ended.exit_code()),
     }
 }

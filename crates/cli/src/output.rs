@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
 use jiff::Timestamp;
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -17,7 +18,14 @@ pub(crate) struct Output {
     /// More notes.
     pub(crate) verbose: bool,
     colours: bool,
+    /// Columns of the terminal; none off a terminal, where nothing is cut.
+    pub(crate) width: Option<usize>,
 }
+
+/// What a cut column keeps at least, however narrow the terminal is.
+const LEAST: usize = 20;
+/// Columns of a terminal that does not tell.
+const USUAL_WIDTH: usize = 80;
 
 /// How a piece of text looks on a terminal.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +39,7 @@ pub(crate) enum Style {
 
 impl Output {
     pub(crate) fn new(json: bool, quiet: bool, verbose: bool) -> Self {
-        Self { json, quiet, verbose, colours: !json && colours(&io::stdout()) }
+        Self { json, quiet, verbose, colours: !json && colours(&io::stdout()), width: terminal_width() }
     }
 
     /// Data, on stdout.
@@ -96,9 +104,9 @@ impl Output {
         format!("\x1b[{code}m{text}\x1b[0m")
     }
 
-    /// A table, on stdout. The first row is the head.
+    /// A table, on stdout. The first row is the head. On a terminal the last column is cut to what is left of the line.
     pub(crate) fn table(&self, rows: &[Vec<String>]) {
-        for (n, line) in columns(rows).iter().enumerate() {
+        for (n, line) in columns(rows, self.width).iter().enumerate() {
             if n == 0 {
                 self.line(self.paint(Style::Bold, line));
             } else {
@@ -115,26 +123,68 @@ pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && !refused && !dumb
 }
 
-/// Rows as lines, their columns under each other, two spaces apart. A column of numbers is set to the right.
-pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
+fn terminal_width() -> Option<usize> {
+    let stdout = io::stdout();
+    let size = stdout.is_terminal().then(|| tcgetwinsize(&stdout).ok())?;
+    Some(size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0).unwrap_or(USUAL_WIDTH))
+}
+
+/// Rows as lines, their columns under each other, two spaces apart. A column of numbers is set to the right, and the last
+/// one is cut so that lines fit into `fit`.
+pub(crate) fn columns(rows: &[Vec<String>], fit: Option<usize>) -> Vec<String> {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let column = |n: usize| rows.iter().filter_map(move |row| row.get(n));
     let width: Vec<usize> =
         (0..count).map(|n| column(n).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
     // A number, perhaps with a unit behind it, or the dash that stands for none.
     let number = |cell: &String| {
-        let first = cell.split(' ').next().unwrap_or_default();
-        cell == "-" || !first.is_empty() && first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.')
+        let mut words = cell.split(' ');
+        let first = words.next().unwrap_or_default();
+        let digits = first.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        cell == "-" || !first.is_empty() && digits && words.count() < 2
     };
     let numbers = |n: usize| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell != "-");
     let right: Vec<bool> = (0..count).map(numbers).collect();
+    let used = width.iter().take(count.saturating_sub(1)).map(|width| width + 2).sum();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&width).zip(&right).map(|((cell, width), right)| {
-            if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
-        });
+        let cells =
+            row.iter().zip(&width).zip(&right).enumerate().map(|(n, ((cell, width), right))| match fit {
+                _ if *right => format!("{cell:>width$}"),
+                Some(fit) if n + 1 == count => cut(cell, room(fit, used)),
+                _ => format!("{cell:<width$}"),
+            });
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()
+}
+
+/// Columns that are left for the last part of a line.
+pub(crate) fn room(fit: usize, used: usize) -> usize {
+    fit.saturating_sub(used).max(LEAST)
+}
+
+/// Text of at most `width` characters, with an ellipsis where it was cut.
+pub(crate) fn cut(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let kept: String = text.chars().take(width.saturating_sub(1)).collect();
+    format!("{}…", kept.trim_end().trim_end_matches('…'))
+}
+
+/// Text as lines of at most `width` characters, broken between words; a longer word has a line of its own.
+pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 /// Bytes in the unit that leaves one to four digits.
@@ -185,7 +235,7 @@ pub(crate) fn plain(text: &str) -> String {
     let first = lines.next().unwrap_or_default();
     let mut out: String = first.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
     if lines.next().is_some() {
-        out.push_str(" ...");
+        out.push('…');
     }
     out
 }
@@ -224,7 +274,7 @@ mod tests {
 
     #[test]
     fn foreign_text_cannot_command_the_terminal() {
-        assert_eq!(plain("a\x1b[2Jb\nsecond"), "a\u{fffd}[2Jb ...");
+        assert_eq!(plain("a\x1b[2Jb\nsecond"), "a\u{fffd}[2Jb…");
     }
 
     #[test]
@@ -232,6 +282,29 @@ mod tests {
         let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
         let rows =
             [row(["NAME", "SIZE", "NOTE"]), row(["web", "1 GiB", ""]), row(["database", "12 MiB", "x"])];
-        assert_eq!(columns(&rows), ["NAME        SIZE  NOTE", "web        1 GiB", "database  12 MiB  x"]);
+        assert_eq!(
+            columns(&rows, None),
+            ["NAME        SIZE  NOTE", "web        1 GiB", "database  12 MiB  x"]
+        );
+    }
+
+    #[test]
+    fn ages_are_set_to_the_left_whatever_they_are() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
+        let rows = [row(["WHEN", "WHAT"]), row(["12 s ago", "take"]), row(["2 s ago", "rm"])];
+        assert_eq!(columns(&rows, None), ["WHEN      WHAT", "12 s ago  take", "2 s ago   rm"]);
+    }
+
+    #[test]
+    fn the_last_column_is_cut_to_the_line() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
+        let rows =
+            [row(["NAME", "NOTE"]), row(["web", "all is well, and nobody has touched it"]), row(["db", "x"])];
+        assert_eq!(columns(&rows, Some(30)), ["NAME  NOTE", "web   all is well, and nobody…", "db    x"]);
+        assert_eq!(columns(&rows, Some(5)), ["NAME  NOTE", "web   all is well, and no…", "db    x"]);
+        assert_eq!(cut("ab…", 2), "a…");
+        assert_eq!(cut("é…", 2), "é…");
+        assert_eq!(wrap("guests run several  times slower", 12), ["guests run", "several", "times slower"]);
+        assert_eq!(wrap("a-long-word b", 4), ["a-long-word", "b"]);
     }
 }

@@ -16,6 +16,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let unit = unit.strip_suffix("IB").or_else(|| unit.strip_suffix('B')).unwrap_or(&unit);
     let mut letters = unit.chars();
     let power = match (letters.next(), letters.next()) {
+        (None, _) if number.bytes().all(|digit| digit == b'0') => Some(0),
         (None, _) => return Err(format!("{number} has no unit: write {number}M or {number}G")),
         (Some(letter), None) => UNITS.find(letter),
         _ => None,
@@ -69,7 +70,7 @@ mod tests {
     #[test]
     fn bad_sizes_say_what_is_wrong() {
         for (text, words) in [
-            ("0", "no unit"),
+            ("0", "more than nothing"),
             ("0G", "more than nothing"),
             ("512", "write 512M"),
             ("16E", "8 EiB"),

@@ -92,7 +92,22 @@ fn errors_have_an_exit_code_and_a_hint() {
     "#);
     insta::assert_snapshot!(place.shown("goto web"), @r"
     [stderr] error: web is a machine, not a snapshot
-    [stderr] hint: write web@NAME; `spinney tree web` shows the names
+    [stderr] hint: write web@SNAP; `spinney tree web` shows the names
+    [exit 2]
+    ");
+    insta::assert_snapshot!(place.shown("goto @"), @r"
+    [stderr] error: @ says no machine
+    [stderr] hint: write TARGET@SNAP, such as web@before; `spinney tree` shows the machines and their snapshots
+    [exit 2]
+    ");
+    insta::assert_snapshot!(place.shown("create --file /nowhere/machine.toml"), @r"
+    [stderr] error: there is no file /nowhere/machine.toml
+    [exit 3]
+    ");
+    insta::assert_snapshot!(place.shown("create x --memory 0"), @r"
+    [stderr] error: invalid value '0' for '--memory <SIZE>': it must be more than nothing
+    [stderr]
+    [stderr] For more information, try '--help'.
     [exit 2]
     ");
     insta::assert_snapshot!(place.shown("create x --memory 16E"), @r"

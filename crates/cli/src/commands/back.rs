@@ -1,8 +1,8 @@
 //! `back`: go to the parent of here.
 
 use clap_complete::ArgValueCompleter;
+use serde_json::json;
 use server::Problem;
-use server::snapshots::GotoReport;
 
 use crate::session::Session;
 use crate::{address, complete};
@@ -19,7 +19,6 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
-    let report: GotoReport = session.post(&format!("{}/back", address::target(&args.target)?))?;
-    super::goto::print(session, &report);
-    Ok(())
+    let place = format!("{}/back", address::target(&args.target)?);
+    super::goto::go(session, &session.client()?, &args.target, &place, &json!({}))
 }

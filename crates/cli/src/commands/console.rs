@@ -3,17 +3,23 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use clap_complete::ArgValueCompleter;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use server::Problem;
-use server::snapshots::{Code, Machine};
+use server::snapshots::{Code, Machine, Power};
 
+use crate::draw::power;
 use crate::session::Session;
 use crate::{address, complete};
 
 /// Ctrl-].
 const LEAVE: u8 = 0x1d;
+/// How long a QEMU that closed its console may take to end.
+const ENDING: Duration = Duration::from_secs(3);
 
 /// Talk to a machine's serial console; Ctrl-] leaves
 ///
@@ -30,8 +36,11 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let machine: Machine = session.get(&address::target(&args.target)?)?;
     let name = &machine.name;
     let Some(path) = &machine.console else {
-        return Err(Problem::new(Code::Precondition, format!("{name} has no console: it does not run"))
-            .hint(format!("`spinney start {name}`")));
+        return Err(Problem::new(
+            Code::Refused,
+            format!("{name} is {}: it has no console", power(machine.power)),
+        )
+        .hint(format!("`spinney start {name}` starts it")));
     };
     let lost =
         |error: io::Error| Problem::new(Code::Failed, format!("lost the console of {name}")).because(&error);
@@ -43,17 +52,51 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     }
     let writer = stream.try_clone().map_err(lost)?;
     let leavable = raw.is_some();
+    let left = Arc::new(AtomicBool::new(false));
+    let leaves = Arc::clone(&left);
     // Waits in a read of stdin when the machine ends first; the end of the program ends it.
     std::thread::spawn(move || {
-        let left = send(io::stdin().lock(), &writer, leavable);
-        if left.is_ok_and(|left| left) {
+        if send(io::stdin().lock(), &writer, leavable).is_ok_and(|left| left) {
+            leaves.store(true, Ordering::SeqCst);
             let _ = writer.shutdown(Shutdown::Both);
         }
     });
     let received = receive(&stream, io::stdout().lock());
+    if raw.is_some() {
+        // The guest's last line has no end.
+        session.out.note("\r");
+    }
     drop(raw);
-    session.out.note("");
-    received.map_err(lost)
+    received.map_err(lost)?;
+    if !left.load(Ordering::SeqCst) {
+        session.out.note(ending(session, &machine));
+    }
+    Ok(())
+}
+
+/// Why the console closed without anybody having left it.
+fn ending(session: &Session, before: &Machine) -> String {
+    let name = &before.name;
+    let until = Instant::now() + ENDING;
+    loop {
+        // The machine may be gone by now, and the daemon too.
+        let Ok(now) = address::target(name).and_then(|path| session.get::<Machine>(&path)) else {
+            return format!("the console of {name} closed");
+        };
+        match now.power {
+            Power::Off => return format!("{name} has powered off"),
+            Power::LostPower => return format!("{name} has lost power: its QEMU ended"),
+            // Another process by now: a goto.
+            _ if now.pid != before.pid => {
+                return format!(
+                    "the console closed: {name} went elsewhere; `spinney console {name}` opens it anew"
+                );
+            }
+            // QEMU closes the console before it ends.
+            _ if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            _ => return format!("the console of {name} closed; `spinney console {name}` opens it anew"),
+        }
+    }
 }
 
 /// Sends what is typed. True if the person wants to leave, false at the end of the input.

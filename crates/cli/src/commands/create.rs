@@ -1,5 +1,6 @@
 //! `create`: a machine, from options or from a file.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use clap_complete::{ArgValueCompleter, PathCompleter};
@@ -145,8 +146,13 @@ fn yes() -> bool {
 /// Reads a machine; a name on the command line comes before the file's.
 fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem> {
     let shown = path.display();
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| misuse(format!("cannot read {shown}")).because(&error))?;
+    let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Problem::new(Code::NotFound, format!("there is no file {shown}")),
+        ErrorKind::PermissionDenied => {
+            Problem::new(Code::NotPermitted, format!("cannot read {shown}")).because(&error)
+        }
+        _ => misuse(format!("cannot read {shown}")).because(&error),
+    })?;
     let file: MachineFile =
         toml::from_str(&text).map_err(|error| misuse(format!("{shown} is not a machine")).because(&error))?;
     let wrong = |what: &str, why: String| {
@@ -227,6 +233,15 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_not_found() {
+        let problem = from_file(Path::new("/nowhere/machine.toml"), None).unwrap_err();
+        assert_eq!(
+            (problem.code, problem.detail.as_str()),
+            (Code::NotFound, "there is no file /nowhere/machine.toml")
+        );
     }
 
     #[test]

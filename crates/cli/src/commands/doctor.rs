@@ -5,7 +5,7 @@ use server::Problem;
 use server::client::Client;
 use server::snapshots::{Check, CheckLevel, Code, Engine};
 
-use crate::output::{Output, Style};
+use crate::output::{Output, Style, room, wrap};
 use crate::session::Session;
 
 /// Look at what this host has and lacks
@@ -44,6 +44,9 @@ fn daemon(session: &Session) -> Check {
     }
 }
 
+/// Columns of the word that says how it stands.
+const MARK: usize = "limited".len();
+
 fn print(out: Output, checks: &[Check]) {
     let width = checks.iter().map(|check| check.name.chars().count()).max().unwrap_or(0);
     for check in checks {
@@ -52,9 +55,13 @@ fn print(out: Output, checks: &[Check]) {
             CheckLevel::Limited => out.paint(Style::Warning, "limited"),
             CheckLevel::Missing => out.paint(Style::Bad, "missing"),
         };
-        out.line(format_args!("{mark}  {:<width$}  {}", check.name, check.found));
-        if let Some(hint) = &check.hint {
-            out.line(format_args!("         {:<width$}  hint: {hint}", ""));
+        let room = out.width.map_or(usize::MAX, |fit| room(fit, MARK + 2 + width + 2));
+        let mut lines = wrap(&check.found, room).into_iter();
+        let found = lines.next().unwrap_or_default();
+        out.line(format_args!("{mark}  {:<width$}  {found}", check.name));
+        let hint = check.hint.iter().flat_map(|hint| wrap(&format!("hint: {hint}"), room));
+        for line in lines.chain(hint) {
+            out.line(format_args!("{:MARK$}  {:<width$}  {line}", "", ""));
         }
     }
 }

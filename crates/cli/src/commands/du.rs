@@ -19,7 +19,7 @@ pub(crate) struct Args {
     #[arg(add = ArgValueCompleter::new(complete::targets))]
     target: Option<String>,
     /// How much would come back without these snapshots
-    #[arg(long, value_name = "SNAPSHOT", value_delimiter = ',', add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(long, value_name = "TARGET@SNAP", value_delimiter = ',', add = ArgValueCompleter::new(complete::snapshots))]
     without: Vec<String>,
 }
 

@@ -20,7 +20,7 @@ Examples:
 #[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "accept_disks"])))]
 pub(crate) struct Args {
     /// Machine or snapshot
-    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
     address: String,
     /// New name
     #[arg(long)]

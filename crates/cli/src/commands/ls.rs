@@ -6,7 +6,7 @@ use serde_json::json;
 use server::Problem;
 use server::snapshots::{Machine, Tree};
 
-use crate::draw::power;
+use crate::draw::{power, state};
 use crate::output::{ago, bytes, plain, span};
 use crate::session::Session;
 use crate::{address, complete};
@@ -69,10 +69,11 @@ fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
     let mut rows =
         vec![["NAME", "TAKEN", "STATE", "MEMORY", "STORED", "PAUSE", "NOTE"].map(str::to_owned).to_vec()];
     for snapshot in tree.snapshots.into_iter().filter(|snapshot| !snapshot.undo_point) {
+        let state = state(&snapshot).to_owned();
         rows.push(vec![
             snapshot.name,
             ago(now, snapshot.created),
-            power(snapshot.power).to_owned(),
+            state,
             if snapshot.memory_bytes == 0 { "-".to_owned() } else { bytes(snapshot.memory_bytes) },
             bytes(snapshot.stored_bytes),
             snapshot.pause_us.map_or_else(|| "-".to_owned(), span),

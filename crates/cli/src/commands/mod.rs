@@ -58,7 +58,8 @@ Examples:
   spinney undo
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 something needed is missing,
-  6 stored data damaged, 7 no space, 8 not permitted, 9 timed out, 130 interrupted"
+  6 stored data damaged, 7 no space, 8 not permitted, 9 timed out, 130 called off or interrupted
+  (143 by SIGTERM, 129 by SIGHUP)"
 )]
 pub(crate) struct Cli {
     /// State folder [default: $SPINNEY_STATE, the configuration, or ~/.local/state/spinney]

@@ -53,7 +53,7 @@ fn log(session: &Session, limit: u16) -> Result<(), Problem> {
         return Ok(());
     }
     let now = Timestamp::now();
-    let mut rows = vec![["ID", "WHEN", "WHAT", "STATE", "UNDO"].map(str::to_owned).to_vec()];
+    let mut rows = vec![["ID", "WHEN", "WHAT", "UNDO", "STATE"].map(str::to_owned).to_vec()];
     for operation in operations {
         let state = match &operation.error {
             Some(error) => format!("{}: {}", word(operation.state), plain(error)),
@@ -61,7 +61,7 @@ fn log(session: &Session, limit: u16) -> Result<(), Problem> {
         };
         let undo = if operation.undoable { "possible" } else { "" };
         let what = format!("{} {}", operation.kind, operation.subject);
-        rows.push(vec![operation.id, ago(now, operation.started), what, state, undo.to_owned()]);
+        rows.push(vec![operation.id, ago(now, operation.started), what, undo.to_owned(), state]);
     }
     session.out.table(&rows);
     Ok(())

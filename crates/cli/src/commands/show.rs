@@ -1,11 +1,13 @@
 //! `show`: all that is known of a machine or a snapshot.
 
 use clap_complete::ArgValueCompleter;
+use jiff::Timestamp;
 use server::Problem;
+use server::client::Client;
 use server::snapshots::{DiskSource, Machine, MachineConfig, Mode, Snapshot};
 
-use crate::draw::power;
-use crate::output::{Style, bytes, plain, span};
+use crate::draw::{power, state};
+use crate::output::{Style, ago, bytes, plain, span};
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -16,18 +18,19 @@ use crate::{address, complete};
 )]
 pub(crate) struct Args {
     /// Machine or snapshot
-    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
     address: String,
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let path = address::resource(&args.address)?;
     if address::is_snapshot(&args.address) {
-        let snapshot: Snapshot = session.get(&path)?;
+        let client = session.client()?;
+        let snapshot: Snapshot = client.get(&path)?;
         if session.out.json {
             session.out.document("spinney.snapshot/1", &snapshot);
         } else {
-            page(session, &of_snapshot(&snapshot));
+            page(session, &of_snapshot(&snapshot, parent(&client, &snapshot)));
         }
     } else {
         let machine: Machine = session.get(&path)?;
@@ -44,10 +47,20 @@ type Rows = Vec<(&'static str, String)>;
 
 fn page(session: &Session, rows: &Rows) {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    for (name, value) in rows {
-        let name = session.out.paint(Style::Dim, format_args!("{name:<width$}"));
-        session.out.line(format_args!("{name}  {value}"));
+    for (mut name, value) in rows.iter().map(|(name, value)| (*name, value)) {
+        for line in value.lines() {
+            let painted = session.out.paint(Style::Dim, format_args!("{name:<width$}"));
+            session.out.line(format_args!("{painted}  {line}").to_string().trim_end());
+            name = "";
+        }
     }
+}
+
+/// Address of the snapshot above; by id should it have gone meanwhile.
+fn parent(client: &Client, snapshot: &Snapshot) -> Option<String> {
+    let by_id = format!("{}@id:{}", snapshot.target, snapshot.parent.as_ref()?);
+    let above = address::resource(&by_id).and_then(|path| client.get::<Snapshot>(&path));
+    Some(above.map_or(by_id, |above| format!("{}@{}", above.target, above.name)))
 }
 
 fn of_machine(m: &Machine) -> Rows {
@@ -59,7 +72,7 @@ fn of_machine(m: &Machine) -> Rows {
     add("snapshots", Some(m.snapshots.to_string()));
     add("protected", m.protected.then(|| "yes".to_owned()));
     add("group", Some(m.group.clone()));
-    add("created", Some(m.created.to_string()));
+    add("created", Some(moment(Timestamp::now(), m.created)));
     add("process", m.pid.map(|pid| pid.to_string()));
     add("QEMU", m.qemu.clone());
     add("accelerator", m.accel.clone());
@@ -70,16 +83,13 @@ fn of_machine(m: &Machine) -> Rows {
     rows
 }
 
-fn of_snapshot(s: &Snapshot) -> Rows {
+fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
     let mut rows = vec![("snapshot", format!("{}@{}", s.target, s.name)), ("id", s.id.clone())];
     let mut add = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
-    add(
-        "note",
-        (!s.note.is_empty()).then(|| s.note.lines().map(plain).collect::<Vec<_>>().join("\n            ")),
-    );
-    add("taken", Some(s.created.to_string()));
-    add("state", Some(power(s.power).to_owned()));
-    add("parent", s.parent.as_ref().map(|id| format!("id:{id}")));
+    add("note", (!s.note.is_empty()).then(|| s.note.lines().map(plain).collect::<Vec<_>>().join("\n")));
+    add("taken", Some(moment(Timestamp::now(), s.created)));
+    add("state", Some(state(s).to_owned()));
+    add("parent", parent);
     add("kind", s.undo_point.then(|| "undo point".to_owned()));
     add("protected", s.protected.then(|| "yes".to_owned()));
     add("kept", s.keep.then(|| "yes: nothing but rm removes it".to_owned()));
@@ -94,6 +104,10 @@ fn of_snapshot(s: &Snapshot) -> Rows {
             .then(|| super::du::saved([s.saved.zero, s.saved.same, s.saved.earlier, s.saved.new])),
     );
     add("disk layers", Some(s.depth.to_string()));
+    add(
+        "disks written",
+        (s.disk_bytes > 0).then(|| format!("{} since the snapshot before", bytes(s.disk_bytes))),
+    );
     rows.extend(of_config(&s.config));
     rows
 }
@@ -117,6 +131,11 @@ fn of_config(c: &MachineConfig) -> Rows {
     rows
 }
 
+/// `2026-03-01 09:30:00 UTC (2 h ago)`
+fn moment(now: Timestamp, then: Timestamp) -> String {
+    format!("{} ({})", then.strftime("%Y-%m-%d %H:%M:%S UTC"), ago(now, then))
+}
+
 /// A mode as people type it.
 pub(super) fn mode(mode: Mode) -> &'static str {
     match mode {
@@ -124,5 +143,17 @@ pub(super) fn mode(mode: Mode) -> &'static str {
         Mode::PreCopy => "pre-copy",
         Mode::Off => "off: disks only",
         Mode::DiskOnly => "disk-only",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_said_twice() {
+        let then = Timestamp::from_second(1_800_000_000).unwrap();
+        let now = Timestamp::from_second(1_800_007_200).unwrap();
+        assert_eq!(moment(now, then), "2027-01-15 08:00:00 UTC (2 h ago)");
     }
 }

@@ -7,7 +7,7 @@ use server::client::Method;
 use server::snapshots::{Mode, Snapshot, TakeOptions};
 
 use super::show::mode;
-use crate::draw::power;
+use crate::draw::state;
 use crate::output::{bytes, span};
 use crate::session::Session;
 use crate::{address, complete};
@@ -68,16 +68,19 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     Ok(())
 }
 
-/// `web@snap-1  running, 512 MiB → 38.2 MiB stored, paused 212 ms (stop-copy), durable in 480 ms`
+/// `web@snap-1  running, 512 MiB → 38.2 MiB stored, paused 212 ms (stop-copy), durable in 480 ms`;
+/// `web@snap-2  off (disk only), 0 B stored, durable in 59 ms`
 fn line(s: &Snapshot) -> String {
     let stored = bytes(s.stored_bytes);
     let size = match s.memory_bytes {
         0 => format!("{stored} stored"),
         memory => format!("{} → {stored} stored", bytes(memory)),
     };
-    let pause = match s.pause_us {
-        Some(us) => format!("paused {} ({})", span(us), mode(s.mode)),
-        None => mode(s.mode).to_owned(),
+    // Without memory there is no way in which it was copied.
+    let pause = match (s.pause_us, s.mode) {
+        (Some(us), _) => format!(", paused {} ({})", span(us), mode(s.mode)),
+        (None, Mode::Off | Mode::DiskOnly) => String::new(),
+        (None, _) => format!(", {}", mode(s.mode)),
     };
-    format!("{}@{}  {}, {size}, {pause}, durable in {}", s.target, s.name, power(s.power), span(s.took_us))
+    format!("{}@{}  {}, {size}{pause}, durable in {}", s.target, s.name, state(s), span(s.took_us))
 }

@@ -50,7 +50,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         if n > 0 {
             session.out.line("");
         }
-        for line in draw(tree, Timestamp::now(), args.all) {
+        for line in draw(tree, Timestamp::now(), args.all, session.out.width) {
             if line.contains('●') {
                 session.out.line(session.out.paint(Style::Good, line));
             } else {

@@ -12,7 +12,7 @@ use crate::{address, complete};
 #[command(after_help = "Examples:\n  spinney unprotect web\n  spinney unprotect web@base")]
 pub(crate) struct Args {
     /// Machine or snapshot
-    #[arg(add = ArgValueCompleter::new(complete::addresses))]
+    #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
     address: String,
 }
 

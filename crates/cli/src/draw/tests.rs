@@ -16,7 +16,7 @@ fn snapshot(name: &str, parent: Option<&str>, hours: i64, change: Value) -> Valu
     let created = Timestamp::from_second(NOW - hours * 3600).unwrap();
     let mut value = json!({ "id": name, "target": "web", "name": name, "note": "", "parent": parent,
         "created": created, "undo_point": false, "power": "running", "mode": "stop-copy", "pause_us": 38_000,
-        "took_us": 480_000, "memory_bytes": 536_870_912u64, "stored_bytes": 432_013_312u64,
+        "took_us": 480_000, "memory_bytes": 536_870_912u64, "stored_bytes": 432_013_312u64, "disk_bytes": 0,
         "saved": { "zero": 0, "same": 0, "earlier": 0, "new": 0, "bytes_written": 0 },
         "keep": false, "protected": false, "depth": 1, "config": config() });
     for (key, new) in change.as_object().unwrap() {
@@ -33,7 +33,7 @@ fn tree(snapshots: Vec<Value>, here: Option<&str>) -> Tree {
 }
 
 fn drawn(tree: &Tree, all: bool) -> String {
-    draw(tree, Timestamp::from_second(NOW).unwrap(), all).join("\n")
+    draw(tree, Timestamp::from_second(NOW).unwrap(), all, None).join("\n")
 }
 
 #[test]
@@ -97,4 +97,30 @@ fn a_very_deep_tree_is_drawn() {
         .map(|(n, name)| snapshot(name, n.checked_sub(1).map(|n| names[n].as_str()), 1, json!({})));
     let drawing = drawn(&tree(snapshots.collect(), Some("s2999")), false);
     assert_eq!(drawing.lines().count(), 3002);
+}
+
+#[test]
+fn notes_are_cut_to_the_terminal_and_memory_left_out_is_said() {
+    let long = "all is well, and it was so yesterday, and the day before, and nobody has touched anything since\nthen";
+    let tree = tree(
+        vec![
+            snapshot("base", None, 5, json!({ "note": long, "keep": true })),
+            snapshot(
+                "disks",
+                Some("base"),
+                4,
+                json!({ "mode": "disk-only", "power": "off", "pause_us": null, "note": "two\nlines" }),
+            ),
+        ],
+        Some("disks"),
+    );
+    let at = |width| draw(&tree, Timestamp::from_second(NOW).unwrap(), false, Some(width)).join("\n");
+    insta::assert_snapshot!(at(100), @r#"
+    web
+    ○ base   5 h ago  running          412 MiB  paused 38 ms  kept  "all is well, and it was so yester…"
+    ○ disks  4 h ago  off (disk only)  412 MiB                "two…"
+    ● You are here (running)
+    "#);
+    assert!(at(100).lines().all(|line| line.chars().count() <= 100));
+    assert!(at(30).contains("\"all is well, and it…\""), "something is left on the narrowest terminal");
 }

@@ -8,8 +8,9 @@ use super::{Client, PATIENCE, decode, path, with_query};
 use crate::Problem;
 use crate::operations::OperationView;
 
-/// Seconds that one request waits for news.
-const WAIT: &str = "30";
+/// Seconds that one request waits for news. What changes between two requests is news to neither, so this is also how late
+/// a phase that lasts ("waiting for take") may be seen.
+const WAIT: &str = "1";
 
 impl Client {
     /// Follows an operation to its end and returns its result. `look` sees it each time that it has changed.
@@ -21,13 +22,20 @@ impl Client {
         first: OperationView,
         mut look: impl FnMut(&OperationView),
     ) -> Result<T, Problem> {
-        let place = with_query(&path(&["operations", &first.id])?, &[("wait", WAIT)]);
+        let place = path(&["operations", &first.id])?;
         let mut view = first;
-        while view.state == OpState::Running {
-            look(&view);
-            view = decode(self.send(self.request(Method::GET, &place).timeout(PATIENCE))?)?;
-        }
+        // Most first words come right after the answer that started it.
+        let mut wait = "0";
         look(&view);
+        while view.state == OpState::Running {
+            let request = self.request(Method::GET, &with_query(&place, &[("wait", wait)]));
+            let next: OperationView = decode(self.send(request.timeout(PATIENCE))?)?;
+            wait = WAIT;
+            if next != view {
+                look(&next);
+            }
+            view = next;
+        }
         if let Some(problem) = view.problem {
             return Err(problem);
         }

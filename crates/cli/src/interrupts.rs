@@ -1,0 +1,159 @@
+//! Signals while an operation is followed: it is rolled back, rather than left to the daemon with nobody looking.
+
+use std::fs;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use server::client::Client;
+use server::operations::OperationView;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+
+/// The signal that a run was ended by, if any.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ended(Arc<AtomicI32>);
+
+impl Ended {
+    /// Exit code by the shells' rule: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    pub(crate) fn exit_code(&self) -> Option<u8> {
+        let signal = self.0.load(Ordering::SeqCst);
+        (signal != 0).then(|| u8::try_from(128 + signal).unwrap_or(130))
+    }
+}
+
+/// Watches for signals from before an operation is asked for until it has ended.
+pub(crate) struct Interrupts {
+    watched: Arc<Mutex<Watched>>,
+    client: Client,
+    thread: Option<(Handle, JoinHandle<()>)>,
+}
+
+#[derive(Default)]
+struct Watched {
+    operation: Option<OperationView>,
+    signalled: bool,
+}
+
+impl Interrupts {
+    /// `say` prints a note; `ended` learns of the first signal.
+    pub(crate) fn watch(client: Client, ended: Ended, say: impl Fn(&str) + Send + 'static) -> Self {
+        let watched = Arc::<Mutex<Watched>>::default();
+        let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !ignored(*signal));
+        // Without handlers a signal ends this program, and the operation goes on: worse, but sound.
+        let Ok(mut signals) = Signals::new(heeded) else { return Self { watched, client, thread: None } };
+        let handle = signals.handle();
+        let (shared, asks) = (Arc::clone(&watched), client.clone());
+        let thread = std::thread::spawn(move || {
+            for signal in signals.forever() {
+                let mut watched = lock(&shared);
+                if watched.signalled {
+                    let id = watched.operation.as_ref().map(|view| view.id.as_str()).unwrap_or_default();
+                    say(&format!("left to itself; `spinney op log` shows how it ends ({id})"));
+                    std::process::exit(128 + signal);
+                }
+                watched.signalled = true;
+                ended.0.store(signal, Ordering::SeqCst);
+                if let Some(view) = &watched.operation {
+                    say(&format!("\n{}", promise(view, signal)));
+                    if let Err(problem) = asks.cancel(&view.id) {
+                        say(&format!("cannot cancel: {}", problem.detail));
+                    }
+                }
+            }
+        });
+        Self { watched, client, thread: Some((handle, thread)) }
+    }
+
+    /// The operation that was asked for. A signal may have come before its id did.
+    pub(crate) fn follow(&self, view: &OperationView) {
+        let mut watched = lock(&self.watched);
+        watched.operation = Some(view.clone());
+        if watched.signalled {
+            // That it cannot be cancelled shows when it ends.
+            let _ = self.client.cancel(&view.id);
+        }
+    }
+}
+
+impl Drop for Interrupts {
+    fn drop(&mut self) {
+        if let Some((handle, thread)) = self.thread.take() {
+            handle.close();
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
+    watched.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a cancellation is about to do.
+fn promise(view: &OperationView, signal: i32) -> String {
+    let again = if signal == SIGINT { "; Ctrl-C again leaves it to itself" } else { "" };
+    match view.kind.as_str() {
+        "stop" => format!("no longer waiting for {} to turn itself off", view.subject),
+        kind => format!("rolling back {}{again}", named(kind, &view.subject)),
+    }
+}
+
+/// What a cancelled operation came to.
+pub(crate) fn outcome(kind: &str, subject: &str) -> String {
+    match kind {
+        // The button has been pressed, and nobody can take that back.
+        "stop" => {
+            format!(
+                "stop {subject} was cancelled; a guest that has been asked already may still turn itself off"
+            )
+        }
+        "gc" | "fsck" => format!("{kind} was cancelled"),
+        _ => format!("{} was cancelled and rolled back", named(kind, subject)),
+    }
+}
+
+/// `take web@before`; not every operation is about something.
+pub(crate) fn named(kind: &str, subject: &str) -> String {
+    format!("{kind} {subject}").trim_end().to_owned()
+}
+
+/// True for a signal that whoever started us has had ignored: nohup, a job in a script's background.
+fn ignored(signal: i32) -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|status| is_in_mask(&status, signal))
+}
+
+fn is_in_mask(status: &str, signal: i32) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nohup_has_ignored_stays_ignored() {
+        let status = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000180004000\n";
+        assert!(is_in_mask(status, SIGHUP));
+        assert!(!is_in_mask(status, SIGINT) && !is_in_mask(status, SIGTERM));
+        assert!(!is_in_mask("", SIGHUP));
+    }
+
+    #[test]
+    fn a_cancelled_stop_promises_nothing() {
+        assert!(outcome("stop", "web").contains("may still turn itself off"));
+        assert_eq!(outcome("undo", ""), "undo was cancelled and rolled back");
+        assert_eq!(outcome("take", "web@a"), "take web@a was cancelled and rolled back");
+    }
+
+    #[test]
+    fn exit_codes_follow_the_shells_rule() {
+        let ended = Ended::default();
+        assert_eq!(ended.exit_code(), None);
+        for (signal, code) in [(SIGINT, 130), (SIGTERM, 143), (SIGHUP, 129)] {
+            ended.0.store(signal, Ordering::SeqCst);
+            assert_eq!(ended.exit_code(), Some(code));
+        }
+    }
+}
