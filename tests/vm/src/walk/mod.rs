@@ -5,9 +5,12 @@
 //! ([`Walk::check`]). A walk ends at the first [`Violation`].
 
 mod check;
+mod cut;
 mod model;
+mod names;
 mod random;
 mod steps;
+mod undo;
 
 use std::time::Duration;
 
@@ -17,10 +20,11 @@ use crate::disks::wrong_layers;
 use crate::guest::GuestError;
 use crate::harness::{Failed, Spinney};
 
+pub use cut::{Blow, SOON};
 pub use model::{Inverse, Life, Model, Moment, Node, Power, Range};
 pub use random::Random;
 
-/// Name of the machine.
+/// Name of the machine, until it is renamed.
 pub const NAME: &str = "web";
 
 /// Something that must not be.
@@ -58,6 +62,20 @@ pub enum Card {
     Branch,
     /// `rm` of a snapshot.
     Rm,
+    /// `rm --tree` of a snapshot with what is below it.
+    RmTree,
+    /// `rm` of the machine, and `undo` of that.
+    RmMachine,
+    /// `edit` of a snapshot's name and note.
+    Edit,
+    /// `edit` of the machine's name.
+    Rename,
+    /// `protect` of a snapshot that is not, and nothing removes it.
+    Protect,
+    /// `unprotect` of one that is.
+    Unprotect,
+    /// `protect` of the machine: it cannot be removed until `unprotect`.
+    ProtectMachine,
     /// `gc --now`.
     Gc,
     /// `undo`.
@@ -76,6 +94,10 @@ pub enum Card {
     Fill,
     /// Pages are dirtied all the time, or no longer.
     Writer,
+    /// The disk is written to all the time, unsynced, or no longer.
+    DiskWriter,
+    /// The disk is written to while a running guest is taken and afterwards, then back to the snapshot.
+    TakeWhileWriting,
 }
 
 /// A deck.
@@ -101,7 +123,16 @@ const DECK: &[Card] = &[
     Card::Branch,
     Card::Rm,
     Card::Rm,
+    Card::RmTree,
+    Card::RmMachine,
+    Card::Edit,
+    Card::Edit,
+    Card::Rename,
+    Card::Protect,
+    Card::Unprotect,
+    Card::ProtectMachine,
     Card::Gc,
+    Card::Undo,
     Card::Undo,
     Card::Undo,
     Card::Undo,
@@ -114,6 +145,8 @@ const DECK: &[Card] = &[
     Card::Fill,
     Card::Writer,
     Card::Writer,
+    Card::DiskWriter,
+    Card::TakeWhileWriting,
 ];
 
 /// One walk.
@@ -123,6 +156,8 @@ pub struct Walk {
     pub spinney: Spinney,
     /// What must be.
     pub model: Model,
+    /// What the machine is called now.
+    pub name: String,
     /// What was done, for whoever reads the failure.
     pub history: Vec<String>,
     random: Random,
@@ -134,6 +169,8 @@ pub struct Walk {
     number: u64,
     /// The last mark written.
     marks: u64,
+    /// The guest's memory came from a snapshot, and was not looked at since.
+    loaded: bool,
 }
 
 impl Walk {
@@ -143,12 +180,14 @@ impl Walk {
         let mut walk = Self {
             spinney,
             model: Model::new(0),
+            name: NAME.to_owned(),
             history: Vec::new(),
             random: Random::new(seed),
             patience: Duration::from_secs(30),
             fill,
             number: 0,
             marks: 0,
+            loaded: false,
         };
         walk.need(Power::Running)?;
         walk.play(Card::Fill)?;
@@ -207,7 +246,8 @@ impl Walk {
         if fsck["damage"].as_array().is_none_or(|damage| !damage.is_empty()) {
             return Err(Violation::Wrong(format!("fsck found {}", fsck["damage"])));
         }
-        self.spinney.ok(&format!("rm {NAME} --yes"))?;
+        self.unprotect_all()?;
+        self.spinney.ok(&format!("rm {} --yes", self.name))?;
         self.spinney.ok("gc --now")?;
         let left = self.spinney.layers();
         if !left.is_empty() {
