@@ -12,7 +12,8 @@ mod random;
 mod steps;
 mod undo;
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -26,6 +27,9 @@ pub use random::Random;
 
 /// Name of the machine, until it is renamed.
 pub const NAME: &str = "web";
+
+/// MiB that a walk fills by itself.
+pub const FILL: u64 = 48;
 
 /// Something that must not be.
 #[derive(Debug, Error)]
@@ -149,6 +153,17 @@ const DECK: &[Card] = &[
     Card::TakeWhileWriting,
 ];
 
+/// Steps of one kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Played {
+    /// How many.
+    pub count: u64,
+    /// What they took together, without the checks after them.
+    pub total: Duration,
+    /// What the longest took.
+    pub longest: Duration,
+}
+
 /// One walk.
 #[derive(Debug)]
 pub struct Walk {
@@ -160,6 +175,10 @@ pub struct Walk {
     pub name: String,
     /// What was done, for whoever reads the failure.
     pub history: Vec<String>,
+    /// What was done, by kind.
+    pub played: BTreeMap<String, Played>,
+    /// What the checks took together.
+    pub checked: Duration,
     random: Random,
     /// How long the guest may take to answer.
     patience: Duration,
@@ -182,6 +201,8 @@ impl Walk {
             model: Model::new(0),
             name: NAME.to_owned(),
             history: Vec::new(),
+            played: BTreeMap::new(),
+            checked: Duration::ZERO,
             random: Random::new(seed),
             patience: Duration::from_secs(30),
             fill,
@@ -216,11 +237,17 @@ impl Walk {
 
     /// Plays one card, with the checks after it.
     pub fn play(&mut self, card: Card) -> Result<(), Violation> {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         self.history.push(format!("{card:?}"));
         self.step(card)?;
         let stepped = begun.elapsed();
+        let kind = format!("{card:?}");
+        let played = self.played.entry(kind.split('(').next().unwrap_or_default().to_owned()).or_default();
+        played.count += 1;
+        played.total += stepped;
+        played.longest = played.longest.max(stepped);
         self.check()?;
+        self.checked += begun.elapsed() - stepped;
         let power = self.model.here.power.word();
         let said = format!(
             " {power} {:.1} + {:.1} s",
