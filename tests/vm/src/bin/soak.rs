@@ -69,7 +69,7 @@ fn soak(wanted: &Wanted) -> Vec<Value> {
         "seed": wanted.seed,
         "steps": wanted.steps,
     });
-    println!("soak of {} ({}), {}", about["commit"], about["program"], about["qemu"]);
+    println!("soak of {}, {}", text("SOAK_COMMIT"), about["qemu"].as_str().unwrap_or_default());
     println!("SOAK_SEED={} SOAK_WALKS={} SOAK_STEPS={}", wanted.seed, wanted.walks, wanted.steps);
     let mut random = Random::new(wanted.seed);
     let begun = Instant::now();

@@ -12,25 +12,22 @@ impl Walk {
     /// Takes the newest operation back that is not an undo itself.
     pub(super) fn undo(&mut self) -> Result<(), Violation> {
         let log = self.spinney.ok("op log -n 1000")?;
-        let undoable: Vec<&Value> =
-            log["operations"].as_array().into_iter().flatten().filter(|op| op["undoable"] == true).collect();
-        let Some(at) = undoable.iter().position(|op| op["kind"] != "undo") else { return Ok(()) };
-        let op = undoable[at];
+        // Undos are passed over; to undo one would be to do again what it took back.
+        let newest = |op: &&Value| op["undoable"] == true && op["kind"] != "undo";
+        let Some(op) = log["operations"].as_array().into_iter().flatten().find(newest) else { return Ok(()) };
         let id = op["id"].as_str().unwrap_or_default();
         let Some(inverse) = self.model.undo.remove(id) else {
             return Err(Violation::Wrong(format!("nobody knows how {op} could be undone")));
         };
         self.say(&format!(" {} {}", op["kind"], op["subject"]));
-        // Without an id it is the newest, whatever that is.
-        let command = if at == 0 { "undo".to_owned() } else { format!("undo {id}") };
         if let Inverse::Take(index, _) = inverse
             && self.model.nodes[index].protected
         {
-            self.refused(&command, 4, "protected")?;
+            self.refused("undo", 4, "protected")?;
             self.unprotect_one(index)?;
         }
         let begun = Instant::now();
-        self.spinney.ok(&command)?;
+        self.spinney.ok("undo")?;
         match inverse {
             Inverse::Take(index, parent) => {
                 self.model.nodes[index].removed = true;
@@ -62,6 +59,8 @@ impl Walk {
         self.model.add(id_of(new)?, name, true, left);
         let power = self.model.nodes[to].moment.power;
         self.stand_at(to, power, begun);
+        // An undo point is here as it was, and so here hangs where it hung.
+        self.model.parent = self.model.nodes[to].parent;
         Ok(())
     }
 
