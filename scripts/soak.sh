@@ -1,27 +1,35 @@
 #!/usr/bin/env bash
 # What takes too long for `make test`: long random walks over real guests, each with a seed of its own, and every fuzz target
-# for ten minutes where cargo-fuzz is installed. Writes what was run and how it ended to benches/results/soak-DATE.txt.
+# for ten minutes where cargo-fuzz is installed. What was run and how it ended is printed and written, raw, to
+# benches/results/soak-DATE.json, and the end of each fuzz target to soak-DATE.fuzz.txt. Fails if anything did.
 #
-# SOAK_WALKS: how many walks (default 10). SOAK_STEPS: steps in each (default 100).
+# SPINNEY_BIN:  the executable to test, with the feature `faults` or without
+# SOAK_WALKS:   how many walks (default 10)       SOAK_STEPS: steps in each (default 100)
+# SOAK_MINUTES: begin no walk later than this     SOAK_SEED:  what the walks' seeds are drawn from (default: the time)
+# SOAK_FUZZ:    seconds for each fuzz target (default 600; 0 leaves them out)
+#
+# One walk is repeated by the line that it prints:
+#   SPINNEY_WALK_SEED=... SPINNEY_WALK_STEPS=... cargo test -p spinney-vm-tests --test walk -- --nocapture random_walk
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
-out=benches/results/soak-$(date -u +%F).txt
-walks=${SOAK_WALKS:-10}
-steps=${SOAK_STEPS:-100}
-{
-    echo "soak of $(git rev-parse --short HEAD), $(date -u +%FT%TZ), $(uname -sr), $(qemu-system-x86_64 --version | head -n 1)"
-    failed=0
-    for walk in $(seq "$walks"); do
-        seed=$RANDOM$RANDOM
-        begun=$(date +%s)
-        if SPINNEY_WALK_SEED=$seed SPINNEY_WALK_STEPS=$steps \
-            cargo test --release --locked -q -p spinney-vm-tests --test walk -- --test-threads=1 random_walk >/tmp/spinney-walk.$$ 2>&1
-        then verdict=passed; else verdict=FAILED; failed=$((failed + 1)); fi
-        echo "walk $walk of $walks: seed $seed, $steps steps, $verdict, $(($(date +%s) - begun)) s"
-        [ $verdict = passed ] || tail -n 40 /tmp/spinney-walk.$$
-    done
-    rm -f /tmp/spinney-walk.$$
-    echo "$walks walks, $failed failed"
-} | tee "$out"
-if command -v cargo-fuzz >/dev/null; then scripts/fuzz.sh 600 2>&1 | grep -E '^==|Done|panicked|ERROR' | tee -a "$out"; fi
-! grep -q FAILED "$out"
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
+
+[ -x "${SPINNEY_BIN:-}" ] || die 5 "no executable to test at SPINNEY_BIN=${SPINNEY_BIN:-}: \`make soak\` builds one"
+export SPINNEY_BIN
+out=benches/results/soak-$(date -u +%F)
+SOAK_COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+# What the results themselves are is no change of the program.
+[ -z "$(git status --porcelain -- . ':!benches/results' 2>/dev/null)" ] || SOAK_COMMIT+=-changed
+export SOAK_COMMIT SOAK_FILE=$out.json
+
+failed=0
+cargo run --locked -q -p spinney-vm-tests --bin soak || failed=1
+
+seconds=${SOAK_FUZZ:-600}
+if [ "$seconds" -eq 0 ] || ! command -v cargo-fuzz >/dev/null; then
+    say 'the fuzz targets are left out'
+else
+    scripts/fuzz.sh "$seconds" 2>&1 | grep -E '^==|Done|panicked|ERROR' | tee "$out.fuzz.txt" || failed=1
+fi
+[ "$failed" -eq 0 ] || die 1 "something failed: see $out.json"

@@ -44,11 +44,12 @@ impl Engine {
         self.capture(cx, &job, old, &[], began)
     }
 
-    /// "undo-N", counted apart from the names that people see.
+    /// "undo-N", counted apart from the names that people see. One that was removed keeps its name: `undo` may bring it back.
     fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
         self.catalog.read(|tx| {
-            let mut number = SnapshotRow::undo_points(tx, &row.id)?.len() + 1;
-            while SnapshotRow::name_taken(tx, &row.id, &format!("undo-{number}"))? {
+            let all = SnapshotRow::undo_points(tx, &row.id)?;
+            let mut number = all.len() + 1;
+            while all.iter().any(|s| s.name == format!("undo-{number}")) {
                 number += 1;
             }
             Ok(format!("undo-{number}"))

@@ -195,13 +195,28 @@ impl Spinney {
 
     /// Paths of the disk layers in the state folder.
     pub fn layers(&self) -> Vec<PathBuf> {
-        let groups = fs::read_dir(self.state().join("groups")).into_iter().flatten().flatten();
-        let mut files: Vec<PathBuf> = groups
-            .flat_map(|group| fs::read_dir(group.path().join("layers")).into_iter().flatten().flatten())
-            .map(|entry| entry.path())
-            .collect();
+        let groups = entries(&self.state().join("groups"));
+        let mut files: Vec<PathBuf> =
+            groups.into_iter().flat_map(|group| entries(&group.join("layers"))).collect();
         files.sort();
         files
+    }
+
+    /// Process ids of the machines.
+    pub fn machines(&self) -> Vec<u32> {
+        let machine = |words: &[String]| words.first().is_some_and(|word| word.contains("qemu-system"));
+        self.processes().into_iter().filter(|(_, words)| machine(words)).map(|(pid, _)| pid).collect()
+    }
+
+    /// The folders of processes, one for each machine that runs.
+    pub fn runs(&self) -> Vec<PathBuf> {
+        entries(&self.state().join("run"))
+    }
+
+    /// The files that a process has open.
+    pub fn open_files(&self, pid: u32) -> Vec<PathBuf> {
+        let links = entries(Path::new(&format!("/proc/{pid}/fd")));
+        links.into_iter().filter_map(|link| fs::read_link(link).ok()).collect()
     }
 
     /// The last lines of the daemon's log, for messages of failed tests.
@@ -273,6 +288,11 @@ pub fn kill(pid: u32) {
     while alive() && Instant::now() < deadline {
         thread::sleep(LOOK_EVERY);
     }
+}
+
+/// What lies in a folder; nothing if there is none.
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 fn drain(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {

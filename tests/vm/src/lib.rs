@@ -3,4 +3,5 @@
 pub mod disks;
 pub mod guest;
 pub mod harness;
+pub mod underway;
 pub mod walk;

@@ -1,15 +1,15 @@
 //! The daemon can be killed at any moment: the guest runs on, nothing is half made, and the next command finds all.
 
+use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_tests::harness::Spinney;
-use vm_tests::walk::{Card, NAME, Random, Violation, Walk};
+use vm_tests::underway::Underway;
+use vm_tests::walk::{Card, NAME, Random, SOON, Walk};
 
-/// How soon a guest must tick after the daemon's death.
-const SOON: Duration = Duration::from_secs(2);
-/// Kills in the middle of a take.
-const KILLS: usize = 10;
+/// Kills in the middle of a goto.
+const GOTO_KILLS: usize = 9;
 
 #[test]
 fn a_guest_and_its_tree_outlive_the_daemon() {
@@ -26,54 +26,102 @@ fn a_guest_and_its_tree_outlive_the_daemon() {
 }
 
 #[test]
-fn a_daemon_that_dies_in_a_take_leaves_the_old_tree_or_the_new() {
+fn a_daemon_that_dies_in_a_stop_copy_take_leaves_the_old_tree_or_the_new() {
+    die_in_takes("stop-copy", Card::TakeStopCopy, 10);
+}
+
+#[test]
+fn a_daemon_that_dies_in_a_pre_copy_take_leaves_the_old_tree_or_the_new() {
+    die_in_takes("pre-copy", Card::TakePreCopy, 7);
+}
+
+fn die_in_takes(mode: &str, card: Card, kills: usize) {
     let seed = 20;
     let mut random = Random::new(seed);
     let mut walk = Walk::begin(Spinney::new(), seed, 96).unwrap();
-    for card in [Card::LogStep, Card::TakeStopCopy, Card::Writer, Card::LogRate] {
+    for card in [Card::LogStep, Card::Writer, Card::LogRate, card] {
         walk.play(card).unwrap();
     }
     let taken = walk.spinney.ok(&format!("show {NAME}@s1")).unwrap();
     let took = taken["took_us"].as_u64().expect("how long a take takes here") / 1000;
-    let (mut old, mut new) = (0, 0);
-    for kill in 0..KILLS {
+    let mut new = 0;
+    for kill in 0..kills {
         // Something to save, so that takes are of one length.
         walk.play(Card::Mutate).unwrap();
         // From before the request gets there to a little after its end.
         let delay = Duration::from_millis(random.below(took * 5 / 4 + 60));
-        match die_in_a_take(&mut walk, kill, delay) {
-            Ok(true) => new += 1,
-            Ok(false) => old += 1,
-            Err(violation) => panic!("killed {delay:?} into take {kill}: {violation}"),
+        let mut blow = |walk: &Walk, _: &mut Underway, port: &Path| {
+            thread::sleep(delay);
+            walk.spinney.kill_daemon();
+            walk.ticks_within(port, SOON)
+        };
+        let words = format!("take {NAME} killed-{kill} --mode {mode}");
+        let (happened, _) = walk
+            .cut_short(&words, None, &mut blow)
+            .unwrap_or_else(|violation| panic!("killed {delay:?} into {words}: {violation}"));
+        if happened {
+            new += 1;
+            walk.play(Card::Back).unwrap();
         }
     }
-    assert!(old > 0, "no take was cut short: all were over within {took} ms");
-    println!("of {KILLS} takes {new} were done when the daemon died, and {old} rolled back");
+    assert!(new < kills, "no take was cut short: all were over within {took} ms");
+    println!("of {kills} takes {new} were done when the daemon died");
     walk.play(Card::Goto("")).unwrap();
     walk.play(Card::Goto("")).unwrap();
     walk.end().unwrap();
 }
 
-/// Kills the daemon `delay` into a take. True if the snapshot exists nevertheless; then it is gone to.
-fn die_in_a_take(walk: &mut Walk, kill: usize, delay: Duration) -> Result<bool, Violation> {
-    let name = format!("killed-{kill}");
-    let port = walk.spinney.port(NAME)?;
-    let port = port.ok_or_else(|| Violation::Wrong("no process".to_owned()))?;
-    let mut command = walk.spinney.begin(&["take", NAME, &name, "--mode", "stop-copy"]);
-    thread::sleep(delay);
-    walk.spinney.kill_daemon();
-    let ticks = walk.ticks_within(&port, SOON);
-    let ended = command.wait();
-    ticks?;
-    ended.map_err(|error| Violation::Wrong(error.to_string()))?;
-    let tree = walk.spinney.ok(&format!("tree {NAME}"))?;
-    let found = tree["snapshots"].as_array().into_iter().flatten().find(|s| s["name"] == name.as_str());
-    if let Some(found) = found {
-        walk.adopt(found)?;
+#[test]
+fn a_daemon_that_dies_in_a_goto_leaves_the_machine_where_it_was_or_there() {
+    let mut random = Random::new(21);
+    let mut walk = Walk::begin(Spinney::new(), 21, 96).unwrap();
+    for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::LogStep, Card::Writer, Card::LogRate]
+    {
+        walk.play(card).unwrap();
     }
-    walk.check()?;
-    if found.is_some() {
-        walk.play(Card::Back)?;
+    let words = format!("goto {NAME}@s1");
+    // How long it is from each phase to the next.
+    let (mut loading, mut saving) = (Duration::ZERO, Duration::ZERO);
+    let mut measure = |_: &Walk, command: &mut Underway, _: &Path| {
+        assert!(command.reaches("loading memory"));
+        let began = Instant::now();
+        assert!(command.reaches("saving memory"));
+        loading = began.elapsed();
+        let began = Instant::now();
+        while command.reaches("saving memory") {}
+        saving = began.elapsed();
+        Ok(())
+    };
+    assert!(walk.cut_short(&words, Some(0), &mut measure).unwrap().0);
+    println!("loading takes {loading:?}, the undo point and the commit {saving:?}");
+    let mut there = 0;
+    for kill in 0..GOTO_KILLS {
+        walk.play(Card::Mutate).unwrap();
+        // Early, the old guest runs on without us. Later it may stand still for the commit, until the daemon is back.
+        let early = kill % 3 == 0;
+        let (phase, least, span) = match kill % 3 {
+            0 => ("loading memory", Duration::ZERO, loading / 2),
+            1 => ("saving memory", Duration::ZERO, saving),
+            _ => ("saving memory", saving / 2, saving),
+        };
+        let delay = least + Duration::from_micros(random.below(span.as_micros() as u64 + 1));
+        let mut blow = |walk: &Walk, command: &mut Underway, port: &Path| {
+            // Phases are looked at now and then: one that was missed is over.
+            command.reaches(phase);
+            thread::sleep(delay);
+            walk.spinney.kill_daemon();
+            if early { walk.ticks_within(port, SOON) } else { Ok(()) }
+        };
+        let (happened, _) = walk
+            .cut_short(&words, Some(0), &mut blow)
+            .unwrap_or_else(|violation| panic!("killed {delay:?} into {phase}: {violation}"));
+        there += usize::from(happened);
     }
-    Ok(found.is_some())
+    println!("{}", walk.history.join("\n"));
+    assert!(there < GOTO_KILLS, "no goto was cut short");
+    println!("of {GOTO_KILLS} gotos {there} had happened when the daemon died");
+    for card in [Card::Undo, Card::TakePreCopy, Card::Goto("")] {
+        walk.play(card).unwrap();
+    }
+    walk.end().unwrap();
 }

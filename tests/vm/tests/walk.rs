@@ -5,9 +5,9 @@
 use std::time::{Duration, SystemTime};
 
 use vm_tests::harness::Spinney;
-use vm_tests::walk::{Card, Violation, Walk};
+use vm_tests::walk::{Card, FILL, Violation, Walk};
 
-/// Cards played: one deck and half of another.
+/// Cards played: one deck and a bit of another.
 const STEPS: usize = 50;
 
 fn number(name: &str) -> Option<u64> {
@@ -21,7 +21,7 @@ fn a_random_walk_finds_every_state_as_it_was() {
     let seed = number("SPINNEY_WALK_SEED").unwrap_or_else(now);
     let steps = number("SPINNEY_WALK_STEPS").map_or(STEPS, |steps| steps as usize);
     println!("SPINNEY_WALK_SEED={seed} SPINNEY_WALK_STEPS={steps}");
-    let mut walk = Walk::begin(Spinney::new(), seed, 48).expect("a machine");
+    let mut walk = Walk::begin(Spinney::new(), seed, FILL).expect("a machine");
     let result = walk.wander(steps).and_then(|()| walk.end());
     println!("{}", walk.history.join("\n"));
     if let Err(violation) = result {
@@ -76,4 +76,13 @@ fn the_device_state_of_another_snapshot_is_found() {
     // Devices compare their own state with what lies in memory, so QEMU itself may notice and refuse to load.
     let violation = found("other-device-state");
     assert!(violation.contains("could not be loaded") || violation.contains("did not answer"), "{violation}");
+}
+
+#[test]
+fn a_page_cache_that_is_not_of_the_disk_is_found() {
+    let spinney = Spinney::with(&[("SPINNEY_FAULT", "switch-no-disk")]);
+    let mut walk = Walk::begin(spinney, 8, 32).expect("a machine");
+    let violation =
+        walk.play(Card::TakeWhileWriting).expect_err("the checks do not see the fault").to_string();
+    assert!(violation.contains("scratch file"), "{violation}");
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::model::{Life, Power, Range};
-use super::{NAME, Violation, Walk};
+use super::{Violation, Walk};
 use crate::guest::Guest;
 
 /// Undo points that a target keeps.
@@ -30,6 +30,34 @@ fn read_mark(guest: &mut Guest) -> Result<u64, Violation> {
     text.trim().parse().map_err(|_| Violation::Wrong(format!("the disk's mark is {text:?}")))
 }
 
+/// Puts other content into the last part of the file that is written to unsynced, and syncs that.
+pub(super) fn rewrite_scratch(guest: &mut Guest, part: u64) -> Result<(), Violation> {
+    let copy = "dd if=/data/known of=/data/scratch bs=1M count=4 seek=60 conv=notrunc,fsync";
+    match guest.cmd(&format!("{copy} skip={part} 2>&1"))? {
+        (0, _) => Ok(()),
+        (code, text) => {
+            Err(Violation::Wrong(format!("the scratch file could not be written: {code}, {text}")))
+        }
+    }
+}
+
+/// Compares what the page cache has of the file that is written to unsynced with what the disk has, here and there. Pages that
+/// were written back before the snapshot and again after it differ when the disk is of a later instant than memory.
+fn check_scratch(guest: &mut Guest) -> Result<(), Violation> {
+    guest.disk_write(0)?;
+    let command = "for at in 0 20 40 60; do \
+         part() { dd if=/data/scratch bs=1M count=1 skip=$at \"$@\" 2>/dev/null | md5sum; }; \
+         [ \"$(part)\" = \"$(part iflag=direct)\" ] || echo $at; done";
+    match guest.cmd(command)? {
+        (0, parts) if parts.is_empty() => Ok(()),
+        (code, text) => Err(Violation::Wrong(format!(
+            "memory and disk are of two instants: these parts of the scratch file are not what is cached of them: \
+             {}, {code}",
+            text.trim().replace('\n', " ")
+        ))),
+    }
+}
+
 impl Walk {
     /// All checks.
     pub fn check(&mut self) -> Result<(), Violation> {
@@ -38,9 +66,9 @@ impl Walk {
             Power::Off => Ok(()),
             Power::Running => self.check_guest(),
             Power::Paused => {
-                self.spinney.ok(&format!("resume {NAME}"))?;
+                self.spinney.ok(&format!("resume {}", self.name))?;
                 self.check_guest()?;
-                self.spinney.ok(&format!("pause {NAME}")).map(drop)?;
+                self.spinney.ok(&format!("pause {}", self.name))?;
                 Ok(())
             }
         }
@@ -48,7 +76,7 @@ impl Walk {
 
     /// A connection to the guest, which may still be booting.
     pub(super) fn guest(&self) -> Result<Guest, Violation> {
-        let port = self.spinney.port(NAME)?;
+        let port = self.spinney.port(&self.name)?;
         let port = port.ok_or_else(|| Violation::Wrong("the machine should have a process".to_owned()))?;
         let mut guest = Guest::connect(&port, self.patience)?;
         guest.set_timeout(self.patience);
@@ -59,6 +87,13 @@ impl Walk {
     pub(super) fn check_guest(&mut self) -> Result<(), Violation> {
         let mut guest = self.guest()?;
         let wrong = |text: String| Err(Violation::Wrong(text));
+        // It costs a second or two, and finds nothing in a guest that only ran on. First of all, while there is something in
+        // the page cache.
+        let disk_rate = self.model.here.life.as_ref().map_or(0, |life| life.disk_rate);
+        if std::mem::take(&mut self.loaded) && disk_rate > 0 {
+            check_scratch(&mut guest)?;
+            guest.disk_write(disk_rate)?;
+        }
         let nonce = guest.nonce()?;
         let since = Instant::now();
         let (counter, log, writer, hash) =
@@ -100,7 +135,8 @@ impl Walk {
             Some(life) => (life.writing, life.log_rate),
         };
         let counter = Range::exactly(counter);
-        self.model.here.life = Some(Life { nonce, hash, counter, steps: writer.steps, writing, log_rate });
+        self.model.here.life =
+            Some(Life { nonce, hash, counter, steps: writer.steps, writing, log_rate, disk_rate });
         self.model.here.log = Range::exactly(log.mem);
         self.model.since = since;
         Ok(())
@@ -108,7 +144,7 @@ impl Walk {
 
     /// Compares the tree with the model. Undo points that are one too many go by themselves.
     pub(super) fn check_tree(&mut self) -> Result<(), Violation> {
-        let tree = self.spinney.ok(&format!("tree {NAME}"))?;
+        let tree = self.spinney.ok(&format!("tree {}", self.name))?;
         let wrong = |text: String| Err(Violation::Wrong(text));
         let list = tree["snapshots"].as_array().cloned().unwrap_or_default();
         let has = |id: &str| list.iter().any(|s| s["id"] == id);
@@ -119,7 +155,7 @@ impl Walk {
             if has(&node.id) {
                 continue;
             }
-            if !node.undo_point || newer_points < UNDO_POINTS {
+            if !node.undo_point || node.protected || newer_points < UNDO_POINTS {
                 return wrong(format!("the tree lacks {}", node.name));
             }
             self.model.nodes[index].removed = true;
@@ -135,16 +171,19 @@ impl Walk {
             let Some(found) = list.iter().find(|s| s["id"] == node.id.as_str()) else { continue };
             let parent = id(self.model.visible(node.parent));
             let power = node.moment.power.word();
-            if found["name"] != node.name.as_str() || found["parent"] != parent || found["power"] != power {
-                return wrong(format!(
-                    "{} should have the parent {parent} and be {power}: {found}",
-                    node.name
-                ));
+            let same = found["name"] == node.name.as_str()
+                && found["note"] == node.note.as_str()
+                && found["protected"] == node.protected;
+            if !same || found["parent"] != parent || found["power"] != power {
+                return wrong(format!("the tree should have, with the parent {parent}, {node:?}: {found}"));
             }
         }
         let here = id(self.model.visible(self.model.parent));
         if tree["here"] != here {
             return wrong(format!("here comes from {}, not from {here}", tree["here"]));
+        }
+        if tree["machine"]["name"] != self.name.as_str() {
+            return wrong(format!("the machine's name should be {}: {}", self.name, tree["machine"]));
         }
         let power = &tree["machine"]["power"];
         if power != self.model.here.power.word() {

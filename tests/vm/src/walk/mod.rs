@@ -5,11 +5,15 @@
 //! ([`Walk::check`]). A walk ends at the first [`Violation`].
 
 mod check;
+mod cut;
 mod model;
+mod names;
 mod random;
 mod steps;
+mod undo;
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -17,11 +21,15 @@ use crate::disks::wrong_layers;
 use crate::guest::GuestError;
 use crate::harness::{Failed, Spinney};
 
+pub use cut::{Blow, SOON};
 pub use model::{Inverse, Life, Model, Moment, Node, Power, Range};
 pub use random::Random;
 
-/// Name of the machine.
+/// Name of the machine, until it is renamed.
 pub const NAME: &str = "web";
+
+/// MiB that a walk fills by itself.
+pub const FILL: u64 = 48;
 
 /// Something that must not be.
 #[derive(Debug, Error)]
@@ -58,6 +66,20 @@ pub enum Card {
     Branch,
     /// `rm` of a snapshot.
     Rm,
+    /// `rm --tree` of a snapshot with what is below it.
+    RmTree,
+    /// `rm` of the machine, and `undo` of that.
+    RmMachine,
+    /// `edit` of a snapshot's name and note.
+    Edit,
+    /// `edit` of the machine's name.
+    Rename,
+    /// `protect` of a snapshot that is not, and nothing removes it.
+    Protect,
+    /// `unprotect` of one that is.
+    Unprotect,
+    /// `protect` of the machine: it cannot be removed until `unprotect`.
+    ProtectMachine,
     /// `gc --now`.
     Gc,
     /// `undo`.
@@ -76,6 +98,10 @@ pub enum Card {
     Fill,
     /// Pages are dirtied all the time, or no longer.
     Writer,
+    /// The disk is written to all the time, unsynced, or no longer.
+    DiskWriter,
+    /// The disk is written to while a running guest is taken and afterwards, then back to the snapshot.
+    TakeWhileWriting,
 }
 
 /// A deck.
@@ -101,7 +127,16 @@ const DECK: &[Card] = &[
     Card::Branch,
     Card::Rm,
     Card::Rm,
+    Card::RmTree,
+    Card::RmMachine,
+    Card::Edit,
+    Card::Edit,
+    Card::Rename,
+    Card::Protect,
+    Card::Unprotect,
+    Card::ProtectMachine,
     Card::Gc,
+    Card::Undo,
     Card::Undo,
     Card::Undo,
     Card::Undo,
@@ -114,7 +149,20 @@ const DECK: &[Card] = &[
     Card::Fill,
     Card::Writer,
     Card::Writer,
+    Card::DiskWriter,
+    Card::TakeWhileWriting,
 ];
+
+/// Steps of one kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Played {
+    /// How many.
+    pub count: u64,
+    /// What they took together, without the checks after them.
+    pub total: Duration,
+    /// What the longest took.
+    pub longest: Duration,
+}
 
 /// One walk.
 #[derive(Debug)]
@@ -123,8 +171,14 @@ pub struct Walk {
     pub spinney: Spinney,
     /// What must be.
     pub model: Model,
+    /// What the machine is called now.
+    pub name: String,
     /// What was done, for whoever reads the failure.
     pub history: Vec<String>,
+    /// What was done, by kind.
+    pub played: BTreeMap<String, Played>,
+    /// What the checks took together.
+    pub checked: Duration,
     random: Random,
     /// How long the guest may take to answer.
     patience: Duration,
@@ -134,6 +188,8 @@ pub struct Walk {
     number: u64,
     /// The last mark written.
     marks: u64,
+    /// The guest's memory came from a snapshot, and was not looked at since.
+    loaded: bool,
 }
 
 impl Walk {
@@ -143,12 +199,16 @@ impl Walk {
         let mut walk = Self {
             spinney,
             model: Model::new(0),
+            name: NAME.to_owned(),
             history: Vec::new(),
+            played: BTreeMap::new(),
+            checked: Duration::ZERO,
             random: Random::new(seed),
             patience: Duration::from_secs(30),
             fill,
             number: 0,
             marks: 0,
+            loaded: false,
         };
         walk.need(Power::Running)?;
         walk.play(Card::Fill)?;
@@ -177,11 +237,17 @@ impl Walk {
 
     /// Plays one card, with the checks after it.
     pub fn play(&mut self, card: Card) -> Result<(), Violation> {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         self.history.push(format!("{card:?}"));
         self.step(card)?;
         let stepped = begun.elapsed();
+        let kind = format!("{card:?}");
+        let played = self.played.entry(kind.split('(').next().unwrap_or_default().to_owned()).or_default();
+        played.count += 1;
+        played.total += stepped;
+        played.longest = played.longest.max(stepped);
         self.check()?;
+        self.checked += begun.elapsed() - stepped;
         let power = self.model.here.power.word();
         let said = format!(
             " {power} {:.1} + {:.1} s",
@@ -207,7 +273,8 @@ impl Walk {
         if fsck["damage"].as_array().is_none_or(|damage| !damage.is_empty()) {
             return Err(Violation::Wrong(format!("fsck found {}", fsck["damage"])));
         }
-        self.spinney.ok(&format!("rm {NAME} --yes"))?;
+        self.unprotect_all()?;
+        self.spinney.ok(&format!("rm {} --yes", self.name))?;
         self.spinney.ok("gc --now")?;
         let left = self.spinney.layers();
         if !left.is_empty() {

@@ -67,6 +67,8 @@ pub struct Life {
     pub writing: bool,
     /// Entries a second that go to the log by themselves.
     pub log_rate: u64,
+    /// MiB a second that go to the disk by themselves, unsynced.
+    pub disk_rate: u64,
 }
 
 /// A machine at an instant.
@@ -105,6 +107,10 @@ pub struct Node {
     pub id: String,
     /// Its name.
     pub name: String,
+    /// Its note.
+    pub note: String,
+    /// Not to be removed.
+    pub protected: bool,
     /// Index of the one that it was taken on.
     pub parent: Option<usize>,
     /// Kept by a goto.
@@ -116,14 +122,31 @@ pub struct Node {
 }
 
 /// How an operation is taken back.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Inverse {
     /// The snapshot goes; here is again a child of what it was.
     Take(usize, Option<usize>),
-    /// The snapshot is back.
-    Rm(usize),
+    /// The snapshots are back.
+    Rm(Vec<usize>),
     /// Go to the undo point.
     Goto(usize),
+    /// The snapshot has its old name and note.
+    Edit(usize, String, String),
+    /// The machine has its old name.
+    Rename(String),
+}
+
+impl Inverse {
+    /// Whether `gc --now` leaves what it needs.
+    fn outlives_gc(&self, nodes: &[Node]) -> bool {
+        match self {
+            Inverse::Take(index, _) | Inverse::Goto(index) | Inverse::Edit(index, ..) => {
+                !nodes[*index].removed
+            }
+            Inverse::Rm(indices) => indices.iter().all(|&index| !nodes[index].removed),
+            Inverse::Rename(_) => true,
+        }
+    }
 }
 
 /// The tree and where the machine stands.
@@ -173,11 +196,28 @@ impl Model {
         (0..self.nodes.len()).filter(|&index| good(&self.nodes[index])).collect()
     }
 
+    /// The snapshot and everything below it that has a name.
+    pub fn subtree(&self, top: usize) -> Vec<usize> {
+        let below = |index: usize| {
+            let up = |at: &usize| self.nodes[*at].parent;
+            std::iter::successors(Some(index), up).any(|at| at == top)
+        };
+        self.named(true).into_iter().filter(|&index| below(index)).collect()
+    }
+
+    /// `gc --now`: what was removed cannot come back any more.
+    pub fn collect(&mut self) {
+        let nodes = &self.nodes;
+        self.undo.retain(|_, inverse| inverse.outlives_gc(nodes));
+    }
+
     /// Adds a snapshot of here, whose moment is `moment`.
     pub fn add(&mut self, id: &str, name: &str, undo_point: bool, moment: Moment) -> usize {
         let node = Node {
             id: id.to_owned(),
             name: name.to_owned(),
+            note: if undo_point { "before goto".to_owned() } else { String::new() },
+            protected: false,
             parent: self.parent,
             undo_point,
             removed: false,

@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::check::write_mark;
+use super::check::{rewrite_scratch, write_mark};
 use super::model::{Inverse, Moment, Power};
-use super::{Card, NAME, Violation, Walk};
+use super::{Card, Violation, Walk};
 use crate::guest::Mix;
 
-/// So many snapshots stay when others are removed.
-const ENOUGH: usize = 3;
+/// MiB a second that the disk's writer writes.
+const DISK_RATE: u64 = 16;
 
 impl Walk {
     pub(super) fn step(&mut self, card: Card) -> Result<(), Violation> {
@@ -35,15 +35,16 @@ impl Walk {
                 self.take("", "")
             }
             Card::Rm => self.rm(),
+            Card::RmTree => self.rm_tree(),
+            Card::RmMachine => self.rm_machine(),
+            Card::Edit => self.edit(),
+            Card::Rename => self.rename(),
+            Card::Protect => self.protect(),
+            Card::Unprotect => self.unprotect(),
+            Card::ProtectMachine => self.protect_machine(),
             Card::Gc => {
                 self.spinney.ok("gc --now")?;
-                // What was removed cannot come back any more.
-                let nodes = &self.model.nodes;
-                self.model.undo.retain(|_, inverse| match *inverse {
-                    Inverse::Take(index, _) | Inverse::Rm(index) | Inverse::Goto(index) => {
-                        !nodes[index].removed
-                    }
-                });
+                self.model.collect();
                 Ok(())
             }
             Card::Undo => self.undo(),
@@ -53,13 +54,25 @@ impl Walk {
             }
             Card::Cut => {
                 self.need(Power::Running)?;
-                self.spinney.ok(&format!("kill {NAME}"))?;
+                self.spinney.ok(&format!("kill {}", self.name))?;
                 self.model.here = self.model.now().off();
                 // An entry may have been synced and not counted yet.
                 self.model.here.log.high += 1;
                 Ok(())
             }
-            Card::LogStep | Card::LogRate | Card::Mutate | Card::Fill | Card::Writer => {
+            Card::TakeWhileWriting => {
+                self.need(Power::Running)?;
+                if self.model.here.life.as_ref().is_some_and(|life| life.disk_rate == 0) {
+                    self.act(Card::DiskWriter)?;
+                }
+                // Clean in the page cache at the snapshot, another on the disk afterwards.
+                rewrite_scratch(&mut self.guest()?, 0)?;
+                self.take(" --mode pre-copy", "pre-copy")?;
+                rewrite_scratch(&mut self.guest()?, 8)?;
+                self.touch()?;
+                self.back()
+            }
+            Card::LogStep | Card::LogRate | Card::Mutate | Card::Fill | Card::Writer | Card::DiskWriter => {
                 self.need(Power::Running)?;
                 self.act(card)
             }
@@ -75,24 +88,24 @@ impl Walk {
         self.history.push(format!("({} to {})", now.word(), power.word()));
         match (now, power) {
             (Power::Running | Power::Paused, Power::Off) => {
-                self.spinney.ok(&format!("stop {NAME}"))?;
+                self.spinney.ok(&format!("stop {}", self.name))?;
                 self.model.here = self.model.now().off();
                 return Ok(());
             }
             (Power::Off, _) => {
                 self.model.since = Instant::now();
-                self.spinney.ok(&format!("start {NAME}"))?;
+                self.spinney.ok(&format!("start {}", self.name))?;
                 self.model.here.power = Power::Running;
                 self.check_guest()?;
             }
             (Power::Paused, _) => {
-                self.spinney.ok(&format!("resume {NAME}"))?;
+                self.spinney.ok(&format!("resume {}", self.name))?;
                 self.model.here.power = Power::Running;
             }
             (Power::Running, _) => {}
         }
         if power == Power::Paused {
-            self.spinney.ok(&format!("pause {NAME}"))?;
+            self.spinney.ok(&format!("pause {}", self.name))?;
             self.model.here.power = Power::Paused;
         }
         Ok(())
@@ -107,7 +120,7 @@ impl Walk {
     pub(super) fn take(&mut self, words: &str, mode: &str) -> Result<(), Violation> {
         self.number += 1;
         let name = format!("s{}", self.number);
-        let taken = self.spinney.ok(&format!("take {NAME} {name}{words}"))?;
+        let taken = self.spinney.ok(&format!("take {} {name}{words}", self.name))?;
         let moment = if taken["mode"] == "disk-only" { self.model.now().off() } else { self.model.now() };
         let power = moment.power.word();
         if taken["name"] != name.as_str()
@@ -123,7 +136,7 @@ impl Walk {
     }
 
     /// Takes over a snapshot of here that was taken by somebody else, running.
-    pub fn adopt(&mut self, snapshot: &Value) -> Result<(), Violation> {
+    pub(super) fn adopt(&mut self, snapshot: &Value) -> Result<(), Violation> {
         let name = snapshot["name"].as_str().unwrap_or_default();
         let moment = self.model.now();
         let index = self.model.add(id_of(snapshot)?, name, false, moment);
@@ -140,10 +153,10 @@ impl Walk {
         self.goto(to, words)
     }
 
-    fn back(&mut self) -> Result<(), Violation> {
+    pub(super) fn back(&mut self) -> Result<(), Violation> {
         let Some(to) = self.model.visible(self.model.parent) else { return self.take("", "") };
         let before = (self.model.now(), Instant::now());
-        let report = self.spinney.ok(&format!("back {NAME}"))?;
+        let report = self.spinney.ok(&format!("back {}", self.name))?;
         self.arrive(to, &report, "", before)
     }
 
@@ -154,7 +167,7 @@ impl Walk {
             last.push_str(&format!(" to {name}"));
         }
         let begun = Instant::now();
-        let report = self.spinney.ok(&format!("goto {NAME}@{name}{words}"))?;
+        let report = self.spinney.ok(&format!("goto {}@{name}{words}", self.name))?;
         // The old guest may run on until the new one is loaded, and all of that is in the undo point.
         self.arrive(to, &report, words, (self.model.now(), begun))
     }
@@ -190,73 +203,12 @@ impl Walk {
         }
     }
 
-    fn stand_at(&mut self, to: usize, power: Power, begun: Instant) {
+    pub(super) fn stand_at(&mut self, to: usize, power: Power, begun: Instant) {
         let recorded = self.model.nodes[to].moment.clone();
         self.model.here = if power == Power::Off { recorded.off() } else { Moment { power, ..recorded } };
         self.model.parent = Some(to);
         self.model.since = begun;
-    }
-
-    fn rm(&mut self) -> Result<(), Violation> {
-        let named = self.model.named(false);
-        let Some(&index) = self.random.pick(&named).filter(|_| named.len() > ENOUGH) else {
-            return self.take("", "");
-        };
-        let name = self.model.nodes[index].name.clone();
-        self.spinney.ok(&format!("rm {NAME}@{name}"))?;
-        self.model.nodes[index].removed = true;
-        self.remember("rm", Inverse::Rm(index))
-    }
-
-    fn undo(&mut self) -> Result<(), Violation> {
-        let log = self.spinney.ok("op log -n 1000")?;
-        let newest = log["operations"].as_array().into_iter().flatten().find(|op| op["undoable"] == true);
-        let Some(op) = newest else { return Ok(()) };
-        let id = op["id"].as_str().unwrap_or_default();
-        let Some(inverse) = self.model.undo.remove(id) else {
-            return Err(Violation::Wrong(format!("nobody knows how {op} could be undone")));
-        };
-        if let Some(last) = self.history.last_mut() {
-            last.push_str(&format!(" {} {}", op["kind"], op["subject"]));
-        }
-        let begun = Instant::now();
-        self.spinney.ok("undo")?;
-        match inverse {
-            Inverse::Take(index, parent) => {
-                self.model.nodes[index].removed = true;
-                if self.model.parent == Some(index) {
-                    self.model.parent = parent;
-                }
-            }
-            Inverse::Rm(index) => self.model.nodes[index].removed = false,
-            Inverse::Goto(to) => {
-                let left = self.model.now();
-                let tree = self.spinney.ok(&format!("tree {NAME}"))?;
-                let known = |s: &&Value| self.model.nodes.iter().all(|node| s["id"] != node.id.as_str());
-                let new = tree["snapshots"].as_array().into_iter().flatten().find(known);
-                let Some(new) = new.filter(|s| s["undo_point"] == true) else {
-                    return Err(Violation::Wrong(format!("undo of a goto kept no undo point: {tree}")));
-                };
-                let name = new["name"].as_str().unwrap_or_default();
-                self.model.add(id_of(new)?, name, true, left);
-                let power = self.model.nodes[to].moment.power;
-                self.stand_at(to, power, begun);
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes how the operation that was just done is taken back.
-    fn remember(&mut self, kind: &str, inverse: Inverse) -> Result<(), Violation> {
-        let log = self.spinney.ok("op log -n 1")?;
-        let op = &log["operations"][0];
-        if op["kind"] != kind || op["undoable"] != true {
-            return Err(Violation::Wrong(format!(
-                "the log's newest entry should be an undoable {kind}: {op}"
-            )));
-        }
-        self.model.undo.insert(op["id"].as_str().unwrap_or_default().to_owned(), inverse);
-        Ok(())
+        self.loaded = true;
     }
 
     /// Changes something, on disk and in memory if it runs.
@@ -300,6 +252,10 @@ impl Walk {
                 guest.fill(self.fill, Mix { seed: number, ..Mix::default() })?;
                 life.hash = guest.hash()?;
             }
+            Card::DiskWriter => {
+                life.disk_rate = if life.disk_rate == 0 { DISK_RATE } else { 0 };
+                guest.disk_write(life.disk_rate)?;
+            }
             Card::Writer if life.writing => {
                 guest.writer_stop()?;
                 life.writing = false;
@@ -314,6 +270,6 @@ impl Walk {
     }
 }
 
-fn id_of(snapshot: &Value) -> Result<&str, Violation> {
+pub(super) fn id_of(snapshot: &Value) -> Result<&str, Violation> {
     snapshot["id"].as_str().ok_or_else(|| Violation::Wrong(format!("no id: {snapshot}")))
 }
