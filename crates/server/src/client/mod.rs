@@ -8,11 +8,10 @@ use std::time::Duration;
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use reqwest::blocking::{RequestBuilder, Response};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use snapshots::Code;
 
-use crate::api::Version;
 use crate::{Problem, socket};
 
 pub use reqwest::Method;
@@ -146,7 +145,7 @@ impl Client {
     }
 
     /// The first words with a daemon.
-    fn version(&self) -> Result<Version, Unanswered> {
+    fn version(&self) -> Result<Greeting, Unanswered> {
         let sent = self.request(Method::GET, "/v1/version").timeout(Duration::from_secs(10)).send();
         match sent {
             Ok(response) => decode(response).map_err(Unanswered::Problem),
@@ -172,6 +171,12 @@ impl Client {
             .hint("daemon.log in that folder says why; the next command starts the daemon again, which finishes or rolls \
                 back what was under way")
     }
+}
+
+/// What a client has to know of a daemon of any version, and no more: a field that it lacks must not keep us from ending it.
+#[derive(Debug, Deserialize)]
+struct Greeting {
+    version: String,
 }
 
 /// Why there is no version.
@@ -236,6 +241,13 @@ mod tests {
     fn addresses_are_encoded() {
         assert_eq!(path(&["snapshots", "shop/db1@{2h}"]).unwrap(), "/v1/snapshots/shop%2Fdb1@%7B2h%7D");
         assert_eq!(with_query("/v1/du", &[("without", "a b,c")]), "/v1/du?without=a%20b%2Cc");
+    }
+
+    #[test]
+    fn a_daemon_of_another_version_is_understood() {
+        for said in [r#"{"version":"0.0.1"}"#, r#"{"version":"9.9.9","pid":1,"color":"red"}"#] {
+            assert!(serde_json::from_str::<Greeting>(said).is_ok(), "{said}");
+        }
     }
 
     #[test]
