@@ -106,7 +106,7 @@ impl<'a> Drawing<'a> {
             cells: vec![
                 ago(self.now, s.created),
                 state(s).to_owned(),
-                bytes(s.stored_bytes),
+                bytes(s.stored_bytes + s.disk_bytes),
                 s.pause_us.map(|us| format!("paused {}", span(us))).unwrap_or_default(),
             ],
             words: words.into_iter().filter(|(is, _)| *is).map(|(_, word)| word).collect(),

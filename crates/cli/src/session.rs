@@ -34,7 +34,11 @@ impl Session {
         let executable = std::env::current_exe().map_err(|error| {
             Problem::new(Code::Failed, "cannot find the spinney executable").because(&error)
         })?;
-        Client::start(&self.config.state.value, &executable)
+        let client = Client::start(&self.config.state.value, &executable)?;
+        for note in client.notes() {
+            self.out.note(format_args!("note: {note}"));
+        }
+        Ok(client)
     }
 
     /// Reads from the daemon.

@@ -142,18 +142,27 @@ impl Spinney {
 
     /// Starts a command and leaves it to itself.
     pub fn begin<S: AsRef<OsStr>>(&self, words: &[S]) -> Child {
-        Command::new(&self.program)
-            .arg("--json")
-            .args(words)
+        let mut command = self.command();
+        command.arg("--json").args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("spinney")
+    }
+
+    /// Runs a command as people do, without `--json`; what it wrote to stdout and stderr.
+    pub fn plain(&self, words: &[&str]) -> (String, String) {
+        let output = self.command().args(words).output().expect("spinney");
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        (text(output.stdout), text(output.stderr))
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command
             .env("SPINNEY_STATE", self.state())
             .env("SPINNEY_ACCEL", "tcg")
             .env_remove("SPINNEY_FAULT")
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("spinney")
+            .stdin(Stdio::null());
+        command
     }
 
     /// Creates a machine that is the test guest, off. `mib` is its memory.

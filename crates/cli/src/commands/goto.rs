@@ -102,6 +102,9 @@ fn print(session: &Session, report: &GotoReport, took_us: u64, was_on: bool) {
         return;
     }
     session.out.line(line(report, took_us, was_on));
+    if let Some(why) = &report.in_place {
+        session.out.note(format_args!("the machine had to end before it could start again: {why}"));
+    }
     if let Some(undo) = &report.undo_point {
         session.out.note(format_args!(
             "what was left is kept as {}@{}; `spinney undo` goes back to it",

@@ -75,7 +75,7 @@ fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
             ago(now, snapshot.created),
             state,
             if snapshot.memory_bytes == 0 { "-".to_owned() } else { bytes(snapshot.memory_bytes) },
-            bytes(snapshot.stored_bytes),
+            bytes(snapshot.stored_bytes + snapshot.disk_bytes),
             snapshot.pause_us.map_or_else(|| "-".to_owned(), span),
             plain(&snapshot.note),
         ]);

@@ -71,7 +71,10 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
 /// `web@snap-1  running, 512 MiB → 38.2 MiB stored, paused 212 ms (stop-copy), durable in 480 ms`;
 /// `web@snap-2  off (disk only), 0 B stored, durable in 59 ms`
 fn line(s: &Snapshot) -> String {
-    let stored = bytes(s.stored_bytes);
+    let mut stored = bytes(s.stored_bytes);
+    if s.disk_bytes > 0 {
+        stored = format!("{stored} + {} of disk", bytes(s.disk_bytes));
+    }
     let size = match s.memory_bytes {
         0 => format!("{stored} stored"),
         memory => format!("{} → {stored} stored", bytes(memory)),

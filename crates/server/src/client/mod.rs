@@ -46,6 +46,7 @@ const SEGMENT: &AsciiSet = &CONTROLS
 pub struct Client {
     http: reqwest::blocking::Client,
     state: PathBuf,
+    notes: Vec<String>,
 }
 
 impl Client {
@@ -55,7 +56,7 @@ impl Client {
     /// No daemon answers and none can be started, or it is of another version.
     pub fn start(state: &Path, executable: &Path) -> Result<Self, Problem> {
         if let Some(client) = Self::existing(state)? {
-            return Ok(client);
+            return Ok(Self { notes: Vec::new(), ..client });
         }
         start::start(state, executable)
     }
@@ -65,7 +66,7 @@ impl Client {
     /// # Errors
     /// It answers nonsense or is of another version.
     pub fn existing(state: &Path) -> Result<Option<Self>, Problem> {
-        let client = Self::new(state)?;
+        let mut client = Self::new(state)?;
         let version = match client.version() {
             Ok(version) => version,
             Err(Unanswered::Nobody) => return Ok(None),
@@ -78,6 +79,7 @@ impl Client {
             )
             .hint("`spinney serve --stop` ends it, the next command starts the new one; machines run on"));
         }
+        client.notes = version.notes;
         Ok(Some(client))
     }
 
@@ -94,6 +96,11 @@ impl Client {
             Err(Unanswered::Nobody) => Ok(false),
             Err(Unanswered::Problem(problem)) => Err(problem),
         }
+    }
+
+    /// What the daemon's start found and put in order, if it was we who started it: others have been told.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// State folder of the daemon.
@@ -141,7 +148,7 @@ impl Client {
             .timeout(None)
             .build()
             .map_err(|error| Problem::new(Code::Failed, "cannot make an HTTP client").because(&error))?;
-        Ok(Self { http, state: state.to_owned() })
+        Ok(Self { http, state: state.to_owned(), notes: Vec::new() })
     }
 
     /// The first words with a daemon.
@@ -177,6 +184,8 @@ impl Client {
 #[derive(Debug, Deserialize)]
 struct Greeting {
     version: String,
+    #[serde(default)]
+    notes: Vec<String>,
 }
 
 /// Why there is no version.

@@ -31,7 +31,7 @@ pub(super) fn start(state: &Path, executable: &Path) -> Result<Client, Problem> 
     socket::make_folder(state)?;
     let _lock = lock(state).map_err(|error| cannot(state).because(&error))?;
     if let Some(client) = Client::existing(state)? {
-        return Ok(client);
+        return Ok(Client { notes: Vec::new(), ..client });
     }
     let written = std::fs::metadata(log::path(state)).map_or(0, |metadata| metadata.len());
     let began = Instant::now();
