@@ -13,7 +13,7 @@ use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_mac, new_uuid};
 use crate::name::check_name;
-use crate::running::Begin;
+use crate::running::{Begin, check_host_memory};
 use crate::types::{DiskSource, Machine, MachineConfig, Power};
 
 /// Less than this and no firmware starts.
@@ -100,6 +100,7 @@ impl Engine {
         };
         let specs = disks.overlays.iter().map(over_base).collect();
         let config = MachineConfig { kernel: None, ..target.config.clone() };
+        check_host_memory(config.memory, 0)?;
         let tried = self.launch(target, &config, &target.machine, specs, Begin::BootPaused)?;
         let blocked = tried.qmp.execute("query-migrate", json!({}));
         self.end_process(&target.id, &tried);

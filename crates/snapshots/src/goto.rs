@@ -29,8 +29,8 @@ use crate::context::Context;
 use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::running::Running;
-use crate::swap::{GotoPlan, Standby, Swap, Swapped};
+use crate::running::{Running, check_host_memory};
+use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped};
 use crate::take::{micros, point_here_at};
 use crate::tree::view_by_id;
 use crate::types::{GotoPower, GotoReport, Power};
@@ -141,6 +141,7 @@ impl Engine {
                         Some(&snapshot.id)
                     },
                     plan: &plan,
+                    coming: Coming::New,
                 };
                 let swapped = match (self.swap(&swap, &|tx, point| purpose.end(tx, cx, point)), &old) {
                     (Err(error), Some(old)) if error.is_in_the_way() => {
@@ -189,6 +190,8 @@ impl Engine {
         if !row.config.memory_snapshots {
             return Err(why.hint(format!("`spinney stop {}` first", row.name)));
         }
+        // Better no goto than one that ends a machine and cannot start the next.
+        check_host_memory(swap.snapshot.config.memory, old.process.memory().unwrap_or(0))?;
         tracing::info!(target = row.name, error = %why, causes = ?why.causes(), "goto in place");
         let standby = Standby { new: None, old: Some(old), was_running: was == Power::Running };
         let point = self.capture_undo_point(cx, row, was, Some(old))?;
@@ -258,6 +261,7 @@ impl Engine {
             keep: false,
             parent: point.parent.as_deref(),
             plan,
+            coming: Coming::Back,
         };
         let swapped = self.swap(&swap, &|tx, _| SnapshotRow::set_removed(tx, &point.id, true));
         swapped.map(drop).inspect_err(|_| self.remove_overlays(&overlays))

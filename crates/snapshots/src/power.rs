@@ -10,7 +10,7 @@ use crate::catalog::{OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::running::{Begin, Running};
+use crate::running::{Begin, Running, check_host_memory};
 use crate::types::{Machine, Power};
 
 impl Engine {
@@ -113,6 +113,7 @@ impl Engine {
     /// Starts the process of a machine that is off and writes it down.
     pub(crate) fn boot(&self, row: &TargetRow, begin: Begin) -> Result<Arc<Running>> {
         let disks = self.here_specs(row)?;
+        check_host_memory(row.config.memory, 0)?;
         let running = self.launch(row, &row.config, &row.machine, disks, begin)?;
         let power = if begin == Begin::Boot { Power::Running } else { Power::Paused };
         self.keep_process(row, running, power)

@@ -73,7 +73,6 @@ impl Engine {
         let name = new_id().chars().take(8).collect::<String>();
         let run = self.run_folder(&name);
         check_socket_path(&run.console())?;
-        check_host_memory(config.memory)?;
         let made = fs::create_dir(&run.0);
         made.map_err(|e| Error::new(Code::Failed, format!("cannot make {}", run.0.display())).because(e))?;
         let cards = target.macs.iter().enumerate();
@@ -307,14 +306,15 @@ fn check_socket_path(path: &Path) -> Result<()> {
     .hint("choose a shorter one with --state or SPINNEY_STATE"))
 }
 
-fn check_host_memory(bytes: u64) -> Result<()> {
+/// Sees to it that the host has this much memory to give, `coming` included: what a process has that ends first.
+pub(crate) fn check_host_memory(bytes: u64, coming: u64) -> Result<()> {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = text
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     let Some(available) = kib.map(|kib| kib << 10) else { return Ok(()) };
-    if bytes <= available {
+    if bytes <= available.saturating_add(coming) {
         return Ok(());
     }
     Err(Error::new(

@@ -16,7 +16,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::memory::{feed, read_state};
-use crate::running::{Begin, Running, log_tail};
+use crate::running::{Begin, Running, check_host_memory, log_tail};
 use crate::take::{Unwritten, free_guest, micros, point_here_at};
 use crate::types::Power;
 
@@ -47,6 +47,14 @@ pub(crate) struct Swap<'a> {
     /// The snapshot that here is a child of afterwards.
     pub(crate) parent: Option<&'a str>,
     pub(crate) plan: &'a GotoPlan,
+    pub(crate) coming: Coming,
+}
+
+/// Whether what is loaded is new, or what has just been there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Coming {
+    New,
+    Back,
 }
 
 /// What an exchange did.
@@ -157,6 +165,10 @@ impl Engine {
             }
             Ok(disks)
         })?;
+        // What a machine had once it gets again, whatever the host has now: most of it was never touched.
+        if swap.coming != Coming::Back {
+            check_host_memory(snapshot.config.memory, 0)?;
+        }
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         cx.phase("starting", 0);
         let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
