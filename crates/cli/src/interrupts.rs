@@ -37,7 +37,8 @@ struct Watched {
 
 impl Interrupts {
     /// `say` prints a note; `ended` learns of the first signal.
-    pub(crate) fn watch(client: Client, ended: Ended, say: impl Fn(&str) + Send + 'static) -> Self {
+    pub(crate) fn watch(client: Client, ended: Ended, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        let say = Arc::new(say);
         let watched = Arc::<Mutex<Watched>>::default();
         let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !ignored(*signal));
         // Without handlers a signal ends this program, and the operation goes on: worse, but sound.
@@ -56,9 +57,13 @@ impl Interrupts {
                 ended.0.store(signal, Ordering::SeqCst);
                 if let Some(view) = &watched.operation {
                     say(&format!("\n{}", promise(view, signal)));
-                    if let Err(problem) = asks.cancel(&view.id) {
-                        say(&format!("cannot cancel: {}", problem.detail));
-                    }
+                    // On a thread of its own: a daemon that does not answer must not keep the next signal from being heard.
+                    let (asks, say, id) = (asks.clone(), Arc::clone(&say), view.id.clone());
+                    std::thread::spawn(move || {
+                        if let Err(problem) = asks.cancel(&id) {
+                            say(&format!("cannot cancel: {}", problem.detail));
+                        }
+                    });
                 }
             }
         });
