@@ -6,9 +6,10 @@ set -eu -o pipefail
 allowed() {
     case $1 in
         spinney-pages | spinney-qemu | spinney-guest-workload) echo ;;
-        spinney-snapshots) echo spinney-pages spinney-qemu ;;
+        spinney-warden) echo spinney-qemu ;;
+        spinney-snapshots) echo spinney-pages spinney-qemu spinney-warden ;;
         spinney-server) echo spinney-snapshots ;;
-        spinney) echo spinney-server ;;
+        spinney) echo spinney-server spinney-warden ;;
         spinney-vm-tests) echo ;;
         spinney-bench) echo spinney-vm-tests spinney-pages spinney-qemu ;;
         *) return 1 ;;

@@ -97,6 +97,7 @@ impl Config {
             qemu: self.qemu.as_ref().map(|setting| setting.value.clone()),
             qemu_img: self.qemu_img.as_ref().map(|setting| setting.value.clone()),
             accel: self.accel.as_ref().map(|setting| setting.value.clone()),
+            warden: std::env::current_exe().ok(),
         }
     }
 }

@@ -59,7 +59,8 @@ impl Process {
         (process.id == id && process.is_alive()).then_some(process)
     }
 
-    fn open(pid: u32) -> io::Result<Self> {
+    /// Whatever process has this id now.
+    pub fn open(pid: u32) -> io::Result<Self> {
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let pidfd = pidfd_open(raw.ok_or(io::ErrorKind::InvalidInput)?, PidfdFlags::empty())?;
         Ok(Self { id: ProcessId { pid, start_ticks: start_ticks(pid)? }, pidfd })

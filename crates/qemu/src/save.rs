@@ -13,10 +13,10 @@
 //! reason there is no `stop` here: `stop` outlives its sender. Stop-copy raises the downtime limit instead, and QEMU
 //! stops the guest at its first look at the clock, 100 ms into the migration.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -132,12 +132,14 @@ pub struct Held<'a> {
     mark: u64,
 }
 
-/// Reads the machine's state into `sink`. `cancel` is looked at several times a second.
+/// Reads the machine's state into `sink`. `cancel` is looked at several times a second; `progress` is called as often while more
+/// comes.
 pub fn read<'a>(
     qmp: &'a Qmp,
     mode: CopyMode,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
+    progress: &dyn Fn(),
 ) -> Result<Held<'a>, SaveError> {
     let run_state = check_state(qmp)?;
     let downtime = match mode {
@@ -151,7 +153,7 @@ pub fn read<'a>(
     socket.set_read_timeout(Some(STALL_LIMIT)).map_err(system("set a time-out"))?;
     let mut held = Held { qmp, socket, finished: None, run_state, mark: qmp.last_event() };
     qmp.execute("migrate", json!({ "uri": "fd:spinney-save" }))?;
-    match read_while_watching(&held, mode, sink, cancel) {
+    match read_while_watching(&held, mode, sink, cancel, progress) {
         Ok(finished) => {
             held.finished = Some(finished);
             Ok(held)
@@ -291,12 +293,14 @@ fn read_while_watching(
     mode: CopyMode,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
+    progress: &dyn Fn(),
 ) -> Result<Finished, SaveError> {
     let (qmp, socket) = (held.qmp, &held.socket);
     let (done, result) = bounded(1);
+    let (bytes, mut seen) = (&AtomicU64::new(0), 0);
     thread::scope(|scope| {
         let spawned = thread::Builder::new().name("stream".into()).spawn_scoped(scope, move || {
-            let _ = done.send(read_stream(socket, sink));
+            let _ = done.send(read_stream(Counting { socket, bytes }, sink));
         });
         spawned.map_err(system("start a thread"))?;
         let began = Instant::now();
@@ -314,6 +318,10 @@ fn read_while_watching(
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
+            let now = bytes.load(Ordering::Relaxed);
+            if now != std::mem::replace(&mut seen, now) {
+                progress();
+            }
             if stopped.is_none() && qmp.events_after(held.mark).iter().any(|e| e.name == "STOP") {
                 stopped = Some(Instant::now());
             }
@@ -327,6 +335,20 @@ fn read_while_watching(
             }
         }
     })
+}
+
+/// Counts what is read.
+struct Counting<'a> {
+    socket: &'a UnixStream,
+    bytes: &'a AtomicU64,
+}
+
+impl Read for Counting<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.socket.read(buffer)?;
+        self.bytes.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
 }
 
 fn rounds(qmp: &Qmp) -> u64 {

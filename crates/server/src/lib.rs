@@ -15,6 +15,7 @@ mod problem;
 mod serve;
 pub mod socket;
 
+pub use log::start_helper;
 pub use problem::Problem;
 pub use serve::{Options, serve};
 pub use snapshots;

@@ -40,6 +40,13 @@ pub(crate) fn start(file: File, stderr: bool) {
     };
 }
 
+/// Sends tracing's events to stderr, which is the daemon's log: for the daemon's helpers.
+pub fn start_helper() {
+    let filter = EnvFilter::try_from_env("SPINNEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let _ =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(io::stderr).try_init();
+}
+
 /// What was written from byte `from` on, the last `lines` lines of it; empty if there is no log.
 pub(crate) fn tail(state: &Path, from: u64, lines: usize) -> Vec<String> {
     let Ok(bytes) = std::fs::read(path(state)) else { return Vec::new() };

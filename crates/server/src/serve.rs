@@ -57,7 +57,8 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
         .enable_all()
         .build()
         .map_err(|error| Problem::new(Code::Failed, "cannot start the runtime").because(&error))?;
-    let result = runtime.block_on(listen(App::new(engine, settings, notes), path));
+    let result = runtime.block_on(listen(App::new(Arc::clone(&engine), settings, notes), path));
+    engine.close();
     // What still reads must not hold up the end.
     runtime.shutdown_background();
     result

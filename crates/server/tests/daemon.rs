@@ -12,7 +12,7 @@ use server::snapshots::{Code, Machine, Operation, Settings};
 use server::{Options, Problem, serve};
 
 fn settings(state: &Path) -> Settings {
-    Settings { state: state.to_owned(), qemu: None, qemu_img: None, accel: None }
+    Settings { state: state.to_owned(), qemu: None, qemu_img: None, accel: None, warden: None }
 }
 
 fn daemon(state: &Path) -> (Client, JoinHandle<Result<(), Problem>>) {

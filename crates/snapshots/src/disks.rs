@@ -4,6 +4,7 @@
 //! of it, and from the moment the catalog calls it here's disk every start uses it, whatever becomes of the take or goto
 //! that made it: empty, it is transparent.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use qemu::command::{Disk, Layer};
 use rusqlite::Transaction;
 
-use crate::catalog::{BaseStamp, LayerRow};
+use crate::catalog::{BaseStamp, LayerRow, SnapshotRow};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
@@ -107,6 +108,29 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// The layers of ours under these disks that the snapshot `parent` does not have: what was written since.
+    pub(crate) fn layers_since(
+        tx: &Transaction<'_>,
+        disks: &[(String, String)],
+        parent: Option<&str>,
+    ) -> Result<Vec<LayerRow>> {
+        let chains = |disks: &[(String, String)]| -> Result<Vec<LayerRow>> {
+            let mut layers = Vec::new();
+            for (_, top) in disks {
+                layers.extend(LayerRow::chain(tx, top)?);
+            }
+            Ok(layers)
+        };
+        let before = match parent {
+            Some(parent) => chains(&SnapshotRow::disks(tx, parent)?)?,
+            None => Vec::new(),
+        };
+        let before: HashSet<String> = before.into_iter().map(|layer| layer.id).collect();
+        let mut since = chains(disks)?;
+        since.retain(|layer| layer.stamp.is_none() && !before.contains(&layer.id));
+        Ok(since)
     }
 
     /// Rows for one overlay over the layer of each disk. Fails if a chain is as deep as may be.

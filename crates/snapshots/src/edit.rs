@@ -39,14 +39,18 @@ impl Engine {
         self.journaled(cx, "edit", address, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let (target, old) = address::resolve(tx, address)?;
+                let undo = Act::WriteSnapshot {
+                    id: old.id.clone(),
+                    name: edit.name.is_some().then(|| old.name.clone()),
+                    note: edit.note.is_some().then(|| old.note.clone()),
+                    keep: edit.keep.is_some().then_some(old.keep),
+                };
                 let name = edit.name.unwrap_or_else(|| old.name.clone());
                 if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
                     return Err(snapshot_name_taken(&target.name, &name));
                 }
                 let note = edit.note.unwrap_or_else(|| old.note.clone());
                 SnapshotRow::set_text(tx, &old.id, &name, &note, edit.keep.unwrap_or(old.keep))?;
-                let SnapshotRow { id, name: before, note, keep, .. } = old;
-                let undo = Act::WriteSnapshot { id, name: before, note, keep };
                 OpRow::finish(tx, &cx.id, Some(undo))?;
                 Ok(format!("{}@{name}", target.name))
             })

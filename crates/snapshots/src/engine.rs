@@ -12,10 +12,12 @@ use qemu::accel::{self, Accel};
 use qemu::binary::Qemu;
 use qemu::image::QemuImg;
 use serde_json::Value;
+use warden::Keeper;
 
 use crate::catalog::{Catalog, OpRow};
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
 use crate::id::new_id;
 use crate::locks::TargetLocks;
 use crate::running::Running;
@@ -32,6 +34,8 @@ pub struct Settings {
     pub qemu_img: Option<PathBuf>,
     /// "kvm" or "tcg"; probed if none.
     pub accel: Option<String>,
+    /// The executable whose subcommand `warden` keeps deadlines; without one nobody does.
+    pub warden: Option<PathBuf>,
 }
 
 /// QEMU as it was found on this host.
@@ -53,6 +57,8 @@ pub struct Engine {
     /// Machines that have a process, by target id.
     pub(crate) running: Mutex<HashMap<String, Arc<Running>>>,
     pub(crate) locks: TargetLocks,
+    /// Deadlines of guests that stand still on our behalf.
+    pub(crate) keeper: Keeper,
     tools: Mutex<Option<Tools>>,
     /// Held while something goes through everything that is stored: the collector, `fsck`.
     pub(crate) housekeeping: Mutex<()>,
@@ -75,8 +81,15 @@ impl Engine {
         make_folder(&folder)?;
         make_folder(&folder.join("layers"))?;
         let store = Arc::new(open_store(&folder)?);
+        let keeper = match &settings.warden {
+            Some(executable) if !planted(Fault::NoWarden) => {
+                Keeper::new(executable, &settings.state, &settings.state.join("daemon.log"))
+            }
+            _ => Keeper::none(),
+        };
         let engine = Self {
             settings,
+            keeper,
             catalog,
             group,
             store,
@@ -88,6 +101,11 @@ impl Engine {
         };
         let notes = engine.recover()?;
         Ok((Arc::new(engine), notes))
+    }
+
+    /// The daemon ends in order: nobody has to watch over it any more.
+    pub fn close(&self) {
+        self.keeper.close();
     }
 
     /// The state folder.
@@ -151,7 +169,9 @@ impl Engine {
         body: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         self.catalog.write(|tx| OpRow::begin(tx, &cx.id, kind, subject, target, plan))?;
+        let open = OpenEntry { engine: self, id: &cx.id };
         let result = body();
+        std::mem::forget(open);
         if let Err(error) = &result {
             let state = if error.code() == Code::Interrupted { OpState::Cancelled } else { OpState::Failed };
             let words = error.to_string();
@@ -162,6 +182,22 @@ impl Engine {
             }
         }
         result
+    }
+}
+
+/// An entry of the journal whose body is at work. Dropped by a panic it is closed: nobody else will.
+struct OpenEntry<'a> {
+    engine: &'a Engine,
+    id: &'a str,
+}
+
+impl Drop for OpenEntry<'_> {
+    fn drop(&mut self) {
+        let words = "a mistake in Spinney; daemon.log has it";
+        let closed = self.engine.catalog.write(|tx| OpRow::close(tx, self.id, OpState::Failed, Some(words)));
+        if let Err(error) = closed {
+            tracing::error!(operation = self.id, %error, "the end of an operation could not be journalled");
+        }
     }
 }
 

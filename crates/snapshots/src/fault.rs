@@ -1,7 +1,7 @@
 //! Planted faults: what a safety check has to be seen to find.
 //!
-//! Only with the feature `faults`, which nothing but tests turns on, the variable `SPINNEY_FAULT` names one. Without the
-//! feature every question is answered by a constant.
+//! Only with the feature `faults`, which nothing but tests turns on, the variable `SPINNEY_FAULT` names one, and `SPINNEY_CRASH` a
+//! step at which the daemon is to die or to be stopped. Without the feature every question is answered by a constant.
 
 /// A step that a test can have go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub(crate) enum Fault {
     SkipPage,
     /// `goto` loads the device state of another snapshot.
     OtherDeviceState,
+    /// Nobody keeps deadlines.
+    NoWarden,
 }
 
 #[cfg(feature = "faults")]
@@ -20,6 +22,7 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::SwitchNoDisk => "switch-no-disk",
         Fault::SkipPage => "skip-page",
         Fault::OtherDeviceState => "other-device-state",
+        Fault::NoWarden => "no-warden",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }
@@ -28,3 +31,41 @@ pub(crate) fn planted(fault: Fault) -> bool {
 pub(crate) const fn planted(_: Fault) -> bool {
     false
 }
+
+/// A step after which the daemon may die. `SPINNEY_CRASH="STEP kill FILE"` has it die here, `stop` in place of `kill` has it stopped
+/// (as by SIGSTOP), once: FILE is made first, and if it is there nothing happens. With `wait` this thread waits until FILE is gone.
+#[cfg(feature = "faults")]
+pub(crate) fn step(name: &str) {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    use rustix::process::{Signal, getpid, kill_process};
+
+    static REACHED: AtomicBool = AtomicBool::new(false);
+
+    let Ok(asked) = std::env::var("SPINNEY_CRASH") else { return };
+    let mut words = asked.split(' ');
+    if words.next() != Some(name) {
+        return;
+    }
+    let (how, marker) = (words.next(), words.next().unwrap_or_default());
+    if REACHED.swap(true, Ordering::Relaxed) || std::fs::File::create_new(marker).is_err() {
+        return;
+    }
+    let signal = match how {
+        Some("kill") => Signal::KILL,
+        Some("stop") => Signal::STOP,
+        _ => {
+            while std::path::Path::new(marker).exists() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            return;
+        }
+    };
+    let _ = kill_process(getpid(), signal);
+    // The signal is on its way; nothing more may be done before it is there.
+    std::thread::sleep(Duration::from_millis(200));
+}
+
+#[cfg(not(feature = "faults"))]
+pub(crate) const fn step(_: &str) {}

@@ -24,14 +24,14 @@ use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, LayerRow, OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
-use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay};
+use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::running::{Running, check_host_memory};
 use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped};
-use crate::take::{micros, point_here_at};
+use crate::take::{STILL_LIMIT, micros, point_here_at, too_late};
 use crate::tree::view_by_id;
 use crate::types::{GotoPower, GotoReport, Power};
 
@@ -94,15 +94,11 @@ impl Engine {
         )))
     }
 
-    /// Bytes in the layers that here writes to.
+    /// Bytes that were written to the disks since the snapshot that here comes from.
     fn here_bytes(&self, row: &TargetRow) -> Result<u64> {
         self.catalog.read(|tx| {
-            let mut bytes = 0;
-            for (_, layer) in TargetRow::disks(tx, &row.id)? {
-                let layer = crate::catalog::LayerRow::by_id(tx, &layer)?;
-                bytes += crate::disks::allocated(&self.layer_file(&layer));
-            }
-            Ok(bytes)
+            let layers = Self::layers_since(tx, &TargetRow::disks(tx, &row.id)?, row.parent.as_deref())?;
+            Ok(layers.iter().map(|layer| allocated(&self.layer_file(layer))).sum())
         })
     }
 
@@ -193,47 +189,65 @@ impl Engine {
         // Better no goto than one that ends a machine and cannot start the next.
         check_host_memory(swap.snapshot.config.memory, old.process.memory().unwrap_or(0))?;
         tracing::info!(target = row.name, error = %why, causes = ?why.causes(), "goto in place");
-        let standby = Standby { new: None, old: Some(old), was_running: was == Power::Running };
-        let point = self.capture_undo_point(cx, row, was, Some(old))?;
-        // The disks of the machine that is off: nothing writes to what the undo point freezes.
-        let here = self.catalog.read(|tx| {
+        // The disks of the machine that is off: nothing writes to what the undo point freezes. Made before anything stands still.
+        let spare = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
-            Ok((self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)?, disks))
-        });
-        let (spare, frozen) = here?;
+            self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
+        })?;
         self.make_overlays(&spare)?;
-        let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
-        let written = self.catalog.write(|tx| {
-            point.row.insert(tx, &frozen)?;
-            point_here_at(tx, &row.id, &spare)?;
-            TargetRow::set_process(tx, &row.id, Power::LostPower, None)?;
-            OpRow::set_plan(tx, &cx.id, &json!(plan))
+        let standby = Standby { new: None, old: Some(old), was_running: was == Power::Running };
+        let swapped = self.capture_undo_point(cx, row, was, Some(old)).and_then(|mut point| {
+            // Until the next machine is there, our death is for the next daemon to mend, at once.
+            let still = point.still.take().map_or_else(|| self.arm(old, false), Ok)?;
+            still.hold(STILL_LIMIT).map_err(too_late)?;
+            still.during(STILL_LIMIT, || {
+                let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
+                self.catalog.write(|tx| {
+                    point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
+                    point_here_at(tx, &row.id, &spare)?;
+                    TargetRow::set_process(tx, &row.id, Power::LostPower, None)?;
+                    OpRow::set_plan(tx, &cx.id, &json!(plan))
+                })?;
+                drop(standby.disarm());
+                self.replace_process(&row.id, old);
+                Ok(self.exchange(swap, purpose, &point.row, &plan, &why))
+            })
         });
-        written.inspect_err(|_| self.remove_overlays(&spare))?;
-        drop(standby.disarm());
-        self.replace_process(&row.id, old);
-        let ended = Instant::now();
+        // The outer error is one from before the commit: nobody speaks of them yet.
+        swapped.inspect_err(|_| self.remove_overlays(&spare))?
+    }
 
-        let alone = Swap { old: None, was: Power::LostPower, keep: false, plan: &plan, ..*swap };
+    /// The old process has ended, with its undo point committed: now the new one starts, or else the old one again.
+    fn exchange(
+        &self,
+        swap: &Swap<'_>,
+        purpose: &Purpose<'_>,
+        point: &SnapshotRow,
+        plan: &GotoPlan,
+        why: &Error,
+    ) -> Result<Swapped> {
+        let Swap { cx, row, .. } = *swap;
+        let ended = Instant::now();
+        let alone = Swap { old: None, was: Power::LostPower, keep: false, plan, ..*swap };
         let swapped = self.swap(&alone, &|tx, _| match swap.keep {
-            true => purpose.end(tx, cx, Some(&point.row)),
+            true => purpose.end(tx, cx, Some(point)),
             false => {
-                SnapshotRow::set_removed(tx, &point.row.id, true)?;
+                SnapshotRow::set_removed(tx, &point.id, Some(now()))?;
                 purpose.end(tx, cx, None)
             }
         });
-        let name = point.row.full_name();
+        let name = point.full_name();
         match swapped {
             Ok(swapped) => {
                 let causes = why.causes().join(": ");
                 Ok(Swapped {
-                    undo_point: swap.keep.then(|| point.row.id.clone()),
+                    undo_point: swap.keep.then(|| point.id.clone()),
                     took_us: Some(micros(ended)),
                     in_place: Some(if causes.is_empty() { why.to_string() } else { causes }),
                     ..swapped
                 })
             }
-            Err(error) => match self.bring_back(cx, &row.id, &point.row.id, &plan) {
+            Err(error) => match self.bring_back(cx, &row.id, &point.id, plan) {
                 Ok(()) => Err(error),
                 Err(second) => {
                     tracing::error!(error = %second, causes = ?second.causes(), "a machine could not be brought back");
@@ -249,7 +263,8 @@ impl Engine {
         let cx = &cx.uncancelled();
         let (row, point) =
             self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, point)?)))?;
-        let overlays = self.overlays_over(cx, &row, &point)?;
+        // Here is empty overlays over the undo point's layers already: nothing has to be made, and no disk can be too full.
+        let overlays = self.catalog.read(|tx| here_overlays(tx, target))?;
         let swap = Swap {
             cx,
             row: &row,
@@ -263,9 +278,19 @@ impl Engine {
             plan,
             coming: Coming::Back,
         };
-        let swapped = self.swap(&swap, &|tx, _| SnapshotRow::set_removed(tx, &point.id, true));
-        swapped.map(drop).inspect_err(|_| self.remove_overlays(&overlays))
+        self.swap(&swap, &|tx, _| SnapshotRow::set_removed(tx, &point.id, Some(now()))).map(drop)
     }
+}
+
+/// The overlays that here's disks are.
+fn here_overlays(tx: &Transaction<'_>, target: &str) -> Result<Vec<NewOverlay>> {
+    let overlay = |(disk, layer): (String, String)| {
+        let row = LayerRow::by_id(tx, &layer)?;
+        let below =
+            row.below.clone().ok_or_else(|| Error::new(Code::Damaged, format!("{disk} is no overlay")))?;
+        Ok(NewOverlay { disk, below: LayerRow::by_id(tx, &below)?, row })
+    };
+    TargetRow::disks(tx, target)?.into_iter().map(overlay).collect()
 }
 
 fn memory_would_go(name: &str, can_discard: bool) -> Error {

@@ -19,7 +19,7 @@ use qemu::save::CallbackError;
 use crate::catalog::Memory;
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted};
+use crate::fault::{Fault, planted, step};
 
 /// Pages handed to the store at a time: 1 MiB, large enough to hide a lock, small enough for the cache.
 const BATCH_PAGES: usize = 256;
@@ -98,6 +98,7 @@ fn store_batches(
             blocks[place.block].pages[place.page] = name;
         }
         cx.advance((batch.places.len() * PAGE_SIZE) as u64);
+        step("take.memory");
         batch.bytes.clear();
         batch.places.clear();
         let _ = empty.try_send(batch);
@@ -266,6 +267,7 @@ fn read_runs(
             if !send_batch(store, block, page, names, skip_zero, full, spares)? {
                 return Ok(());
             }
+            step("goto.memory");
             cx.check()?;
             cx.advance((count * PAGE_SIZE) as u64);
             page += count as u64;

@@ -13,6 +13,9 @@ use crate::error::{Code, Error, Result};
 use crate::running::{Begin, Running, check_host_memory};
 use crate::types::{Machine, Power};
 
+/// Nobody waits longer for a guest to power off.
+const LONGEST_STOP: Duration = Duration::from_secs(365 * 86_400);
+
 impl Engine {
     /// All machines, by name.
     pub fn list(&self) -> Result<Vec<Machine>> {
@@ -239,7 +242,7 @@ fn press_and_wait(
     timeout: Duration,
     kill: bool,
 ) -> Result<()> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout.min(LONGEST_STOP);
     let mut pressed = Instant::now();
     running.qmp.execute("system_powerdown", json!({}))?;
     while !running.process.wait(Duration::from_millis(50)) {

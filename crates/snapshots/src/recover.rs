@@ -31,6 +31,9 @@ use crate::swap::GotoPlan;
 use crate::take::free_guest;
 use crate::types::{OpState, Power};
 
+/// Why an operation failed that recovery closes.
+const ENDED: &str = "the daemon ended while it was under way";
+
 /// The parts of plans that recovery reads; each kind of operation has some of them.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -52,18 +55,23 @@ impl Engine {
             self.end_stray(op, &targets);
         }
         self.end_unrecorded(&targets);
+        let mut silent = HashSet::new();
         for target in &targets {
-            let op = unfinished.iter().find(|op| op.target.as_ref() == Some(&target.id));
-            self.recover_target(target, op.map(|op| plan_of(&op.plan)), &mut notes)?;
-        }
-        for op in &unfinished {
-            notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
-            let words = "the daemon ended while it was under way";
-            self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(words)))?;
+            let op = unfinished.iter().rfind(|op| op.target.as_ref() == Some(&target.id));
+            if !self.recover_target(target, op.map(|op| plan_of(&op.plan)), &mut notes)? {
+                silent.insert(target.id.as_str());
+            }
         }
         self.remove_strays()?;
         for op in &unfinished {
+            // What its plan says is done when its process answers.
+            if op.target.as_ref().is_some_and(|id| silent.contains(id.as_str())) {
+                continue;
+            }
+            // Before the entry is closed: should we die meanwhile, the next start has to do it.
             self.recover_in_place(op, &mut notes)?;
+            notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
+            self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))?;
         }
         Ok(notes)
     }
@@ -73,8 +81,15 @@ impl Engine {
         let (Some(point), Some(target)) = (plan_of(&op.plan).brought_back_by, &op.target) else {
             return Ok(());
         };
-        let (row, point) =
-            self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, &point)?)))?;
+        let found =
+            self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, &point)?)));
+        let (row, point) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                notes.push(format!("what {} {} had ended cannot be found: {error}", op.kind, op.subject));
+                return Ok(());
+            }
+        };
         if row.process.is_some() || point.removed.is_some() {
             return Ok(());
         }
@@ -100,14 +115,20 @@ impl Engine {
         }
     }
 
-    fn recover_target(&self, target: &TargetRow, plan: Option<Plan>, notes: &mut Vec<String>) -> Result<()> {
-        let Some(row) = &target.process else { return Ok(()) };
+    /// False if its process is there and does not answer.
+    fn recover_target(
+        &self,
+        target: &TargetRow,
+        plan: Option<Plan>,
+        notes: &mut Vec<String>,
+    ) -> Result<bool> {
+        let Some(row) = &target.process else { return Ok(true) };
         let name = &target.name;
         let running = match self.adopt(row) {
             Adopted::Running(running) => running,
             Adopted::Silent(_, error) => {
                 notes.push(format!("the QEMU of {name} does not answer: {error}"));
-                return Ok(());
+                return Ok(false);
             }
             Adopted::Gone => {
                 let power = self.power_after(row);
@@ -117,14 +138,24 @@ impl Engine {
                         "{name} lost its power; `spinney start {name}` boots it, `spinney back {name}` goes to its newest snapshot"
                     ));
                 }
-                return Ok(());
+                return Ok(true);
             }
         };
         if let Err(error) = self.mend_running(target, &running, plan) {
             notes.push(format!("{name} runs, but could not be put in order: {error}"));
         }
         self.running_map().insert(target.id.clone(), running.into());
-        Ok(())
+        Ok(true)
+    }
+
+    /// Puts in order a machine whose process did not answer at the start and does now. The caller holds the target's lock.
+    pub(crate) fn recover_late(&self, target: &TargetRow, running: &Running) -> Result<()> {
+        let op = self.catalog.read(|tx| {
+            Ok(OpRow::unfinished(tx)?.into_iter().rfind(|op| op.target.as_ref() == Some(&target.id)))
+        })?;
+        self.mend_running(target, running, op.as_ref().map(|op| plan_of(&op.plan)))?;
+        let Some(op) = op else { return Ok(()) };
+        self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))
     }
 
     /// Frees the guest and takes back overlays that it does not write to.
@@ -159,11 +190,11 @@ impl Engine {
             let Some(pid) = pid else { continue };
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let folder = run.as_os_str().as_encoded_bytes();
-            let raw = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-            if let Some(raw) = raw
-                && line.windows(folder.len()).any(|part| part == folder)
+            if line.windows(folder.len()).any(|part| part == folder)
+                && let Ok(process) = qemu::process::Process::open(pid)
             {
-                let _ = rustix::process::kill_process(raw, rustix::process::Signal::KILL);
+                // To its very end: it has ports and locks that a successor needs.
+                process.kill();
             }
         }
     }

@@ -7,7 +7,7 @@ use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things};
+use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things, now};
 use crate::context::Context;
 use crate::du::{Holder, Ledger};
 use crate::engine::Engine;
@@ -111,8 +111,10 @@ impl Engine {
 
 /// Takes names away. What is left of the things is a tombstone.
 pub(crate) fn remove(tx: &Transaction<'_>, things: &Things) -> Result<()> {
-    things.snapshots.iter().try_for_each(|id| SnapshotRow::set_removed(tx, id, true))?;
-    things.target.iter().try_for_each(|id| TargetRow::set_removed(tx, id, true))
+    // One time for all: undo keeps or gives up all of it.
+    let at = Some(now());
+    things.snapshots.iter().try_for_each(|id| SnapshotRow::set_removed(tx, id, at))?;
+    things.target.iter().try_for_each(|id| TargetRow::set_removed(tx, id, at))
 }
 
 /// A snapshot and everything below it that has not been removed.

@@ -137,6 +137,7 @@ impl Engine {
         };
         match self.adopt(row) {
             Adopted::Running(running) => {
+                self.recover_late(&target, &running)?;
                 self.running_map().insert(target.id.clone(), Arc::new(running));
                 return Ok(target);
             }

@@ -14,10 +14,10 @@ use crate::context::Context;
 use crate::disks::NewOverlay;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted};
+use crate::fault::{Fault, planted, step};
 use crate::memory::{feed, read_state};
 use crate::running::{Begin, Running, check_host_memory, log_tail};
-use crate::take::{Unwritten, free_guest, micros, point_here_at};
+use crate::take::{STILL_LIMIT, Unwritten, free_guest, micros, point_here_at, too_late};
 use crate::types::Power;
 
 /// What recovery has to know of a goto.
@@ -37,7 +37,7 @@ pub(crate) struct Swap<'a> {
     pub(crate) cx: &'a Context,
     pub(crate) row: &'a TargetRow,
     pub(crate) snapshot: &'a SnapshotRow,
-    /// Over the snapshot's layers; no record speaks of them yet.
+    /// Over the snapshot's layers; no record speaks of them yet, unless what comes is coming back.
     pub(crate) overlays: &'a [NewOverlay],
     pub(crate) was: Power,
     pub(crate) wanted: Power,
@@ -110,31 +110,54 @@ impl Engine {
         swap: &Swap<'_>,
         end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
     ) -> Result<Swapped> {
-        let Swap { cx, row, snapshot, wanted, was, old, .. } = *swap;
+        let Swap { cx, row, wanted, was, old, .. } = *swap;
         let mut standby = Standby { new: None, old, was_running: was == Power::Running };
         if matches!(wanted, Power::Paused | Power::Running) {
             standby.new = Some(self.load_beside(swap)?);
+            step("goto.loaded");
         }
         cx.check()?;
-        let undo_point: Option<Unwritten> =
-            swap.keep.then(|| self.capture_undo_point(cx, row, was, old)).transpose()?;
-        let point = undo_point.as_ref().map(|point| &point.row);
+        let mut undo_point = swap.keep.then(|| self.capture_undo_point(cx, row, was, old)).transpose()?;
+        // From here to its end the guest depends on us, the old one or the new one.
+        let still = match (undo_point.as_mut().and_then(|point| point.still.take()), &standby.new) {
+            (None, Some(new)) => Some(self.arm(new, wanted == Power::Running)?),
+            (still, _) => still,
+        };
+        let Some(still) = still else { return self.decide(swap, standby, undo_point.as_ref(), end) };
+        still.hold(STILL_LIMIT).map_err(too_late)?;
+        still.during(STILL_LIMIT, || self.decide(swap, standby, undo_point.as_ref(), end))
+    }
+
+    /// Steps 5 to 7.
+    fn decide(
+        &self,
+        swap: &Swap<'_>,
+        standby: Standby<'_>,
+        undo_point: Option<&Unwritten<'_>>,
+        end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
+    ) -> Result<Swapped> {
+        let Swap { row, snapshot, wanted, old, .. } = *swap;
+        let point = undo_point.map(|point| &point.row);
         let process = standby.new.as_ref().map(|new| new.row.clone());
         self.catalog.write(|tx| {
             if let Some(point) = point {
                 point.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
             }
-            point_here_at(tx, &row.id, swap.overlays)?;
+            if swap.coming == Coming::New {
+                point_here_at(tx, &row.id, swap.overlays)?;
+            }
             TargetRow::set_parent(tx, &row.id, swap.parent)?;
             TargetRow::set_config(tx, &row.id, &snapshot.config)?;
             TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
             end(tx, point)
         })?;
+        step("goto.decided");
         // From here on the goto has happened, and whatever fails is told, not taken back.
         let new = standby.disarm();
         let ended = Instant::now();
         if let Some(old) = old {
             self.replace_process(&row.id, old);
+            step("goto.ended");
         }
         let mut power = wanted;
         if let Some(new) = new {

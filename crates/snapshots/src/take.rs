@@ -13,26 +13,30 @@
 //! A failure before 5 takes 3 back, as long as it is certain that QEMU did not switch. After 5 disks only roll forward: the
 //! guest has written to the overlays, so they stay, with or without a snapshot. A machine that is off skips 4 to 7.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pages::{PageStore, Saved};
 use qemu::qmp::QmpError;
 use qemu::save::{self, CopyMode, SaveError, run_state, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use warden::{Armed, TooLate};
 
 use crate::catalog::{Act, Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted};
+use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
 use crate::memory::{ingest, memory_bytes, store_maps};
 use crate::name::{check_note, check_snapshot_name};
 use crate::running::Running;
 use crate::tree::view_by_id;
 use crate::types::{Mode, Power, Snapshot, TakeOptions};
+
+/// How long a guest stands still for us without anything getting on, or any sign of life.
+pub(crate) const STILL_LIMIT: Duration = Duration::from_secs(3);
 
 /// What recovery has to know of a take.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -56,15 +60,18 @@ pub(crate) struct TakeJob<'a> {
 
 /// What the memory part brought.
 #[derive(Default)]
-struct Captured {
+struct Captured<'a> {
     memory: Option<Memory>,
     pause_us: Option<u64>,
     saved: Saved,
+    still: Option<Armed<'a>>,
 }
 
 /// A snapshot that is durable in every part but its catalog entry.
-pub(crate) struct Unwritten {
+pub(crate) struct Unwritten<'a> {
     pub(crate) row: SnapshotRow,
+    /// The deadline of a guest that stands still.
+    pub(crate) still: Option<Armed<'a>>,
     /// Keeps its pages from the collector until the catalog refers to them.
     _hold: pages::Hold,
 }
@@ -115,6 +122,7 @@ impl Engine {
             self.sync_layers(&frozen)?;
         }
         self.make_overlays(&overlays)?;
+        step("take.overlays");
         let snapshot = self.capture(cx, job, running, &overlays, began)?;
         let row = &snapshot.row;
         let written = self.catalog.write(|tx| {
@@ -129,6 +137,7 @@ impl Engine {
         if written.is_err() && running.is_none() {
             self.remove_overlays(&overlays);
         }
+        step("take.written");
         written.map(|()| snapshot.row.id)
     }
 
@@ -141,12 +150,11 @@ impl Engine {
         running: Option<&Running>,
         overlays: &[NewOverlay],
         began: Instant,
-    ) -> Result<Unwritten> {
+    ) -> Result<Unwritten<'_>> {
         let target = job.target;
         let hold = self.store.hold();
         let frozen = self.catalog.read(|tx| {
-            let disks = TargetRow::disks(tx, &target.id)?;
-            disks.iter().map(|(_, layer)| LayerRow::by_id(tx, layer)).collect::<Result<Vec<_>>>()
+            Self::layers_since(tx, &TargetRow::disks(tx, &target.id)?, target.parent.as_deref())
         })?;
         let captured = match running {
             Some(running) if job.mode != Mode::Off => self.capture_running(cx, job, running, overlays)?,
@@ -177,7 +185,7 @@ impl Engine {
             memory: captured.memory,
             removed: None,
         };
-        Ok(Unwritten { row, _hold: hold })
+        Ok(Unwritten { row, still: captured.still, _hold: hold })
     }
 
     /// Steps 3 to 7.
@@ -187,7 +195,7 @@ impl Engine {
         job: &TakeJob<'_>,
         running: &Running,
         overlays: &[NewOverlay],
-    ) -> Result<Captured> {
+    ) -> Result<Captured<'_>> {
         let target = &job.target.id;
         let taken_back = |error: Error| {
             self.take_back_overlays(target, running, overlays);
@@ -197,6 +205,7 @@ impl Engine {
         self.add_overlay_nodes(running, overlays).map_err(taken_back)?;
         self.catalog.write(|tx| point_here_at(tx, target, overlays)).map_err(taken_back)?;
 
+        step("take.announced");
         let mut switched = false;
         let captured = if job.mode == Mode::DiskOnly {
             cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| Captured::default())
@@ -217,35 +226,50 @@ impl Engine {
         running: &Running,
         overlays: &[NewOverlay],
         switched: &mut bool,
-    ) -> Result<Captured> {
+    ) -> Result<Captured<'_>> {
         let mode = if job.mode == Mode::PreCopy { CopyMode::PreCopy } else { CopyMode::StopCopy };
         let session = self.store.begin()?;
         cx.phase("saving memory", job.target.config.memory);
+        let armed = self.arm(running, job.power == Power::Running)?;
+        let progress = || armed.renew(STILL_LIMIT);
         if job.stands_still {
             // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
             let (held, blocks) = ingest(session.as_ref(), cx, |sink| {
-                save::read(&running.qmp, mode, sink, &cx.cancel).map_err(save_error)
+                save::read(&running.qmp, mode, sink, &cx.cancel, &progress).map_err(save_error)
             })?;
-            let state =
-                held.state().ok_or_else(|| Error::new(Code::Failed, "the machine's state has no end"))?;
-            let memory = store_maps(session.as_ref(), &blocks, &state.state)?;
-            let saved = session.commit()?;
+            let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
+                let whole = || Error::new(Code::Failed, "the machine's state has no end");
+                let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state)?;
+                Ok((memory, session.commit()?))
+            })?;
             held.stand_still().map_err(save_error)?;
-            return Ok(Captured { memory: Some(memory), pause_us: None, saved });
+            step("goto.still");
+            return Ok(Captured { memory: Some(memory), pause_us: None, saved, still: Some(armed) });
         }
         let (saved, blocks) = ingest(session.as_ref(), cx, |sink| {
-            let held = save::read(&running.qmp, mode, sink, &cx.cancel).map_err(save_error)?;
+            let held = save::read(&running.qmp, mode, sink, &cx.cancel, &progress).map_err(save_error)?;
             let mut at_end = || {
+                step("take.read");
                 switch_disks(running, overlays)?;
                 *switched = true;
+                step("take.switched");
                 Ok(())
             };
             held.go_on(&mut at_end).map_err(save_error)
         })?;
+        // If the guest was let go on before the disks were switched, they are ahead of its memory.
+        step("take.resumed");
+        armed.disarm().map_err(too_late)?;
         cx.phase("making it durable", 0);
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
         let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
-        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()? })
+        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None })
+    }
+
+    /// Has the warden see to it that the guest does not stand still for longer than we get on.
+    pub(crate) fn arm(&self, running: &Running, was_running: bool) -> Result<Armed<'_>> {
+        let armed = self.keeper.arm(&running.run.second_monitor(), was_running, STILL_LIMIT);
+        armed.map_err(|error| Error::new(Code::Failed, "the warden cannot be started").because(error))
     }
 
     /// Sees to it that every disk's device writes to the layer that the catalog calls here's. An overlay over any other would
@@ -428,6 +452,10 @@ pub(crate) fn save_error(error: SaveError) -> Error {
         _ => Code::Failed,
     };
     Error::new(code, "the machine's state could not be saved; it goes on as before").because(error)
+}
+
+pub(crate) fn too_late(error: TooLate) -> Error {
+    Error::new(Code::TimedOut, "Spinney was held up for too long").because(error)
 }
 
 /// Lets a guest go on that was left standing in a migration of ours.

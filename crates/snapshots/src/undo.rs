@@ -44,17 +44,21 @@ impl Engine {
                 })
             }
         })?;
-        let act = undoable(&op)?.clone();
+        undoable(&op)?;
         let _guard = op.target.as_ref().map(|id| self.locks.acquire(id, "undo", cx)).transpose()?;
         // Under the lock: another undo may have been quicker.
-        let op = self.catalog.read(|tx| OpRow::by_id(tx, &op.id))?;
-        undoable(&op)?;
-        match &act {
+        let (op, first) = self.catalog.read(|tx| {
+            let op = OpRow::by_id(tx, &op.id)?;
+            let first = op.undid().map(|first| OpRow::by_id(tx, first)).transpose()?;
+            Ok((op, first))
+        })?;
+        match undoable(&op)? {
             Act::Goto(point) => self.undo_goto(cx, &op, point)?,
             act => self.undo_in_catalog(cx, &op, act)?,
         }
-        let redone = op.undid().is_some();
-        Ok(Undone { operation: op.title(), redone, again: (!redone).then(|| cx.id.clone()) })
+        let redone = first.is_some();
+        let operation = first.as_ref().unwrap_or(&op).title();
+        Ok(Undone { operation, redone, again: (!redone).then(|| cx.id.clone()) })
     }
 
     fn undo_in_catalog(&self, cx: &Context, op: &OpRow, act: &Act) -> Result<()> {
@@ -122,11 +126,17 @@ fn carry_out(tx: &Transaction<'_>, act: &Act) -> Result<Act> {
         }
         Act::WriteSnapshot { id, name, note, keep } => {
             let now = SnapshotRow::by_id(tx, id)?;
-            if now.name != *name && SnapshotRow::name_taken(tx, &now.target, name)? {
-                return Err(snapshot_name_taken(&now.target_name, name));
+            let to = name.as_ref().unwrap_or(&now.name);
+            if now.name != *to && SnapshotRow::name_taken(tx, &now.target, to)? {
+                return Err(snapshot_name_taken(&now.target_name, to));
             }
-            SnapshotRow::set_text(tx, id, name, note, *keep)?;
-            Act::WriteSnapshot { id: id.clone(), name: now.name, note: now.note, keep: now.keep }
+            SnapshotRow::set_text(tx, id, to, note.as_ref().unwrap_or(&now.note), keep.unwrap_or(now.keep))?;
+            Act::WriteSnapshot {
+                id: id.clone(),
+                name: name.is_some().then_some(now.name),
+                note: note.is_some().then_some(now.note),
+                keep: keep.is_some().then_some(now.keep),
+            }
         }
         Act::Goto(_) => return Err(Error::new(Code::Failed, "a goto is not undone in the catalog alone")),
     })
@@ -135,9 +145,16 @@ fn carry_out(tx: &Transaction<'_>, act: &Act) -> Result<Act> {
 /// Takes names away, of what still has one. Returns what that was.
 fn remove_again(tx: &Transaction<'_>, things: &Things) -> Result<Things> {
     let mut gone = Things::default();
+    let mut snapshots = Vec::new();
     for id in &things.snapshots {
-        let snapshot = SnapshotRow::by_id(tx, id)?;
-        if snapshot.protected {
+        snapshots.push(SnapshotRow::by_id(tx, id)?);
+    }
+    if let Some(id) = &things.target {
+        // A machine goes with what it has now, as with `rm`.
+        snapshots = SnapshotRow::of_target(tx, id)?;
+    }
+    for snapshot in snapshots {
+        if snapshot.protected && snapshot.removed.is_none() {
             return Err(protected(&snapshot.full_name()));
         }
         if snapshot.removed.is_none() {
@@ -168,7 +185,7 @@ fn restore(tx: &Transaction<'_>, things: &Things) -> Result<()> {
         if TargetRow::name_taken(tx, &target.name)? {
             return Err(name_taken(&target.name));
         }
-        TargetRow::set_removed(tx, id, false)?;
+        TargetRow::set_removed(tx, id, None)?;
     }
     for id in &things.snapshots {
         let snapshot = SnapshotRow::by_id(tx, id)?;
@@ -178,7 +195,7 @@ fn restore(tx: &Transaction<'_>, things: &Things) -> Result<()> {
         if SnapshotRow::name_taken(tx, &snapshot.target, &snapshot.name)? {
             return Err(snapshot_name_taken(&snapshot.target_name, &snapshot.name));
         }
-        SnapshotRow::set_removed(tx, id, false)?;
+        SnapshotRow::set_removed(tx, id, None)?;
     }
     Ok(())
 }

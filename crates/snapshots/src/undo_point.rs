@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::catalog::{SnapshotRow, TargetRow};
+use crate::catalog::{SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -21,7 +21,7 @@ impl Engine {
         row: &TargetRow,
         was: Power,
         old: Option<&Running>,
-    ) -> Result<Unwritten> {
+    ) -> Result<Unwritten<'_>> {
         let began = Instant::now();
         let mode = if old.is_some() { Mode::StopCopy } else { Mode::Off };
         // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
@@ -68,7 +68,7 @@ impl Engine {
                 .take(excess)
                 .filter(|s| Some(&s.id) != here.as_ref() && !s.protected && !s.keep)
             {
-                SnapshotRow::set_removed(tx, &old.id, true)?;
+                SnapshotRow::set_removed(tx, &old.id, Some(now()))?;
             }
             Ok(())
         })

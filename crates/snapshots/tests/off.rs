@@ -176,7 +176,7 @@ fn one_process_has_the_state_folder_and_the_next_finds_everything() {
     lab.create("m", vec![DISK]);
     lab.take("one");
     let state = lab.engine().state().to_owned();
-    let second = Engine::open(Settings { state, qemu: None, qemu_img: None, accel: None });
+    let second = Engine::open(Settings { state, qemu: None, qemu_img: None, accel: None, warden: None });
     assert_eq!(second.unwrap_err().code(), Code::Refused);
     let stray = lab.here().with_file_name("stray.qcow2");
     std::fs::write(&stray, "left by a crash").unwrap();

@@ -30,6 +30,7 @@ mod tests;
 mod tree;
 mod undo;
 mod unprotect;
+mod warden;
 
 use std::path::PathBuf;
 
@@ -110,6 +111,9 @@ pub(crate) enum Command {
     Doctor(doctor::Args),
     Config(config::Args),
     Serve(serve::Args),
+    /// Keep deadlines for the daemon, which starts this
+    #[command(hide = true)]
+    Warden,
     Completion(completion::Args),
     Demo(demo::Args),
     #[command(hide = true)]
@@ -144,6 +148,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Doctor(args) => doctor::run(session, &args),
         Command::Config(args) => config::run(session, &args),
         Command::Serve(args) => serve::run(session, args),
+        Command::Warden => warden::run(session),
         Command::Completion(args) => completion::run(session, &args),
         Command::Demo(args) => demo::run(session, &args),
         Command::Man(args) => man::run(session, &args),

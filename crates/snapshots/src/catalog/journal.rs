@@ -21,8 +21,8 @@ pub(crate) enum Act {
     Goto(String),
     /// Write the name of a machine.
     NameTarget { id: String, name: String },
-    /// Write the text of a snapshot.
-    WriteSnapshot { id: String, name: String, note: String, keep: bool },
+    /// Write the text of a snapshot, as far as it is given.
+    WriteSnapshot { id: String, name: Option<String>, note: Option<String>, keep: Option<bool> },
 }
 
 impl Act {
@@ -103,7 +103,8 @@ impl OpRow {
         self.undo.as_ref()?.undid.as_deref()
     }
 
-    /// Writes that an operation begins.
+    /// Writes that an operation begins. Whoever calls has the target to himself: an entry of the same target that is still open
+    /// is one whose end could not be written down.
     pub(crate) fn begin(
         tx: &Transaction<'_>,
         id: &str,
@@ -112,6 +113,18 @@ impl OpRow {
         target: Option<&str>,
         plan: &Value,
     ) -> Result<()> {
+        if target.is_some() {
+            tx.execute(
+                "UPDATE operations SET state = ?2, ended = ?3, error = 'its end could not be written down'
+                  WHERE target = ?1 AND state = ?4",
+                params![
+                    target,
+                    to_json(&OpState::Failed)?,
+                    now().as_millisecond(),
+                    to_json(&OpState::Running)?
+                ],
+            )?;
+        }
         tx.execute(
             "INSERT INTO operations (id, kind, subject, target, state, plan, started)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",

@@ -5,7 +5,7 @@ use pages::{MapRoot, Saved};
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{json_column, now, one, optional_json, time_column, to_json};
+use super::{json_column, one, optional_json, time_column, to_json};
 use crate::error::{Code, Error, Result};
 use crate::types::{MachineConfig, Mode, Power};
 
@@ -205,9 +205,9 @@ impl SnapshotRow {
         Ok(())
     }
 
-    /// Takes its name away, or gives it back.
-    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: bool) -> Result<()> {
-        let at = removed.then(|| now().as_millisecond());
+    /// Takes its name away at this time, or gives it back.
+    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: Option<Timestamp>) -> Result<()> {
+        let at = removed.map(Timestamp::as_millisecond);
         tx.execute("UPDATE snapshots SET removed = ?2 WHERE id = ?1", params![id, at])?;
         Ok(())
     }

@@ -163,9 +163,9 @@ impl TargetRow {
         Ok(())
     }
 
-    /// Takes its name away, or gives it back.
-    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: bool) -> Result<()> {
-        let at = removed.then(|| now().as_millisecond());
+    /// Takes its name away at this time, or gives it back.
+    pub(crate) fn set_removed(tx: &Transaction<'_>, id: &str, removed: Option<Timestamp>) -> Result<()> {
+        let at = removed.map(Timestamp::as_millisecond);
         tx.execute("UPDATE targets SET removed = ?2 WHERE id = ?1", params![id, at])?;
         Ok(())
     }

@@ -23,8 +23,14 @@ impl Lab {
     pub(crate) fn open(&mut self) -> Vec<String> {
         self.engine = None;
         let state = self.dir.path().join("s");
-        let (engine, notes) =
-            Engine::open(Settings { state, qemu: None, qemu_img: None, accel: Some("tcg".into()) }).unwrap();
+        let (engine, notes) = Engine::open(Settings {
+            state,
+            qemu: None,
+            qemu_img: None,
+            accel: Some("tcg".into()),
+            warden: None,
+        })
+        .unwrap();
         self.engine = Some(engine);
         notes
     }
