@@ -155,8 +155,11 @@ impl Spinney {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
+        // A shell's background jobs have SIGINT ignored, and so would this: Ctrl-C is to be heard wherever the tests run.
+        let mut command = Command::new("env");
         command
+            .arg("--default-signal=INT")
+            .arg(&self.program)
             .env("SPINNEY_STATE", self.state())
             .env("SPINNEY_ACCEL", "tcg")
             .env_remove("SPINNEY_FAULT")

@@ -1,39 +1,39 @@
 //! Ctrl-C in the middle of a command: the operation is rolled back, the guest goes on, nothing is left behind.
 
+use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use vm_tests::harness::Spinney;
 use vm_tests::underway::Underway;
-use vm_tests::walk::{Card, NAME, SOON, Violation, Walk};
+use vm_tests::walk::{Card, NAME, SOON, Walk};
 
 /// Exit code of what was interrupted.
 const INTERRUPTED: i32 = 130;
-/// Attempts to be quicker than the command.
-const ATTEMPTS: usize = 5;
 
-/// Interrupts a command when it is in this phase.
-fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, phase: &str) {
+/// Interrupts a command at this step.
+fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
+    let marker = walk.spinney.folder().join(step);
+    walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
+    // The next command starts one that knows the step.
+    walk.spinney.kill_daemon();
     let mut blow = |walk: &Walk, command: &mut Underway, port: &Path| {
-        if command.reaches(phase) {
-            command.interrupt();
-            walk.ticks_within(port, SOON)?;
+        while !marker.exists() {
+            thread::sleep(Duration::from_millis(5));
         }
-        Ok::<(), Violation>(())
+        command.interrupt();
+        // Until the daemon has heard of it.
+        thread::sleep(Duration::from_millis(500));
+        fs::remove_file(&marker).unwrap();
+        walk.ticks_within(port, SOON)
     };
-    for attempt in 0..ATTEMPTS {
-        let words = words.replace('#', &attempt.to_string());
-        let (happened, ended) = walk.cut_short(&words, to, &mut blow).unwrap();
-        if happened {
-            assert_eq!(ended.code, Some(0), "{ended:?}");
-            continue;
-        }
-        assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
-        assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
-        let log = walk.spinney.ok("op log -n 1").unwrap();
-        assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
-        return;
-    }
-    panic!("{words}: over before it could be interrupted, {ATTEMPTS} times");
+    let (happened, ended) = walk.cut_short(words, to, &mut blow).unwrap();
+    assert!(!happened, "{words}");
+    assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
+    assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
+    let log = walk.spinney.ok("op log -n 1").unwrap();
+    assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
 }
 
 #[test]
@@ -43,9 +43,11 @@ fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     {
         walk.play(card).unwrap();
     }
-    interrupt(&mut walk, &format!("take {NAME} stop-# --mode stop-copy"), None, "saving memory");
-    interrupt(&mut walk, &format!("take {NAME} pre-# --mode pre-copy"), None, "saving memory");
-    interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "loading memory");
+    interrupt(&mut walk, &format!("take {NAME} stop --mode stop-copy"), None, "take.memory");
+    interrupt(&mut walk, &format!("take {NAME} pre --mode pre-copy"), None, "take.memory");
+    interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
+    walk.spinney.set("SPINNEY_CRASH", "");
+    walk.spinney.kill_daemon();
     println!("{}", walk.history.join("\n"));
     // All of it still works.
     for card in [Card::TakePreCopy, Card::Back, Card::Undo] {

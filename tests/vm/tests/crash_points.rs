@@ -1,0 +1,130 @@
+//! The daemon dies, or is stopped, after each step of a take and of a goto. The guest ticks again without any new command: when the
+//! daemon is gone the warden lets it go on and starts the next daemon, when it is stopped the warden waits for a sign of life first.
+//! Afterwards the tree is the old one or the new one.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use vm_tests::guest::Guest;
+use vm_tests::harness::Spinney;
+use vm_tests::underway::Underway;
+use vm_tests::walk::{Card, NAME, Violation, Walk};
+
+const TAKE: &[&str] = &[
+    "take.overlays",
+    "take.announced",
+    "take.memory",
+    "take.read",
+    "take.switched",
+    "take.resumed",
+    "take.written",
+];
+const GOTO: &[&str] = &["goto.memory", "goto.loaded", "goto.still", "goto.decided", "goto.ended"];
+
+/// How soon a guest ticks whose daemon is gone.
+const DEAD: Duration = Duration::from_secs(4);
+/// How soon a guest ticks whose daemon is stopped: three seconds without a sign of life, and what it takes to mend.
+const STOPPED: Duration = Duration::from_secs(8);
+
+#[test]
+fn no_guest_stands_still_because_the_daemon_died_in_a_take() {
+    through(TAKE, "kill", DEAD);
+}
+
+#[test]
+fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_take() {
+    through(TAKE, "stop", STOPPED);
+}
+
+#[test]
+fn no_guest_stands_still_because_the_daemon_died_in_a_goto() {
+    through(GOTO, "kill", DEAD);
+}
+
+#[test]
+fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_goto() {
+    through(GOTO, "stop", STOPPED);
+}
+
+/// The check itself: without the warden it has to find a guest that stands still.
+#[test]
+fn without_the_warden_a_guest_does_stand_still() {
+    let mut spinney = Spinney::new();
+    spinney.set("SPINNEY_FAULT", "no-warden");
+    let mut walk = Walk::begin(spinney, 7, 64).unwrap();
+    walk.play(Card::TakeStopCopy).unwrap();
+    for how in ["kill", "stop"] {
+        let marker = walk.spinney.folder().join(how);
+        walk.spinney.set("SPINNEY_CRASH", &format!("goto.still {how} {}", marker.display()));
+        walk.spinney.kill_daemon();
+        let command = walk.spinney.under_way(&format!("goto {NAME}@s1"));
+        while !marker.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(ticks_somewhere(&walk.spinney, STOPPED).is_err(), "{how}: who let it go on?");
+        walk.spinney.kill_daemon();
+        command.end();
+        walk.spinney.ok("ls").unwrap();
+        ticks_somewhere(&walk.spinney, DEAD).unwrap();
+    }
+}
+
+fn through(steps: &[&str], how: &str, limit: Duration) {
+    let mut walk = Walk::begin(Spinney::new(), 7, 64).unwrap();
+    for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::Writer, Card::LogRate] {
+        walk.play(card).unwrap();
+    }
+    let (mut there, mut back) = (0, 0);
+    for step in steps {
+        walk.play(Card::Mutate).unwrap();
+        let marker = walk.spinney.folder().join(step);
+        walk.spinney.set("SPINNEY_CRASH", &format!("{step} {how} {}", marker.display()));
+        // The next command starts one that knows the step.
+        walk.spinney.kill_daemon();
+        walk.spinney.ok("ls").unwrap();
+        let daemon = walk.spinney.daemon().expect("a daemon");
+        let goto = step.starts_with("goto");
+        let words =
+            if goto { format!("goto {NAME}@s1") } else { format!("take {NAME} {step} --mode stop-copy") };
+        let mut blow = |walk: &Walk, _: &mut Underway, _: &Path| {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !marker.exists() {
+                assert!(Instant::now() < deadline, "{step} was not reached");
+                thread::sleep(Duration::from_millis(5));
+            }
+            let began = Instant::now();
+            let ticked = ticks_somewhere(&walk.spinney, limit);
+            println!("{step} {how}: ticked after {:?}", began.elapsed());
+            // One that was ended meanwhile does not hear it.
+            let _ =
+                i32::try_from(daemon).ok().and_then(Pid::from_raw).map(|pid| kill_process(pid, Signal::CONT));
+            ticked
+        };
+        let (happened, _) = walk
+            .cut_short(&words, goto.then_some(0), &mut blow)
+            .unwrap_or_else(|violation| panic!("{how} at {step}: {violation}"));
+        if happened { there += 1 } else { back += 1 }
+    }
+    println!("{how}: {there} had happened, {back} were taken back");
+    walk.end().unwrap();
+}
+
+/// Waits until a guest's counter moves, whichever process it is in.
+fn ticks_somewhere(spinney: &Spinney, limit: Duration) -> Result<(), Violation> {
+    let deadline = Instant::now() + limit;
+    let moment = Duration::from_millis(500);
+    while Instant::now() < deadline {
+        for run in spinney.runs() {
+            let Ok(mut guest) = Guest::connect(&run.join("test"), moment) else { continue };
+            guest.set_timeout(moment);
+            let Ok(first) = guest.counter() else { continue };
+            thread::sleep(Duration::from_millis(50));
+            if guest.counter().is_ok_and(|now| now > first) {
+                return Ok(());
+            }
+        }
+    }
+    Err(Violation::Wrong(format!("no guest ticked within {limit:?}")))
+}
