@@ -97,7 +97,8 @@ impl Config {
             qemu: self.qemu.as_ref().map(|setting| setting.value.clone()),
             qemu_img: self.qemu_img.as_ref().map(|setting| setting.value.clone()),
             accel: self.accel.as_ref().map(|setting| setting.value.clone()),
-            warden: std::env::current_exe().ok(),
+            // Whatever has become of our file since: an update has replaced it, a build has removed it.
+            warden: Some(PathBuf::from("/proc/self/exe")),
         }
     }
 }

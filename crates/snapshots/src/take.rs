@@ -246,7 +246,7 @@ impl Engine {
             step("goto.still");
             return Ok(Captured { memory: Some(memory), pause_us: None, saved, still: Some(armed) });
         }
-        let (saved, blocks) = ingest(session.as_ref(), cx, |sink| {
+        let read = ingest(session.as_ref(), cx, |sink| {
             let held = save::read(&running.qmp, mode, sink, &cx.cancel, &progress).map_err(save_error)?;
             let mut at_end = || {
                 step("take.read");
@@ -256,10 +256,11 @@ impl Engine {
                 Ok(())
             };
             held.go_on(&mut at_end).map_err(save_error)
-        })?;
-        // If the guest was let go on before the disks were switched, they are ahead of its memory.
+        });
+        // If the guest was let go on before the disks were switched, they are ahead of its memory; and that is why it failed, if it did.
         step("take.resumed");
         armed.disarm().map_err(too_late)?;
+        let (saved, blocks) = read?;
         cx.phase("making it durable", 0);
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
         let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);

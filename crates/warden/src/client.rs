@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -220,6 +221,7 @@ impl How {
         let (ours, theirs) = UnixStream::pair()?;
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut child = Command::new(&self.executable)
+            .arg0("spinney")
             .arg("--state")
             .arg(&self.state)
             .arg("warden")

@@ -3,6 +3,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -166,6 +167,7 @@ impl Rescues {
 fn start_daemon(executable: &Path, state: &Path) -> io::Result<()> {
     tracing::info!("the next daemon is started");
     Command::new(executable)
+        .arg0("spinney")
         .arg("--state")
         .arg(state)
         .args(["serve", "--detached"])

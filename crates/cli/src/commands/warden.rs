@@ -1,5 +1,7 @@
 //! `warden`: keeps deadlines for the daemon, which starts it. Not for people.
 
+use std::path::Path;
+
 use server::Problem;
 use server::snapshots::Code;
 
@@ -8,6 +10,5 @@ use crate::session::Session;
 pub(crate) fn run(session: &Session) -> Result<(), Problem> {
     server::start_helper();
     let failed = |error: std::io::Error| Problem::new(Code::Failed, "the warden ended").because(&error);
-    let executable = std::env::current_exe().map_err(failed)?;
-    warden::process::run(&executable, &session.config.state.value).map_err(failed)
+    warden::process::run(Path::new("/proc/self/exe"), &session.config.state.value).map_err(failed)
 }
