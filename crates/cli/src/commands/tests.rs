@@ -11,7 +11,7 @@ fn reference(command: &mut clap::Command, path: &str, out: &mut String) {
     out.push_str(&format!("===== {path}\n{}\n\n", lines.join("\n").trim_end()));
     for sub in command.get_subcommands_mut() {
         let name = sub.get_name().to_owned();
-        if name != "help" {
+        if name != "help" && !sub.is_hide_set() {
             reference(sub, &format!("{path} {name}"), out);
         }
     }
