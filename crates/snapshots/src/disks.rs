@@ -70,11 +70,10 @@ impl Engine {
     fn check_layer(&self, machine: &str, disk: &str, row: &LayerRow) -> Result<()> {
         let path = self.layer_file(row);
         let found = stamp(&path).map_err(|error| {
-            Error::new(
-                Code::Damaged,
-                format!("a layer of {disk} of {machine} is missing: {}", path.display()),
-            )
-            .because(error)
+            let what = if row.stamp.is_some() { "the image under" } else { "a layer of" };
+            Error::new(Code::Damaged, format!("{what} {disk} of {machine} is missing: {}", path.display()))
+                .because(error)
+                .hint("put the file back where it was: nothing else is lost")
         })?;
         if let Some(known) = row.stamp
             && known != found

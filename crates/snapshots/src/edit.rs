@@ -50,6 +50,10 @@ impl Engine {
                     return Err(snapshot_name_taken(&target.name, &name));
                 }
                 let note = edit.note.unwrap_or_else(|| old.note.clone());
+                if name != old.name {
+                    // Who gives it a name wants to keep it: no later goto takes it away.
+                    SnapshotRow::promote(tx, &old.id)?;
+                }
                 SnapshotRow::set_text(tx, &old.id, &name, &note, edit.keep.unwrap_or(old.keep))?;
                 OpRow::finish(tx, &cx.id, Some(undo))?;
                 Ok(format!("{}@{name}", target.name))

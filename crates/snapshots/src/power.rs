@@ -252,7 +252,9 @@ fn press_and_wait(
                 return Ok(());
             }
             let seconds = timeout.as_secs();
-            let message = format!("{target} did not power off within {seconds} s; it goes on as before");
+            let message = format!(
+                "{target} did not power off within {seconds} s; it was asked to, and may still do so"
+            );
             return Err(Error::new(Code::TimedOut, message).hint(format!(
                 "`spinney stop {target} --kill` cuts the power when the guest ignores the button"
             )));

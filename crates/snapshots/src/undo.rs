@@ -1,8 +1,8 @@
 //! `undo`: one more operation that takes an earlier one back. And the log.
 //!
 //! Every operation that can be undone leaves an [`Act`] in the journal. Carrying it out gives the act that would take that back
-//! in turn: so an undo can be undone, by its id, and what it had taken back is done again. `undo` without an id passes undos over:
-//! asked again it goes further back.
+//! in turn: so an undo can be undone, by its id, and what it had taken back is done again (a redo, which can be undone like what it
+//! did). `undo` without an id passes undos over: asked again it goes further back.
 
 use rusqlite::Transaction;
 use serde_json::json;
@@ -32,17 +32,15 @@ impl Engine {
         self.catalog.read(|tx| OpRow::by_id(tx, id)).map(operation)
     }
 
-    /// Takes back operation `id`, or the last one that can be and is not an undo.
-    pub fn undo(&self, cx: &Context, id: Option<&str>) -> Result<Undone> {
-        let op = self.catalog.read(|tx| match id {
-            Some(id) => OpRow::by_id(tx, id),
-            None => {
-                let mut all = OpRow::newest(tx, LOOK_BACK)?.into_iter();
-                all.find(|op| is_undoable(op) && op.undid().is_none()).ok_or_else(|| {
-                    Error::new(Code::NotFound, "there is nothing to undo")
-                        .hint("`spinney op log` shows what was done")
-                })
-            }
+    /// Takes an operation back: the one with this id; the last of the machine with this name; or, without either, the last of the
+    /// machine that was worked on last.
+    pub fn undo(&self, cx: &Context, what: Option<&str>) -> Result<Undone> {
+        let op = self.catalog.read(|tx| match what {
+            None => last_undoable(tx, None),
+            Some(what) => match TargetRow::by_name(tx, what) {
+                Ok(row) => last_undoable(tx, Some(row.id)),
+                Err(_) => OpRow::by_id(tx, what),
+            },
         })?;
         undoable(&op)?;
         let _guard = op.target.as_ref().map(|id| self.locks.acquire(id, "undo", cx)).transpose()?;
@@ -57,7 +55,7 @@ impl Engine {
             act => self.undo_in_catalog(cx, &op, act)?,
         }
         let redone = first.is_some();
-        let operation = first.as_ref().unwrap_or(&op).title();
+        let operation = first.as_ref().map_or_else(|| op.title(), again);
         Ok(Undone { operation, redone, again: (!redone).then(|| cx.id.clone()) })
     }
 
@@ -66,12 +64,19 @@ impl Engine {
             let row = self.catalog.read(|tx| TargetRow::by_id(tx, id))?;
             self.needs_no_process(&self.find_again(row, false)?)?;
         }
-        self.journaled(cx, "undo", &op.title(), op.target.as_deref(), &json!({}), || {
+        let (kind, subject) = self.entry_of(op)?;
+        self.journaled(cx, kind, &subject, op.target.as_deref(), &json!({}), || {
             self.catalog.write(|tx| {
                 let back = carry_out(tx, act)?;
                 op.taken_back(tx, &cx.id, Some(back))
             })
         })
+    }
+
+    /// Kind and subject of the journal's entry for taking an operation back: an undo that is taken back is a redo.
+    fn entry_of(&self, op: &OpRow) -> Result<(&'static str, String)> {
+        let Some(first) = op.undid() else { return Ok(("undo", op.title())) };
+        Ok(("redo", again(&self.catalog.read(|tx| OpRow::by_id(tx, first))?)))
     }
 
     /// Goes to the undo point that the goto kept.
@@ -86,10 +91,40 @@ impl Engine {
                 .hint("undo its removal first; `spinney op log` has its id"));
         }
         let row = self.find_again(row, false)?;
-        let purpose = Purpose { kind: "undo", subject: op.title(), undoes: Some(op) };
+        let (kind, subject) = self.entry_of(op)?;
+        let purpose = Purpose { kind, subject, undoes: Some(op) };
         self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)?;
         Ok(())
     }
+}
+
+/// What `undo` without an id takes back. Undos themselves are passed over, and what was rolled back; but what cannot be taken back
+/// is not: whoever wants to undo that would get something older.
+fn last_undoable(tx: &Transaction<'_>, mut target: Option<String>) -> Result<OpRow> {
+    for op in OpRow::newest(tx, LOOK_BACK)? {
+        let changes = matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "undo" | "redo");
+        if !changes || op.target.is_none() || target.as_ref().is_some_and(|id| op.target.as_ref() != Some(id))
+        {
+            continue;
+        }
+        target.clone_from(&op.target);
+        if op.state == OpState::Done && op.kind != "undo" {
+            return match &op.undo {
+                Some(_) => Ok(op),
+                None => Err(Error::new(
+                    Code::Refused,
+                    format!("nothing is kept to take {} back with", op.title()),
+                )
+                .hint("what was before it can be taken back by its id; `spinney op log` has that")),
+            };
+        }
+    }
+    Err(Error::new(Code::NotFound, "there is nothing to undo").hint("`spinney op log` shows what was done"))
+}
+
+/// An operation that is done again, in words: "take web@before", however often that was.
+fn again(first: &OpRow) -> String {
+    if first.kind == "redo" { first.subject.clone() } else { first.title() }
 }
 
 fn is_undoable(op: &OpRow) -> bool {

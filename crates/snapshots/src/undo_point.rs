@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::catalog::{SnapshotRow, TargetRow, now};
+use crate::catalog::{OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -44,11 +44,11 @@ impl Engine {
         self.capture(cx, &job, old, &[], began)
     }
 
-    /// "undo-N", counted apart from the names that people see. One that was removed keeps its name: `undo` may bring it back.
+    /// "undo-N". N is the number of gotos and undos so far: a number that was shown once never means another state.
     fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
         self.catalog.read(|tx| {
-            let all = SnapshotRow::undo_points(tx, &row.id)?;
-            let mut number = all.len() + 1;
+            let all = SnapshotRow::of_target(tx, &row.id)?;
+            let mut number = OpRow::count(tx, &row.id, &["goto", "undo", "redo"])?;
             while all.iter().any(|s| s.name == format!("undo-{number}")) {
                 number += 1;
             }

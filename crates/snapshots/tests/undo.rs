@@ -5,7 +5,7 @@ mod lab;
 use std::path::PathBuf;
 use std::process::Command;
 
-use snapshots::{Code, Context, Edit, OpState, Operation};
+use snapshots::{Code, Context, Edit, GotoPower, Operation, TakeOptions};
 
 use lab::{DISK, Lab, layers};
 
@@ -40,21 +40,61 @@ fn a_take_is_undone_and_done_again() {
     for _ in 0..2 {
         let id = undo(&lab);
         assert_eq!((lab.names(), here(&lab).as_deref()), (vec!["one".into()], Some("one")));
-        assert_eq!(last(&lab, "take").state, OpState::Undone);
         redo(&lab, &id);
         assert_eq!((lab.names().len(), here(&lab).as_deref()), (2, Some("two")));
-        assert_eq!(last(&lab, "take").state, OpState::Done);
+        assert_eq!(last(&lab, "redo").subject, "take m@two");
         let error = lab.engine().undo(&Context::new(), Some(&id)).unwrap_err();
         assert_eq!(error.code(), Code::Refused, "an undo is undone once: {error}");
     }
     assert!(lab.holds(0, 2), "here was not touched");
-    lab.goto("two", true);
-    assert!(lab.holds(0, 1));
-    // The goto threw something away and is passed over; then take after take, as far as there are any.
     undo(&lab);
     undo(&lab);
-    assert!(lab.names().is_empty());
+    assert!(lab.names().is_empty(), "take after take, as far as there are any");
     assert_eq!(lab.engine().undo(&Context::new(), None).unwrap_err().code(), Code::NotFound);
+}
+
+#[test]
+fn what_threw_something_away_is_not_passed_over() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.goto("one", false);
+    lab.goto("one", true);
+    let error = lab.engine().undo(&Context::new(), None).unwrap_err();
+    assert_eq!(error.code(), Code::Refused, "the goto before is not what was meant: {error}");
+}
+
+#[test]
+fn undo_is_about_one_machine() {
+    let lab = Lab::new();
+    lab.create("m", vec![]);
+    lab.create("other", vec![]);
+    lab.take("one");
+    lab.engine().take(&Context::new(), "other", TakeOptions::default()).unwrap();
+    undo(&lab);
+    let error = lab.engine().undo(&Context::new(), None).unwrap_err();
+    assert_eq!(error.code(), Code::NotFound, "m was not worked on last: {error}");
+    assert_eq!(lab.names(), ["one"]);
+    lab.engine().undo(&Context::new(), Some("m")).unwrap();
+    assert!(lab.names().is_empty());
+}
+
+#[test]
+fn an_undo_point_that_gets_a_name_is_a_snapshot_and_numbers_are_not_given_twice() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.goto("one", false);
+    let edit = Edit { name: Some("precious".into()), ..Edit::default() };
+    lab.engine().edit(&Context::new(), "m@undo-1", edit).unwrap();
+    let mut names = vec![];
+    for _ in 0..8 {
+        let report = lab.engine().goto(&Context::new(), "m@one", GotoPower::Recorded, false).unwrap();
+        names.push(report.undo_point.unwrap().name);
+        lab.engine().gc(&Context::new(), true, false).unwrap();
+    }
+    assert_eq!(names, ["undo-2", "undo-3", "undo-4", "undo-5", "undo-6", "undo-7", "undo-8", "undo-9"]);
+    assert_eq!(lab.names(), ["one", "precious"]);
 }
 
 #[test]

@@ -103,7 +103,7 @@ fn print(session: &Session, report: &GotoReport, took_us: u64, was_on: bool) {
     }
     session.out.line(line(report, took_us, was_on));
     if let Some(why) = &report.in_place {
-        session.out.note(format_args!("the machine had to end before it could start again: {why}"));
+        session.out.note(format_args!("ended first, because it cannot be there twice: {why}"));
     }
     if let Some(undo) = &report.undo_point {
         session.out.note(format_args!(

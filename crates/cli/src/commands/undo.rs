@@ -9,12 +9,13 @@ use crate::session::Session;
 
 /// Take an operation back
 ///
-/// The last one that can be, or the one whose id `spinney op log` shows: a take, goto, rm or edit. Asked again it goes further
-/// back. An undo is one more operation of the log, and can be undone by its id.
+/// A take, goto, rm or edit: the last one of the machine that was worked on last, the last one of a machine, or the one whose id
+/// `spinney op log` shows. Asked again it goes further back. An undo is one more operation of the log, and can be undone by its id.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  spinney undo\n  spinney undo 3f2a8c01d2e4b596")]
+#[command(after_help = "Examples:\n  spinney undo\n  spinney undo web\n  spinney undo 3f2a8c01d2e4b596")]
 pub(crate) struct Args {
-    /// Operation [default: the last that can be taken back]
+    /// Operation or machine [default: the machine that was worked on last]
+    #[arg(value_name = "ID|MACHINE")]
     id: Option<String>,
 }
 

@@ -36,7 +36,8 @@ pub struct GcRequest {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct UndoRequest {
-    /// The operation to take back; the last one that can be, if left out.
+    /// The operation to take back, by its id; or a machine, whose last one is meant. If left out, the last one of the machine that
+    /// was worked on last.
     pub id: Option<String>,
 }
 

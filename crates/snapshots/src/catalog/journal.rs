@@ -170,17 +170,15 @@ impl OpRow {
     }
 
     /// Writes that operation `by` is done and took this one back; `back` would take `by` back in turn. If this one was an undo
-    /// itself, what it had taken back is done again, and can be undone like at first.
+    /// itself, `by` does again what it had taken back, and can be undone like that.
     pub(crate) fn taken_back(&self, tx: &Transaction<'_>, by: &str, back: Option<Act>) -> Result<()> {
         tx.execute(
             "UPDATE operations SET state = ?2 WHERE id = ?1",
             params![self.id, to_json(&OpState::Undone)?],
         )?;
         match self.undid() {
-            Some(first) => {
-                Self::done(tx, first, back.map(|act| Inverse { act, undid: None }).as_ref())?;
-                Self::done(tx, by, None)
-            }
+            // Done again just now, and so the first to be undone next.
+            Some(_) => Self::done(tx, by, back.map(|act| Inverse { act, undid: None }).as_ref()),
             None => {
                 let undid = Some(self.id.clone());
                 Self::done(tx, by, back.map(|act| Inverse { act, undid }).as_ref())
@@ -201,6 +199,16 @@ impl OpRow {
         let mut query = tx.prepare("SELECT * FROM operations ORDER BY seq DESC LIMIT ?1")?;
         let rows = query.query_map([limit as u64], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
         Ok(rows)
+    }
+
+    /// How many operations of these kinds a target has seen.
+    pub(crate) fn count(tx: &Transaction<'_>, target: &str, kinds: &[&str]) -> Result<u64> {
+        let mut sum = 0;
+        for kind in kinds {
+            let sql = "SELECT count(*) FROM operations WHERE target = ?1 AND kind = ?2";
+            sum += tx.query_row(sql, [target, kind], |row| row.get::<_, u64>(0))?;
+        }
+        Ok(sum)
     }
 
     /// All operations that can be undone, newest first.

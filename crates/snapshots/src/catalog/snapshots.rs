@@ -190,6 +190,12 @@ impl SnapshotRow {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
+    /// Makes an ordinary snapshot of an undo point.
+    pub(crate) fn promote(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("UPDATE snapshots SET undo_point = 0 WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
     /// Changes name, note and keep.
     pub(crate) fn set_text(tx: &Transaction<'_>, id: &str, name: &str, note: &str, keep: bool) -> Result<()> {
         tx.execute(

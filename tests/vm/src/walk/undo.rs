@@ -23,11 +23,12 @@ impl Walk {
         if let Inverse::Take(index, _) = inverse
             && self.model.nodes[index].protected
         {
-            self.refused("undo", 4, "protected")?;
+            self.refused(&format!("undo {id}"), 4, "protected")?;
             self.unprotect_one(index)?;
         }
         let begun = Instant::now();
-        self.spinney.ok("undo")?;
+        // By its id: without one `undo` does not pass a goto that threw something away.
+        self.spinney.ok(&format!("undo {id}"))?;
         match inverse {
             Inverse::Take(index, parent) => {
                 self.model.nodes[index].removed = true;
