@@ -42,7 +42,7 @@ unit:
 # The executable under test has planted faults built in; they do nothing unless a test asks for one.
 vm: guest old-qemu
 	$(CARGO) build --locked -p spinney --features faults
-	SPINNEY_BIN=$(TARGET)/debug/spinney $(CARGO) test --locked -p spinney-vm-tests -- --test-threads=1
+	SPINNEY_BIN=$(TARGET)/debug/spinney $(CARGO) test --locked --no-fail-fast -p spinney-vm-tests -- --test-threads=1
 
 bench: guest build
 	SPINNEY_BIN=$(TARGET)/release/spinney $(CARGO) run --release --locked -p spinney-bench

@@ -67,7 +67,7 @@ fn names_that_are_unknown_taken_or_impossible() {
     fails_with(&spinney, &["create", "a b"], USAGE, &["a b"]);
     fails_with(&spinney, &["create", ""], USAGE, &["name"]);
     fails(&spinney, "rm web@", USAGE, &["web@", "web@~1"]);
-    fails(&spinney, "goto web", USAGE, &["web", "web@NAME"]);
+    fails(&spinney, "goto web", USAGE, &["web", "web@SNAP"]);
     fails(&spinney, "take web@base", USAGE, &["web@base"]);
     fails_with(&spinney, &["take", "web", "-m", &"x".repeat(5000)], USAGE, &["5000", "4096"]);
     fails(&spinney, "undo 0123456789abcdef", NOT_FOUND, &["0123456789abcdef"]);
