@@ -29,6 +29,7 @@ use crate::context::Context;
 use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::memory::check_readable;
 use crate::running::{Running, check_host_memory};
 use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped};
 use crate::take::{STILL_LIMIT, micros, point_here_at, too_late};
@@ -189,6 +190,13 @@ impl Engine {
         // Better no goto than one that ends a machine and cannot start the next.
         check_host_memory(swap.snapshot.config.memory, old.process.memory().unwrap_or(0))?;
         tracing::info!(target = row.name, error = %why, causes = ?why.causes(), "goto in place");
+        // What cannot be read is found out while there still is a machine.
+        let check = |snapshot: &SnapshotRow| {
+            cx.phase("checking memory", 0);
+            let memory = snapshot.memory.as_ref();
+            memory.map_or(Ok(()), |memory| check_readable(self.store.as_ref(), memory, cx))
+        };
+        check(swap.snapshot)?;
         // The disks of the machine that is off: nothing writes to what the undo point freezes. Made before anything stands still.
         let spare = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
@@ -201,6 +209,8 @@ impl Engine {
             let still = point.still.take().map_or_else(|| self.arm(old, false), Ok)?;
             still.hold(STILL_LIMIT).map_err(too_late)?;
             still.during(STILL_LIMIT, || {
+                // A page that it shares with others may have been damaged long ago.
+                check(&point.row)?;
                 let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
                 self.catalog.write(|tx| {
                     point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;

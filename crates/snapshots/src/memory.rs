@@ -190,6 +190,29 @@ pub(crate) fn read_state(store: &dyn PageStore, memory: &Memory) -> Result<Devic
         .map_err(|error| Error::new(Code::Damaged, "a snapshot's device state cannot be read").because(error))
 }
 
+/// Reads all of a snapshot's memory, and checks it on the way: for whoever is about to depend on it.
+pub(crate) fn check_readable(store: &dyn PageStore, memory: &Memory, cx: &Context) -> Result<()> {
+    read_state(store, memory)?;
+    let mut names = vec![PageHash::ZERO; BATCH_PAGES];
+    let mut bytes = vec![0; BATCH_PAGES * PAGE_SIZE];
+    for (_, root) in &memory.blocks {
+        let mut page = 0;
+        while page < root.pages {
+            let count = BATCH_PAGES.min(usize::try_from(root.pages - page).unwrap_or(BATCH_PAGES));
+            let names = &mut names[..count];
+            store.map_range(root, page, names)?;
+            for run in names.chunk_by(|a, b| (*a == PageHash::ZERO) == (*b == PageHash::ZERO)) {
+                if run.first() != Some(&PageHash::ZERO) {
+                    store.read(run, &mut bytes[..run.len() * PAGE_SIZE])?;
+                }
+            }
+            cx.check()?;
+            page += count as u64;
+        }
+    }
+    Ok(())
+}
+
 /// Writes a snapshot's whole state as a stream that QEMU loads.
 pub(crate) fn feed(
     store: &dyn PageStore,

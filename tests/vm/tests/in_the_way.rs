@@ -50,7 +50,7 @@ fn text(value: &serde_json::Value) -> &str {
 }
 
 #[test]
-fn the_old_machine_ends_first_and_comes_back_if_the_new_one_cannot_be_loaded() {
+fn the_old_machine_ends_first_and_never_for_a_snapshot_that_cannot_be_read() {
     let spinney = Spinney::new();
     create(&spinney, free_port());
     spinney.ok("start m").unwrap();
