@@ -70,15 +70,15 @@ fn accel_check(settings: &Settings, qemu: &Qemu) -> Check {
         Some((_, Some(Accel::Tcg))) => {
             return check("accelerator", CheckLevel::Good, "tcg (emulation), as configured".into(), None);
         }
-        Some((_, Some(Accel::Kvm))) => {
-            if let (Accel::Tcg, why) = accel::probe(qemu) {
-                let found = format!("kvm, as configured, cannot be used: {why}");
-                return check("accelerator", CheckLevel::Missing, found, Some("leave it out, or write tcg"));
-            }
-        }
-        None => {}
+        Some((_, Some(Accel::Kvm))) | None => {}
     }
     match accel::probe(qemu) {
+        (Accel::Tcg, why) if wanted.is_some() => check(
+            "accelerator",
+            CheckLevel::Missing,
+            format!("kvm, as configured, cannot be used: {why}"),
+            Some("leave it out, or write tcg"),
+        ),
         (Accel::Kvm, why) => check("accelerator", CheckLevel::Good, format!("kvm: {why}"), None),
         (Accel::Tcg, why) => check(
             "accelerator",

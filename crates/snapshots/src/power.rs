@@ -177,6 +177,7 @@ impl Engine {
         })?;
         self.machine_by_id(&row.id)
     }
+
     /// Cuts the power.
     pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "kill")?;

@@ -142,7 +142,7 @@ pub struct Snapshot {
     pub memory_bytes: u64,
     /// Bytes it added to the page store.
     pub stored_bytes: u64,
-    /// Bytes of the disk layers that it froze: what was written since the snapshot before.
+    /// Bytes of the disk layers that its parent does not have: what was written since.
     pub disk_bytes: u64,
     /// Pages by cause.
     pub saved: pages::Saved,

@@ -170,6 +170,11 @@ impl Spinney {
 
     /// Creates a machine that is the test guest, off. `mib` is its memory.
     pub fn create_guest(&self, name: &str, mib: u64) -> Result<Value, Failed> {
+        self.create_guest_with(name, mib, &[])
+    }
+
+    /// The same, with more words for QEMU.
+    pub fn create_guest_with(&self, name: &str, mib: u64, qemu: &[&str]) -> Result<Value, Failed> {
         let guest = cache().join("guest");
         let file = |name: &str| guest.join(name).display().to_string();
         let append =
@@ -182,7 +187,8 @@ impl Spinney {
         words.extend(["--append".to_owned(), format!("{} init_on_free=1", append.trim())]);
         // In the run folder, so that the QEMU that a goto starts beside the old one has a socket of its own.
         let port = guest_port_args(Path::new("{run}/test"));
-        words.extend(port.into_iter().map(|word| format!("--qemu-arg={word}")));
+        let more = qemu.iter().map(|word| (*word).to_owned());
+        words.extend(port.into_iter().chain(more).map(|word| format!("--qemu-arg={word}")));
         self.run(words).done()
     }
 

@@ -2,27 +2,16 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::Path;
 use std::time::Duration;
 
-use vm_tests::guest::{Guest, guest_port_args};
-use vm_tests::harness::{Spinney, cache, kill};
+use vm_tests::guest::Guest;
+use vm_tests::harness::{Spinney, kill};
 
 /// A machine that forwards a port of the host's to itself.
 fn create(spinney: &Spinney, port: u16) {
-    let guest = cache().join("guest");
-    let file = |name: &str| guest.join(name).display().to_string();
-    let append = fs::read_to_string(guest.join("cmdline")).expect("the test guest (`make guest` makes it)");
-    let mut words = ["create", "m", "--network", "none", "--memory", "128M"].map(str::to_owned).to_vec();
-    let files = [("--kernel", "vmlinuz"), ("--initrd", "initrd.img"), ("--disk", "data.img")];
-    words.extend(files.iter().flat_map(|(option, name)| [(*option).to_owned(), file(name)]));
-    words.extend(["--append".to_owned(), append.trim().to_owned()]);
     let forward = format!("user,id=fwd,hostfwd=tcp:127.0.0.1:{port}-:22");
-    let card = ["-netdev", &forward, "-device", "virtio-net-pci,netdev=fwd"].map(str::to_owned);
-    for word in guest_port_args(Path::new("{run}/test")).into_iter().chain(card) {
-        words.push(format!("--qemu-arg={word}"));
-    }
-    spinney.run(words).done().unwrap();
+    let card = ["-netdev", &forward, "-device", "virtio-net-pci,netdev=fwd"];
+    spinney.create_guest_with("m", 128, &card).unwrap();
 }
 
 /// A port that nobody has at this moment.

@@ -154,7 +154,7 @@ impl OpRow {
 
     fn done(tx: &Transaction<'_>, id: &str, undo: Option<&Inverse>) -> Result<()> {
         tx.execute(
-            "UPDATE operations SET state = ?2, undo = ?3, ended = coalesce(ended, ?4) WHERE id = ?1",
+            "UPDATE operations SET state = ?2, undo = ?3, ended = ?4 WHERE id = ?1",
             params![id, to_json(&OpState::Done)?, undo.map(to_json).transpose()?, now().as_millisecond()],
         )?;
         Ok(())
@@ -176,14 +176,9 @@ impl OpRow {
             "UPDATE operations SET state = ?2 WHERE id = ?1",
             params![self.id, to_json(&OpState::Undone)?],
         )?;
-        match self.undid() {
-            // Done again just now, and so the first to be undone next.
-            Some(_) => Self::done(tx, by, back.map(|act| Inverse { act, undid: None }).as_ref()),
-            None => {
-                let undid = Some(self.id.clone());
-                Self::done(tx, by, back.map(|act| Inverse { act, undid }).as_ref())
-            }
-        }
+        // What is done again just now is the first to be undone next, like any other operation.
+        let undid = self.undid().is_none().then(|| self.id.clone());
+        Self::done(tx, by, back.map(|act| Inverse { act, undid }).as_ref())
     }
 
     /// One operation.

@@ -35,7 +35,7 @@ pub(crate) struct Facts {
     pub(crate) pause_us: Option<u64>,
     pub(crate) took_us: u64,
     pub(crate) memory_bytes: u64,
-    /// Allocated bytes of the layers that it froze.
+    /// Allocated bytes of the layers that it has and its parent has not.
     #[serde(default)]
     pub(crate) disk_bytes: u64,
     pub(crate) saved: Saved,
