@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use jiff::Timestamp;
-use server::snapshots::{Mode, Power, Snapshot, Tree};
+use server::snapshots::{Mode, Power, Snapshot, SnapshotState, Tree};
 
 use crate::output::{ago, bytes, cut, plain, room, span};
 
@@ -100,7 +100,9 @@ impl<'a> Drawing<'a> {
     }
 
     fn line(&self, label: String, s: &Snapshot) -> Line {
-        let words = [(s.undo_point, "undo point"), (s.protected, "protected"), (s.keep, "kept")];
+        let saving = s.state == SnapshotState::Saving;
+        let words =
+            [(saving, "saving"), (s.undo_point, "undo point"), (s.protected, "protected"), (s.keep, "kept")];
         Line {
             label,
             cells: vec![

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use server::Problem;
-use server::client::{Client, Method};
+use server::client::{Client, Method, Until};
 use server::operations::OperationView;
 use server::snapshots::Code;
 
@@ -70,13 +70,25 @@ impl Session {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<T, Problem> {
+        self.operate_until(Until::Ended, client, method, path, body)
+    }
+
+    /// As [`Self::operate`], but may leave before the end.
+    pub(crate) fn operate_until<T: DeserializeOwned>(
+        &self,
+        until: Until,
+        client: &Client,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Problem> {
         let progress = Progress::new(self.out);
         let watch = Interrupts::watch(client.clone(), self.ended.clone(), progress.voice());
         let result = client.ask(method, path, body).and_then(|started: OperationView| {
             watch.follow(&started);
             let (kind, subject) = (started.kind.clone(), started.subject.clone());
             self.out.detail(format_args!("operation {} {kind} {subject}", started.id));
-            client.follow(started, |view| progress.show(view)).map_err(|problem| match problem.code {
+            client.follow(started, until, |view| progress.show(view)).map_err(|problem| match problem.code {
                 Code::Interrupted => Problem { detail: outcome(&kind, &subject), ..problem },
                 _ => problem,
             })

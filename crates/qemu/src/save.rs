@@ -104,6 +104,18 @@ pub enum SaveError {
     /// The guest stood still for too long, because its pages were not taken fast enough.
     #[error("the guest stood still for {} s, and was let go on", PAUSE_LIMIT.as_secs())]
     PausedTooLong,
+    /// The guest stood still for longer than the caller allows, or would have.
+    #[error("the guest would stand still for longer than {} ms", .limit.as_millis())]
+    PauseBudget {
+        /// What was allowed.
+        limit: Duration,
+    },
+    /// QEMU cannot save this machine while it runs on.
+    #[error("QEMU cannot save this machine while it runs on: {reason}")]
+    NotLive {
+        /// Its words.
+        reason: String,
+    },
     /// The caller asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -121,6 +133,20 @@ pub enum SaveError {
     },
 }
 
+impl SaveError {
+    pub(crate) fn stream(source: migration::Error) -> Self {
+        Self::Stream { source, qemu: None }
+    }
+
+    /// With what QEMU says about it.
+    pub(crate) fn explained(self, qmp: &Qmp) -> Self {
+        match self {
+            Self::Stream { source, qemu: None } => Self::Stream { source, qemu: migration_error(qmp) },
+            other => other,
+        }
+    }
+}
+
 /// A machine's state, read to its end, with QEMU waiting for our verdict: the guest stands still, its disks are idle and flushed.
 /// Dropped, or with this process gone, it lets the guest go on as before.
 #[derive(Debug)]
@@ -133,18 +159,21 @@ pub struct Held<'a> {
 }
 
 /// Reads the machine's state into `sink`. `cancel` is looked at several times a second; `progress` is called as often while more
-/// comes.
+/// comes. A guest that has stood still for `max_pause` is let go on, and the save with it.
 pub fn read<'a>(
     qmp: &'a Qmp,
     mode: CopyMode,
+    max_pause: Option<Duration>,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
     progress: &dyn Fn(),
 ) -> Result<Held<'a>, SaveError> {
     let run_state = check_state(qmp)?;
-    let downtime = match mode {
-        CopyMode::StopCopy => DOWNTIME_MAX_MS,
-        CopyMode::PreCopy => DOWNTIME_MS,
+    let downtime = match (mode, max_pause) {
+        (CopyMode::StopCopy, _) => DOWNTIME_MAX_MS,
+        (CopyMode::PreCopy, None) => DOWNTIME_MS,
+        // Half for the pages, half for all else.
+        (CopyMode::PreCopy, Some(limit)) => DOWNTIME_MS.min(limit.as_millis() as u64 / 2).max(1),
     };
     set_capabilities(qmp, &["events", "return-path"])?;
     qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 0, "downtime-limit": downtime }))?;
@@ -153,17 +182,14 @@ pub fn read<'a>(
     socket.set_read_timeout(Some(STALL_LIMIT)).map_err(system("set a time-out"))?;
     let mut held = Held { qmp, socket, finished: None, run_state, mark: qmp.last_event() };
     qmp.execute("migrate", json!({ "uri": "fd:spinney-save" }))?;
-    match read_while_watching(&held, mode, sink, cancel, progress) {
+    match read_while_watching(&held, mode, max_pause, sink, cancel, progress) {
         Ok(finished) => {
             held.finished = Some(finished);
             Ok(held)
         }
         Err(error) => {
             held.let_go()?;
-            Err(match error {
-                SaveError::Stream { source, .. } => SaveError::Stream { source, qemu: migration_error(qmp) },
-                other => other,
-            })
+            Err(error.explained(qmp))
         }
     }
 }
@@ -232,11 +258,11 @@ pub(crate) fn hand_over(qmp: &Qmp, name: &str) -> Result<UnixStream, SaveError> 
     Ok(ours)
 }
 
-fn system(act: &'static str) -> impl FnOnce(io::Error) -> SaveError {
+pub(crate) fn system(act: &'static str) -> impl FnOnce(io::Error) -> SaveError {
     move |source| SaveError::System { act, source }
 }
 
-fn check_state(qmp: &Qmp) -> Result<String, SaveError> {
+pub(crate) fn check_state(qmp: &Qmp) -> Result<String, SaveError> {
     let state = run_state(qmp)?;
     if matches!(
         state.as_str(),
@@ -291,6 +317,7 @@ pub(crate) fn set_capabilities(qmp: &Qmp, wanted: &[&str]) -> Result<(), QmpErro
 fn read_while_watching(
     held: &Held<'_>,
     mode: CopyMode,
+    max_pause: Option<Duration>,
     sink: &mut (dyn Sink + Send),
     cancel: &AtomicBool,
     progress: &dyn Fn(),
@@ -311,8 +338,8 @@ fn read_while_watching(
             match result.recv_timeout(Duration::from_millis(20)) {
                 Ok(Ok(finished)) => return Ok(finished),
                 Ok(Err(_)) if cancel.load(Ordering::Relaxed) => return Err(SaveError::Cancelled),
-                Ok(Err(_)) if too_long => return Err(SaveError::PausedTooLong),
-                Ok(Err(source)) => return Err(SaveError::Stream { source, qemu: None }),
+                Ok(Err(_)) if too_long => return Err(max_pause.map_or(SaveError::PausedTooLong, budget)),
+                Ok(Err(source)) => return Err(SaveError::stream(source)),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(system("read the stream")(io::Error::other("the reading thread ended")));
                 }
@@ -325,11 +352,16 @@ fn read_while_watching(
             if stopped.is_none() && qmp.events_after(held.mark).iter().any(|e| e.name == "STOP") {
                 stopped = Some(Instant::now());
             }
-            too_long = stopped.is_some_and(|since| since.elapsed() > PAUSE_LIMIT);
+            too_long = stopped.is_some_and(|since| since.elapsed() > max_pause.unwrap_or(PAUSE_LIMIT));
+            // The guest writes faster than we read: its last round would take too long.
+            too_long |= !last_round && max_pause.is_some() && began.elapsed() > ROUNDS_LIMIT;
             if too_long || cancel.load(Ordering::Relaxed) {
                 // The reader fails at once, and QEMU with it.
                 let _ = socket.shutdown(Shutdown::Both);
-            } else if !last_round && (began.elapsed() > ROUNDS_LIMIT || rounds(qmp) >= ROUNDS_MAX) {
+            } else if !last_round
+                && max_pause.is_none()
+                && (began.elapsed() > ROUNDS_LIMIT || rounds(qmp) >= ROUNDS_MAX)
+            {
                 let limit = json!({ "downtime-limit": DOWNTIME_MAX_MS });
                 last_round = qmp.execute("migrate-set-parameters", limit).is_ok();
             }
@@ -337,10 +369,14 @@ fn read_while_watching(
     })
 }
 
+fn budget(limit: Duration) -> SaveError {
+    SaveError::PauseBudget { limit }
+}
+
 /// Counts what is read.
-struct Counting<'a> {
-    socket: &'a UnixStream,
-    bytes: &'a AtomicU64,
+pub(crate) struct Counting<'a> {
+    pub(crate) socket: &'a UnixStream,
+    pub(crate) bytes: &'a AtomicU64,
 }
 
 impl Read for Counting<'_> {
@@ -420,7 +456,7 @@ fn migration_error(qmp: &Qmp) -> Option<String> {
 }
 
 /// From the first STOP after `mark` to the RESUME that follows it.
-fn pause_after(qmp: &Qmp, mark: u64) -> Option<u64> {
+pub(crate) fn pause_after(qmp: &Qmp, mark: u64) -> Option<u64> {
     let events = qmp.events_after(mark);
     let stop = events.iter().find(|e| e.name == "STOP")?;
     let resume = events.iter().find(|e| e.name == "RESUME" && e.seq > stop.seq)?;

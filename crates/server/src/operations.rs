@@ -53,7 +53,8 @@ pub struct OperationView {
     pub ended: Option<Timestamp>,
     /// How far it is.
     pub progress: ProgressView,
-    /// What it came to, once it is done; its shape is that of the kind. Lost when the daemon ends.
+    /// What it came to; its shape is that of the kind. A take has one while it still runs: the snapshot, `saving`, from when the
+    /// guest runs on. Lost when the daemon ends.
     pub result: Option<Value>,
     /// Why it failed or was rolled back.
     pub problem: Option<Problem>,
@@ -197,6 +198,7 @@ impl Operations {
             let now = entry.view();
             if now.state != OpState::Running
                 || now.progress != first.progress
+                || now.result != first.result
                 || tokio::time::Instant::now() >= until
             {
                 return Some(now);
@@ -315,7 +317,11 @@ impl Entry {
         let progress = &self.context.progress;
         let end = self.end();
         let (state, result, problem) = match end.as_ref().map(|end| &end.result) {
-            None => (OpState::Running, None, None),
+            None => (
+                OpState::Running,
+                progress.so_far.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+                None,
+            ),
             Some(Ok(value)) => (OpState::Done, Some(value.clone()), None),
             Some(Err(problem)) if problem.code == Code::Interrupted => {
                 (OpState::Cancelled, None, Some(problem.clone()))

@@ -6,7 +6,7 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use server::client::{Client, Method, path};
+use server::client::{Client, Method, Until, path};
 use server::operations::OperationView;
 use server::snapshots::{Code, Machine, Operation, Settings};
 use server::{Options, Problem, serve};
@@ -67,13 +67,13 @@ fn an_operation_is_followed_to_its_result_and_to_its_problem() {
         client.ask(Method::POST, "/v1/gc", Some(&json!({ "dry_run": true }))).unwrap();
     assert_eq!(started.kind, "gc");
     let mut looks = 0;
-    let report: Value = client.follow(started.clone(), |_| looks += 1).unwrap();
+    let report: Value = client.follow(started.clone(), Until::Ended, |_| looks += 1).unwrap();
     assert_eq!((&report["dry_run"], looks > 0), (&json!(true), true));
     let again: OperationView = client.get(&path(&["operations", &started.id]).unwrap()).unwrap();
     assert_eq!(again.result, Some(report));
 
     let started: OperationView = client.ask(Method::POST, "/v1/targets/nope/start", None::<&()>).unwrap();
-    let problem = client.follow::<Machine>(started, |_| {}).unwrap_err();
+    let problem = client.follow::<Machine>(started, Until::Ended, |_| {}).unwrap_err();
     assert_eq!(problem.code, Code::NotFound);
     let _: Vec<Operation> = client.get_with("/v1/operations", &[("limit", "5")]).unwrap();
 

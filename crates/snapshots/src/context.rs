@@ -3,6 +3,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::Serialize;
+use serde_json::Value;
+
 use crate::error::{Code, Error, Result};
 use crate::id::new_id;
 
@@ -15,6 +18,8 @@ pub struct Progress {
     pub total: AtomicU64,
     /// What is being done ("saving memory").
     pub phase: Mutex<String>,
+    /// What it comes to, said before it is all done: a take's snapshot that is `saving`. Whoever does not want to wait may go.
+    pub so_far: Mutex<Option<Value>>,
 }
 
 /// One operation's id in the journal, its progress, its cancel flag.
@@ -45,6 +50,12 @@ impl Context {
         phase.clone_into(&mut self.progress.phase.lock().unwrap_or_else(PoisonError::into_inner));
         self.progress.done.store(0, Ordering::Relaxed);
         self.progress.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Says what it comes to, before it is all done.
+    pub(crate) fn so_far(&self, result: &impl Serialize) {
+        let value = serde_json::to_value(result).ok();
+        *self.progress.so_far.lock().unwrap_or_else(PoisonError::into_inner) = value;
     }
 
     /// Adds units done.

@@ -21,6 +21,7 @@ use crate::fault::{Fault, planted};
 use crate::id::new_id;
 use crate::locks::TargetLocks;
 use crate::running::Running;
+use crate::saving::Saving;
 use crate::types::OpState;
 
 /// Where the state is and which QEMU to use.
@@ -57,6 +58,8 @@ pub struct Engine {
     /// Machines that have a process, by target id.
     pub(crate) running: Mutex<HashMap<String, Arc<Running>>>,
     pub(crate) locks: TargetLocks,
+    /// Snapshots on their way to the disk.
+    pub(crate) saving: Saving,
     /// Deadlines of guests that stand still on our behalf.
     pub(crate) keeper: Keeper,
     tools: Mutex<Option<Tools>>,
@@ -95,6 +98,7 @@ impl Engine {
             store,
             running: Mutex::default(),
             locks: TargetLocks::default(),
+            saving: Saving::default(),
             tools: Mutex::default(),
             housekeeping: Mutex::default(),
             _lock: lock,

@@ -27,6 +27,7 @@ mod power;
 mod recover;
 mod remove;
 mod running;
+mod saving;
 mod swap;
 mod take;
 mod tree;

@@ -13,9 +13,12 @@
 //! A failure before 5 takes 3 back, as long as it is certain that QEMU did not switch. After 5 disks only roll forward: the
 //! guest has written to the overlays, so they stay, with or without a snapshot. A machine that is off skips 4 to 7.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use pages::{PageStore, Saved};
+use qemu::live::{self, Live};
 use qemu::qmp::QmpError;
 use qemu::save::{self, CopyMode, SaveError, run_state, settle};
 use serde::{Deserialize, Serialize};
@@ -32,8 +35,9 @@ use crate::id::new_id;
 use crate::memory::{ingest, memory_bytes, store_maps};
 use crate::name::{check_note, check_snapshot_name};
 use crate::running::Running;
-use crate::tree::view_by_id;
-use crate::types::{Mode, Power, Snapshot, TakeOptions};
+use crate::saving;
+use crate::tree::{view_at, view_by_id};
+use crate::types::{Mode, Power, Snapshot, SnapshotState, TakeOptions};
 
 /// How long a guest stands still for us without anything getting on, or any sign of life.
 pub(crate) const STILL_LIMIT: Duration = Duration::from_secs(3);
@@ -54,6 +58,8 @@ pub(crate) struct TakeJob<'a> {
     pub(crate) undo_point: bool,
     pub(crate) mode: Mode,
     pub(crate) power: Power,
+    /// How long the guest may stand still.
+    pub(crate) max_pause: Option<Duration>,
     /// The guest stands still afterwards, until it is replaced or let go.
     pub(crate) stands_still: bool,
 }
@@ -65,6 +71,8 @@ struct Captured<'a> {
     pause_us: Option<u64>,
     saved: Saved,
     still: Option<Armed<'a>>,
+    /// For as long as the guest runs on and the snapshot is not durable.
+    saving: Option<saving::Entry<'a>>,
 }
 
 /// A snapshot that is durable in every part but its catalog entry.
@@ -72,6 +80,8 @@ pub(crate) struct Unwritten<'a> {
     pub(crate) row: SnapshotRow,
     /// The deadline of a guest that stands still.
     pub(crate) still: Option<Armed<'a>>,
+    /// Shows it until it is written, or given up.
+    _saving: Option<saving::Entry<'a>>,
     /// Keeps its pages from the collector until the catalog refers to them.
     _hold: pages::Hold,
 }
@@ -85,7 +95,7 @@ impl Engine {
         }
         let (row, _guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
-        let mode = choose_mode(&row, power, &options)?;
+        let mode = choose_mode(&row, power, running.as_deref(), &options)?;
         let name = self.choose_name(&row, options.name)?;
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {
@@ -96,6 +106,7 @@ impl Engine {
             undo_point: false,
             mode,
             power,
+            max_pause: options.max_pause_us.map(Duration::from_micros),
             stands_still: false,
         };
         let subject = format!("{}@{}", row.name, job.name);
@@ -156,11 +167,7 @@ impl Engine {
         let frozen = self.catalog.read(|tx| {
             Self::layers_since(tx, &TargetRow::disks(tx, &target.id)?, target.parent.as_deref())
         })?;
-        let captured = match running {
-            Some(running) if job.mode != Mode::Off => self.capture_running(cx, job, running, overlays)?,
-            _ => Captured::default(),
-        };
-        let row = SnapshotRow {
+        let mut row = SnapshotRow {
             id: new_id(),
             target: target.id.clone(),
             target_name: target.name.clone(),
@@ -176,16 +183,29 @@ impl Engine {
             facts: Facts {
                 power: job.power,
                 mode: job.mode,
-                pause_us: captured.pause_us,
-                took_us: micros(began),
-                memory_bytes: captured.memory.as_ref().map_or(0, |m| memory_bytes(m.roots())),
-                disk_bytes: frozen.iter().map(|layer| allocated(&self.layer_file(layer))).sum(),
-                saved: captured.saved,
+                pause_us: None,
+                took_us: 0,
+                memory_bytes: 0,
+                disk_bytes: 0,
+                saved: Saved::default(),
             },
-            memory: captured.memory,
+            memory: None,
             removed: None,
         };
-        Ok(Unwritten { row, still: captured.still, _hold: hold })
+        let captured = match running {
+            Some(running) if job.mode != Mode::Off => {
+                self.capture_running(cx, job, running, overlays, &mut row)?
+            }
+            _ => Captured::default(),
+        };
+        let facts = &mut row.facts;
+        facts.pause_us = captured.pause_us;
+        facts.took_us = micros(began);
+        facts.memory_bytes = captured.memory.as_ref().map_or(0, |m| memory_bytes(m.roots()));
+        facts.disk_bytes = frozen.iter().map(|layer| allocated(&self.layer_file(layer))).sum();
+        facts.saved = captured.saved;
+        row.memory = captured.memory;
+        Ok(Unwritten { row, still: captured.still, _saving: captured.saving, _hold: hold })
     }
 
     /// Steps 3 to 7.
@@ -195,6 +215,7 @@ impl Engine {
         job: &TakeJob<'_>,
         running: &Running,
         overlays: &[NewOverlay],
+        row: &mut SnapshotRow,
     ) -> Result<Captured<'_>> {
         let target = &job.target.id;
         let taken_back = |error: Error| {
@@ -210,7 +231,7 @@ impl Engine {
         let captured = if job.mode == Mode::DiskOnly {
             cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| Captured::default())
         } else {
-            self.capture_memory(cx, job, running, overlays, &mut switched)
+            self.capture_memory(cx, job, running, overlays, row, &mut switched)
         };
         match captured {
             Err(error) if !switched => Err(taken_back(error)),
@@ -225,6 +246,7 @@ impl Engine {
         job: &TakeJob<'_>,
         running: &Running,
         overlays: &[NewOverlay],
+        row: &mut SnapshotRow,
         switched: &mut bool,
     ) -> Result<Captured<'_>> {
         let mode = if job.mode == Mode::PreCopy { CopyMode::PreCopy } else { CopyMode::StopCopy };
@@ -235,7 +257,7 @@ impl Engine {
         if job.stands_still {
             // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
             let (held, blocks) = ingest(session.as_ref(), cx, |sink| {
-                save::read(&running.qmp, mode, sink, &cx.cancel, &progress).map_err(save_error)
+                save::read(&running.qmp, mode, None, sink, &cx.cancel, &progress).map_err(save_error)
             })?;
             let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
                 let whole = || Error::new(Code::Failed, "the machine's state has no end");
@@ -244,27 +266,71 @@ impl Engine {
             })?;
             held.stand_still().map_err(save_error)?;
             step("goto.still");
-            return Ok(Captured { memory: Some(memory), pause_us: None, saved, still: Some(armed) });
+            return Ok(Captured { memory: Some(memory), saved, still: Some(armed), ..Captured::default() });
         }
+        let instant = Cell::new(row.created);
+        let mut saving = None;
+        let mut runs_on = |pause_us| {
+            saving = self.show_saving(cx, row, overlays, instant.get(), pause_us);
+            step("take.resumed");
+        };
         let read = ingest(session.as_ref(), cx, |sink| {
-            let held = save::read(&running.qmp, mode, sink, &cx.cancel, &progress).map_err(save_error)?;
-            let mut at_end = || {
+            let mut switch = || {
                 step("take.read");
                 switch_disks(running, overlays)?;
                 *switched = true;
+                instant.set(now());
                 step("take.switched");
                 Ok(())
             };
-            held.go_on(&mut at_end).map_err(save_error)
+            if job.mode == Mode::Live {
+                let live = Live {
+                    qmp: &running.qmp,
+                    process: running.process.id(),
+                    max_pause: job.max_pause,
+                    cancel: &cx.cancel,
+                    progress: &progress,
+                    at_stop: &mut switch,
+                    runs_on: &mut |pause_us| runs_on(Some(pause_us)),
+                };
+                return live.save(sink).map_err(save_error);
+            }
+            let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
+            let saved = held.and_then(|held| held.go_on(&mut switch)).map_err(save_error)?;
+            runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
+            Ok(saved)
         });
+        step("take.saved");
         // If the guest was let go on before the disks were switched, they are ahead of its memory; and that is why it failed, if it did.
-        step("take.resumed");
         armed.disarm().map_err(too_late)?;
         let (saved, blocks) = read?;
+        let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
+        check_pause(pause_us, job.max_pause)?;
         cx.phase("making it durable", 0);
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
-        let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
-        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None })
+        row.created = instant.get();
+        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None, saving })
+    }
+
+    /// The guest runs on: from here on the snapshot is shown, and whoever does not want to wait for the rest may go.
+    fn show_saving(
+        &self,
+        cx: &Context,
+        row: &SnapshotRow,
+        overlays: &[NewOverlay],
+        instant: Timestamp,
+        pause_us: Option<u64>,
+    ) -> Option<saving::Entry<'_>> {
+        let mut row = row.clone();
+        row.created = instant;
+        row.facts.pause_us = pause_us;
+        row.facts.memory_bytes = row.config.memory;
+        let depth = overlays.iter().map(|new| new.below.depth).max().unwrap_or(0);
+        let shown = self.catalog.read(|tx| view_at(tx, &row, depth, SnapshotState::Saving));
+        let shown =
+            shown.inspect_err(|error| tracing::warn!(%error, "a snapshot cannot be shown yet")).ok()?;
+        cx.so_far(&shown);
+        Some(self.saving.show(&row.target, shown))
     }
 
     /// Has the warden see to it that the guest does not stand still for longer than we get on.
@@ -371,7 +437,12 @@ fn settled(power: Power) -> Power {
     if power == Power::LostPower { Power::Off } else { power }
 }
 
-fn choose_mode(target: &TargetRow, power: Power, options: &TakeOptions) -> Result<Mode> {
+fn choose_mode(
+    target: &TargetRow,
+    power: Power,
+    running: Option<&Running>,
+    options: &TakeOptions,
+) -> Result<Mode> {
     let name = &target.name;
     if matches!(power, Power::Off | Power::LostPower) {
         return Ok(Mode::Off);
@@ -386,9 +457,22 @@ fn choose_mode(target: &TargetRow, power: Power, options: &TakeOptions) -> Resul
         )
         .hint(format!("`spinney take {name} --disk-only`, or stop it first")));
     }
+    // A guest that stands still anyway has no pause to be spared.
+    if power == Power::Paused && !matches!(options.mode, Some(Mode::Off | Mode::DiskOnly)) {
+        return Ok(Mode::StopCopy);
+    }
+    let live = || running.map_or(Ok(()), |running| live::check(&running.qmp));
     match options.mode {
-        None | Some(Mode::PreCopy) => Ok(Mode::PreCopy),
-        Some(Mode::StopCopy) => Ok(Mode::StopCopy),
+        None => match live() {
+            Ok(()) => Ok(Mode::Live),
+            Err(SaveError::NotLive { reason }) => {
+                tracing::info!(machine = name, reason, "no live take");
+                Ok(Mode::PreCopy)
+            }
+            Err(error) => Err(save_error(error)),
+        },
+        Some(Mode::Live) => live().map(|()| Mode::Live).map_err(save_error),
+        Some(mode @ (Mode::PreCopy | Mode::StopCopy)) => Ok(mode),
         Some(mode) => Err(Error::new(Code::Usage, format!("{mode:?} is not a mode that can be asked for"))),
     }
 }
@@ -448,11 +532,32 @@ pub(crate) fn save_error(error: SaveError) -> Error {
                 .hint("the guest may stand still: `spinney resume` lets it go on");
         }
         SaveError::PausedTooLong => Code::TimedOut,
+        SaveError::PauseBudget { limit } => {
+            let sentence = format!(
+                "the guest would have stood still for longer than {} ms; it goes on as before",
+                limit.as_millis()
+            );
+            return Error::new(Code::TimedOut, sentence)
+                .hint("allow more with --max-pause, or try again when the host is less busy");
+        }
+        SaveError::NotLive { .. } => {
+            return Error::new(Code::Precondition, "this machine cannot be saved while it runs on")
+                .because(error)
+                .hint("`--mode pre-copy` stops it for a moment at the end; `spinney doctor` says what live takes need");
+        }
         SaveError::Blocked { .. } => Code::Precondition,
         SaveError::State { .. } => Code::Refused,
         _ => Code::Failed,
     };
     Error::new(code, "the machine's state could not be saved; it goes on as before").because(error)
+}
+
+/// What was allowed is kept to even where it is only known afterwards: the disks have switched by then, and stay so.
+fn check_pause(pause_us: Option<u64>, limit: Option<Duration>) -> Result<()> {
+    match (pause_us.map(Duration::from_micros), limit) {
+        (Some(pause), Some(limit)) if pause > limit => Err(save_error(SaveError::PauseBudget { limit })),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn too_late(error: TooLate) -> Error {

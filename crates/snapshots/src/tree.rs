@@ -3,7 +3,7 @@
 use crate::catalog::{Catalog, LayerRow, SnapshotRow, TargetRow};
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::types::{Snapshot, Tree};
+use crate::types::{Snapshot, SnapshotState, Tree};
 
 impl Engine {
     /// A target's snapshots, parents before children, and where it stands.
@@ -18,6 +18,11 @@ impl Engine {
             }
             Ok((row, out, here))
         })?;
+        let mut here = here;
+        if let Some(saving) = self.saving.of(&row.id).filter(|new| snapshots.iter().all(|s| s.id != new.id)) {
+            here = Some(saving.id.clone());
+            snapshots.push(saving);
+        }
         order(&mut snapshots);
         Ok(Tree { machine: self.machine_view(row)?, snapshots, here })
     }
@@ -25,8 +30,11 @@ impl Engine {
     /// One snapshot, by any form of address.
     pub fn snapshot(&self, address: &str) -> Result<Snapshot> {
         self.catalog.read(|tx| {
-            let (_, snapshot) = crate::address::resolve(tx, address)?;
-            view(tx, &snapshot)
+            let found = crate::address::resolve(tx, address);
+            if let Some(saving) = self.saving.by_address(tx, address) {
+                return Ok(saving);
+            }
+            view(tx, &found?.1)
         })
     }
 }
@@ -37,11 +45,22 @@ pub(crate) fn view(tx: &rusqlite::Transaction<'_>, row: &SnapshotRow) -> Result<
     for (_, layer) in SnapshotRow::disks(tx, &row.id)? {
         depth = depth.max(LayerRow::by_id(tx, &layer)?.depth);
     }
+    view_at(tx, row, depth, SnapshotState::Ready)
+}
+
+/// A row that need not be in the catalog, with the depth of its disks.
+pub(crate) fn view_at(
+    tx: &rusqlite::Transaction<'_>,
+    row: &SnapshotRow,
+    depth: u32,
+    state: SnapshotState,
+) -> Result<Snapshot> {
     let facts = &row.facts;
     Ok(Snapshot {
         id: row.id.clone(),
         target: row.target_name.clone(),
         name: row.name.clone(),
+        state,
         note: row.note.clone(),
         parent: SnapshotRow::visible(tx, row.parent.as_deref())?,
         created: row.created,

@@ -106,10 +106,23 @@ pub enum Mode {
     StopCopy,
     /// Copied in rounds while the machine runs, paused for the last.
     PreCopy,
+    /// Paused for the instant; memory is copied while the machine runs on.
+    Live,
     /// No memory was taken: the machine was off.
     Off,
     /// No memory was taken, though the machine ran (`--disk-only`).
     DiskOnly,
+}
+
+/// Whether a snapshot can be relied on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// It is on its way to the disk: the guest runs on. It comes to be with its take, or not at all.
+    Saving,
+    /// It is durable.
+    Ready,
 }
 
 /// A snapshot as `tree` and `show` have it.
@@ -122,6 +135,8 @@ pub struct Snapshot {
     pub target: String,
     /// Name; unique in its target.
     pub name: String,
+    /// Durable, or on its way.
+    pub state: SnapshotState,
     /// Note, possibly empty.
     pub note: String,
     /// Nearest visible ancestor's id.
@@ -171,6 +186,8 @@ pub struct TakeOptions {
     pub disk_only: bool,
     /// Set `keep`.
     pub keep: bool,
+    /// Microseconds that the guest may stand still; a take that would need more is rolled back.
+    pub max_pause_us: Option<u64>,
 }
 
 /// Power state wanted after `goto`.

@@ -35,6 +35,7 @@ impl Engine {
             undo_point: true,
             mode,
             power,
+            max_pause: None,
             stands_still: !stays,
         };
         if old.is_none() {

@@ -140,7 +140,7 @@ mod tests {
             let config = json!({ "memory": 1, "cpus": 1, "disks": [], "kernel": null, "initrd": null, "append": null,
                 "networks": [], "memory_snapshots": true, "qemu_args": [] });
             let snapshot = |took_us: u64| {
-                json!({ "id": "0", "target": "web", "name": "base", "note": "", "parent": null,
+                json!({ "id": "0", "target": "web", "name": "base", "state": "ready", "note": "", "parent": null,
                     "created": jiff::Timestamp::UNIX_EPOCH, "undo_point": false, "power": "running",
                     "mode": "stop-copy", "pause_us": null, "took_us": took_us, "memory_bytes": 0, "stored_bytes": 0, "disk_bytes": 0,
                     "saved": { "zero": 0, "same": 0, "earlier": 0, "new": 0, "bytes_written": 0 }, "keep": false,

@@ -4,7 +4,7 @@ use clap_complete::ArgValueCompleter;
 use jiff::Timestamp;
 use server::Problem;
 use server::client::Client;
-use server::snapshots::{DiskSource, Machine, MachineConfig, Mode, Snapshot};
+use server::snapshots::{DiskSource, Machine, MachineConfig, Mode, Snapshot, SnapshotState};
 
 use crate::draw::{power, state};
 use crate::output::{Style, ago, bytes, plain, span};
@@ -89,6 +89,7 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
     add("note", (!s.note.is_empty()).then(|| s.note.lines().map(plain).collect::<Vec<_>>().join("\n")));
     add("taken", Some(moment(Timestamp::now(), s.created)));
     add("state", Some(state(s).to_owned()));
+    add("saving", (s.state == SnapshotState::Saving).then(|| "yes: it is on its way to the disk".to_owned()));
     add("parent", parent);
     add("kind", s.undo_point.then(|| "undo point".to_owned()));
     add("protected", s.protected.then(|| "yes".to_owned()));
@@ -141,6 +142,7 @@ pub(super) fn mode(mode: Mode) -> &'static str {
     match mode {
         Mode::StopCopy => "stop-copy",
         Mode::PreCopy => "pre-copy",
+        Mode::Live => "live",
         Mode::Off => "off: disks only",
         Mode::DiskOnly => "disk-only",
     }

@@ -1,15 +1,18 @@
 //! `take`: a snapshot of where a machine stands.
 
+use std::time::Duration;
+
 use clap::ValueEnum;
 use clap_complete::ArgValueCompleter;
 use server::Problem;
-use server::client::Method;
-use server::snapshots::{Mode, Snapshot, TakeOptions};
+use server::client::{Method, Until};
+use server::snapshots::{Mode, Snapshot, SnapshotState, TakeOptions};
 
 use super::show::mode;
 use crate::draw::state;
 use crate::output::{bytes, span};
 use crate::session::Session;
+use crate::size::parse_duration;
 use crate::{address, complete};
 
 /// Take a snapshot
@@ -21,6 +24,7 @@ use crate::{address, complete};
 Examples:
   spinney take web                                     named snap-1, snap-2, ...
   spinney take web before-upgrade -m \"all is well\"
+  spinney take web --max-pause 50ms --no-wait          back at once; `tree` shows it as saving
   spinney take web --disk-only")]
 pub(crate) struct Args {
     /// Machine
@@ -40,6 +44,12 @@ pub(crate) struct Args {
     /// Let nothing but rm remove it
     #[arg(long)]
     keep: bool,
+    /// Roll back rather than let the guest stand still for longer than this
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    max_pause: Option<Duration>,
+    /// Return when the guest runs on; the snapshot is `saving` until it is durable
+    #[arg(long)]
+    no_wait: bool,
 }
 
 /// Modes that can be asked for.
@@ -49,6 +59,8 @@ enum CopyMode {
     StopCopy,
     /// Copied in rounds while the machine runs, paused for the last
     PreCopy,
+    /// Paused for the instant, copied while the machine runs on
+    Live,
 }
 
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
@@ -56,10 +68,19 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let mode = args.mode.map(|mode| match mode {
         CopyMode::StopCopy => Mode::StopCopy,
         CopyMode::PreCopy => Mode::PreCopy,
+        CopyMode::Live => Mode::Live,
     });
-    let options =
-        TakeOptions { name: args.name, note: args.message, mode, disk_only: args.disk_only, keep: args.keep };
-    let snapshot: Snapshot = session.change(Method::POST, &path, &options)?;
+    let options = TakeOptions {
+        name: args.name,
+        note: args.message,
+        mode,
+        disk_only: args.disk_only,
+        keep: args.keep,
+        max_pause_us: args.max_pause.map(|limit| u64::try_from(limit.as_micros()).unwrap_or(u64::MAX)),
+    };
+    let until = if args.no_wait { Until::Result } else { Until::Ended };
+    let snapshot: Snapshot =
+        session.operate_until(until, &session.client()?, Method::POST, &path, Some(&options))?;
     if session.out.json {
         session.out.document("spinney.snapshot/1", &snapshot);
     } else {
@@ -85,5 +106,11 @@ fn line(s: &Snapshot) -> String {
         (None, Mode::Off | Mode::DiskOnly) => String::new(),
         (None, _) => format!(", {}", mode(s.mode)),
     };
-    format!("{}@{}  {}, {size}{pause}, durable in {}", s.target, s.name, state(s), span(s.took_us))
+    let (address, state) = (format_args!("{}@{}", s.target, s.name), state(s));
+    match s.state {
+        SnapshotState::Ready => format!("{address}  {state}, {size}{pause}, durable in {}", span(s.took_us)),
+        SnapshotState::Saving => {
+            format!("{address}  {state}{pause}, saving; `spinney tree {}` shows when it is durable", s.target)
+        }
+    }
 }

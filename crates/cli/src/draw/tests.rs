@@ -14,7 +14,7 @@ fn config() -> Value {
 
 fn snapshot(name: &str, parent: Option<&str>, hours: i64, change: Value) -> Value {
     let created = Timestamp::from_second(NOW - hours * 3600).unwrap();
-    let mut value = json!({ "id": name, "target": "web", "name": name, "note": "", "parent": parent,
+    let mut value = json!({ "id": name, "target": "web", "name": name, "state": "ready", "note": "", "parent": parent,
         "created": created, "undo_point": false, "power": "running", "mode": "stop-copy", "pause_us": 38_000,
         "took_us": 480_000, "memory_bytes": 536_870_912u64, "stored_bytes": 432_013_312u64, "disk_bytes": 0,
         "saved": { "zero": 0, "same": 0, "earlier": 0, "new": 0, "bytes_written": 0 },

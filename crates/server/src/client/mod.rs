@@ -14,6 +14,7 @@ use snapshots::Code;
 
 use crate::{Problem, socket};
 
+pub use operation::Until;
 pub use reqwest::Method;
 
 /// Longest time for an answer that needs no waiting.

@@ -8,18 +8,28 @@ use super::{Client, PATIENCE, decode, path, with_query};
 use crate::Problem;
 use crate::operations::OperationView;
 
+/// How long an operation is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// To its end.
+    Ended,
+    /// Until it has a result, though it may not have ended.
+    Result,
+}
+
 /// Seconds that one request waits for news. What changes between two requests is news to neither, so this is also how late
 /// a phase that lasts ("waiting for take") may be seen.
 const WAIT: &str = "1";
 
 impl Client {
-    /// Follows an operation to its end and returns its result. `look` sees it each time that it has changed.
+    /// Follows an operation and returns its result. `look` sees it each time that it has changed.
     ///
     /// # Errors
     /// The problem that the operation failed with, or no answer.
     pub fn follow<T: DeserializeOwned>(
         &self,
         first: OperationView,
+        until: Until,
         mut look: impl FnMut(&OperationView),
     ) -> Result<T, Problem> {
         let place = path(&["operations", &first.id])?;
@@ -27,7 +37,7 @@ impl Client {
         // Most first words come right after the answer that started it.
         let mut wait = "0";
         look(&view);
-        while view.state == OpState::Running {
+        while view.state == OpState::Running && (until == Until::Ended || view.result.is_none()) {
             let request = self.request(Method::GET, &with_query(&place, &[("wait", wait)]));
             let next: OperationView = decode(self.send(request.timeout(PATIENCE))?)?;
             wait = WAIT;
