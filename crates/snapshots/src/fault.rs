@@ -8,6 +8,8 @@
 pub(crate) enum Fault {
     /// `take` does not switch the disks.
     SwitchNoDisk,
+    /// A live `take` lets the guest run on before its memory is protected.
+    ResumeEarly,
     /// `take` loses a page of guest memory.
     SkipPage,
     /// `goto` loads the device state of another snapshot.
@@ -20,6 +22,7 @@ pub(crate) enum Fault {
 pub(crate) fn planted(fault: Fault) -> bool {
     let name = match fault {
         Fault::SwitchNoDisk => "switch-no-disk",
+        Fault::ResumeEarly => "resume-early",
         Fault::SkipPage => "skip-page",
         Fault::OtherDeviceState => "other-device-state",
         Fault::NoWarden => "no-warden",

@@ -281,6 +281,10 @@ impl Engine {
                 *switched = true;
                 instant.set(now());
                 step("take.switched");
+                if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
+                    running.qmp.execute("cont", json!({}))?;
+                    std::thread::sleep(Duration::from_millis(500));
+                }
                 Ok(())
             };
             if job.mode == Mode::Live {

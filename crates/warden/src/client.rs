@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::protocol::{Answer, Request, Watch};
 
 /// How long the warden may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
 /// A deadline has passed: the warden has let the guest go on, and what was being done to the machine is void.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,13 +82,18 @@ impl Keeper {
         let mut line = self.line();
         line.last += 1;
         let id = line.last;
-        line.armed.insert(id, (watch.clone(), within));
-        let request = Request::Arm { id, watch, within: millis(within) };
+        let request = Request::Arm { id, watch: watch.clone(), within: millis(within) };
         match line.ask(how, id, &request) {
-            Ok(_) => Ok(Armed { keeper: self, id: Some(id) }),
-            Err(error) => {
-                line.armed.remove(&id);
-                Err(error)
+            Ok(answer) if answer.in_time => {
+                // Not before: a warden that is started for it would be told twice, and a monitor serves one client.
+                line.armed.insert(id, (watch, within));
+                Ok(Armed { keeper: self, id: Some(id) })
+            }
+            refused => {
+                let _ = line.ask(how, id, &Request::Disarm { id });
+                Err(refused
+                    .err()
+                    .unwrap_or_else(|| io::Error::other("the guest's second monitor does not answer")))
             }
         }
     }

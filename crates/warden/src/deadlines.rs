@@ -9,7 +9,7 @@ use crate::protocol::Watch;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Due {
     /// Let this guest go on.
-    Release(Watch),
+    Release { id: u64, watch: Watch },
     /// End the daemon, which is stuck between two states of a machine.
     EndDaemon,
 }
@@ -47,6 +47,11 @@ impl Deadlines {
         deadline.map(|deadline| deadline.held = true).is_some()
     }
 
+    /// It is armed, and has not passed.
+    pub(crate) fn has(&self, id: u64) -> bool {
+        self.by_id.contains_key(&id)
+    }
+
     /// False if it has passed.
     pub(crate) fn disarm(&mut self, id: u64) -> bool {
         self.by_id.remove(&id).is_some()
@@ -60,18 +65,18 @@ impl Deadlines {
     /// Takes out what has passed.
     pub(crate) fn due(&mut self, now: Instant) -> Vec<Due> {
         let passed = self.by_id.extract_if(|_, deadline| deadline.at <= now);
-        passed.map(|(_, deadline)| deadline.due()).collect()
+        passed.map(|(id, deadline)| deadline.due(id)).collect()
     }
 
     /// The daemon has died: everything is due that is about a guest. What was held is for the next daemon.
     pub(crate) fn all(&mut self) -> Vec<Due> {
-        self.by_id.drain().map(|(_, deadline)| deadline.due()).collect()
+        self.by_id.drain().map(|(id, deadline)| deadline.due(id)).collect()
     }
 }
 
 impl Deadline {
-    fn due(self) -> Due {
-        if self.held { Due::EndDaemon } else { Due::Release(self.watch) }
+    fn due(self, id: u64) -> Due {
+        if self.held { Due::EndDaemon } else { Due::Release { id, watch: self.watch } }
     }
 }
 
@@ -104,7 +109,7 @@ mod tests {
     fn what_has_passed_cannot_be_disarmed_renewed_or_held() {
         let (mut deadlines, now) = (Deadlines::default(), Instant::now());
         deadlines.arm(now, 1, watch(), ms(100));
-        assert_eq!(deadlines.due(now + ms(100)), [Due::Release(watch())]);
+        assert_eq!(deadlines.due(now + ms(100)), [Due::Release { id: 1, watch: watch() }]);
         deadlines.renew(now + ms(100), 1, ms(100));
         assert!(!deadlines.hold(now + ms(100), 1, ms(100)));
         assert!(!deadlines.disarm(1));
@@ -128,7 +133,7 @@ mod tests {
         assert!(deadlines.hold(now, 2, ms(100)));
         let mut due = deadlines.all();
         due.sort_by_key(|due| *due == Due::EndDaemon);
-        assert_eq!(due, [Due::Release(watch()), Due::EndDaemon]);
+        assert_eq!(due, [Due::Release { id: 1, watch: watch() }, Due::EndDaemon]);
         assert!(deadlines.all().is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! The warden's process: reads the daemon's words from its standard input until that ends.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -10,15 +11,26 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use qemu::qmp::Qmp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal};
 
 use crate::deadlines::{Deadlines, Due};
-use crate::protocol::{Answer, LINE_LIMIT, Request};
-use crate::rescue::rescue;
+use crate::protocol::{Answer, LINE_LIMIT, Request, Watch};
+use crate::rescue::{connect, rescue};
 
 /// How long the warden sleeps at most.
 const SLEEP: Duration = Duration::from_secs(3600);
+
+/// What the warden hears of.
+enum News {
+    /// The daemon's words.
+    Said(Request),
+    /// The monitor of a guest that is to be watched; none if it cannot be had.
+    Connected(u64, Option<Qmp>),
+    /// The daemon's words have ended.
+    Gone,
+}
 
 /// Keeps deadlines until the daemon ends. If guests depended on it then, the next daemon is started: `executable --state STATE
 /// serve --detached`.
@@ -31,26 +43,43 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
     let _ = rustix::process::setsid();
     let daemon = getppid().ok_or_else(|| io::Error::other("the daemon is gone"))?;
     let daemon = Daemon { pidfd: pidfd_open(daemon, PidfdFlags::empty())?, id: daemon };
-    let (said, words) = channel();
-    let reader = BufReader::new(socket.try_clone()?);
+    let (tell, news) = channel();
+    let (reader, said) = (BufReader::new(socket.try_clone()?), tell.clone());
     thread::Builder::new().name("daemon".into()).spawn(move || listen(reader, &said))?;
 
     let mut deadlines = Deadlines::default();
     let mut rescues = Rescues::default();
+    // A daemon that is gone does not hear an answer; the end of its words comes next.
+    let answer = |id, in_time| drop(answer_to(&socket, Answer { id, in_time }));
     let needed = loop {
         let wait = deadlines.next(Instant::now()).unwrap_or(SLEEP);
-        match words.recv_timeout(wait) {
-            Ok(Request::Bye) => break false,
-            Ok(request) => {
-                // Before it is heard: what is late is late.
-                rescues.begin(deadlines.due(Instant::now()), &daemon);
-                if let Some(answer) = obey(&mut deadlines, request) {
-                    // A daemon that is gone does not hear it; the end of its words comes next.
-                    let _ = answer_to(&socket, answer);
+        let heard = news.recv_timeout(wait);
+        // Before it is obeyed: what is late is late.
+        rescues.begin(deadlines.due(Instant::now()), &daemon);
+        match heard {
+            Ok(News::Said(Request::Bye)) => break false,
+            Ok(News::Said(Request::Arm { id, watch, within })) => {
+                connect_beside(id, &watch, &tell)?;
+                deadlines.arm(Instant::now(), id, watch, Duration::from_millis(within));
+            }
+            Ok(News::Connected(id, monitor)) => {
+                answer(id, monitor.is_some());
+                if deadlines.has(id) {
+                    rescues.monitors.extend(monitor.map(|monitor| (id, monitor)));
                 }
             }
-            Err(RecvTimeoutError::Timeout) => rescues.begin(deadlines.due(Instant::now()), &daemon),
-            Err(RecvTimeoutError::Disconnected) => {
+            Ok(News::Said(Request::Renew { id, within })) => {
+                deadlines.renew(Instant::now(), id, Duration::from_millis(within));
+            }
+            Ok(News::Said(Request::Hold { id, within })) => {
+                answer(id, deadlines.hold(Instant::now(), id, Duration::from_millis(within)));
+            }
+            Ok(News::Said(Request::Disarm { id })) => {
+                rescues.monitors.remove(&id);
+                answer(id, deadlines.disarm(id));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(News::Gone) | Err(RecvTimeoutError::Disconnected) => {
                 tracing::warn!(daemon = daemon.id.as_raw_nonzero(), "the daemon is gone");
                 let left = deadlines.all();
                 let needed = rescues.ended_daemon || !left.is_empty();
@@ -69,41 +98,36 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
 }
 
 /// Passes on what the daemon says until it ends, or says something that nobody understands.
-fn listen(mut reader: impl BufRead, said: &Sender<Request>) {
+fn listen(mut reader: impl BufRead, said: &Sender<News>) {
     let mut line = Vec::new();
-    loop {
-        line.clear();
-        match reader.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line) {
-            Ok(1..) => {}
-            Ok(0) | Err(_) => return,
-        }
+    while let Ok(1..) = reader.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line) {
         match serde_json::from_slice(&line) {
             Ok(request) => {
-                if said.send(request).is_err() {
+                if said.send(News::Said(request)).is_err() {
                     return;
                 }
             }
-            Err(error) => return tracing::error!(%error, "not the daemon's words"),
+            Err(error) => {
+                tracing::error!(%error, "not the daemon's words");
+                break;
+            }
         }
+        line.clear();
     }
+    let _ = said.send(News::Gone);
 }
 
-fn obey(deadlines: &mut Deadlines, request: Request) -> Option<Answer> {
-    let now = Instant::now();
-    let (id, in_time) = match request {
-        Request::Arm { id, watch, within } => {
-            deadlines.arm(now, id, watch, Duration::from_millis(within));
-            (id, true)
-        }
-        Request::Renew { id, within } => {
-            deadlines.renew(now, id, Duration::from_millis(within));
-            return None;
-        }
-        Request::Hold { id, within } => (id, deadlines.hold(now, id, Duration::from_millis(within))),
-        Request::Disarm { id } => (id, deadlines.disarm(id)),
-        Request::Bye => return None,
+/// Connects to a guest's monitor in a thread of its own: other deadlines do not wait for it. The connection is needed before the
+/// guest stands still, because a QEMU whose main loop waits for us greets nobody.
+fn connect_beside(id: u64, watch: &Watch, tell: &Sender<News>) -> io::Result<()> {
+    let (watch, tell) = (watch.clone(), tell.clone());
+    let connecting = move || {
+        let monitor = connect(&watch).inspect_err(|error| {
+            tracing::warn!(%error, monitor = %watch.monitor.display(), "a guest cannot be watched");
+        });
+        let _ = tell.send(News::Connected(id, monitor.ok()));
     };
-    Some(Answer { id, in_time })
+    thread::Builder::new().name("connect".into()).spawn(connecting).map(drop)
 }
 
 fn answer_to(mut socket: &UnixStream, answer: Answer) -> io::Result<()> {
@@ -129,6 +153,8 @@ impl Daemon {
 /// What has been begun.
 #[derive(Default)]
 struct Rescues {
+    /// Connections to the guests that are watched.
+    monitors: HashMap<u64, Qmp>,
     /// One for each guest.
     threads: Vec<JoinHandle<()>>,
     /// The daemon had to be ended.
@@ -144,10 +170,11 @@ impl Rescues {
                     let _ = pidfd_send_signal(daemon.pidfd.as_fd(), Signal::KILL);
                     self.ended_daemon = true;
                 }
-                Due::Release(watch) => {
+                Due::Release { id, watch } => {
                     tracing::warn!(monitor = %watch.monitor.display(), "a guest is let go on");
+                    let monitor = self.monitors.remove(&id);
                     self.threads.push(thread::spawn(move || {
-                        if let Err(error) = rescue(&watch) {
+                        if let Err(error) = rescue(&watch, monitor) {
                             tracing::error!(%error, monitor = %watch.monitor.display(), "it could not be");
                         }
                     }));

@@ -11,7 +11,7 @@ pub(crate) const LINE_LIMIT: u64 = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Request {
-    /// A guest is about to stand still. Answered.
+    /// A guest is about to stand still. Answered when its monitor is at hand.
     Arm {
         id: u64,
         watch: Watch,
@@ -33,7 +33,7 @@ pub(crate) enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Answer {
     pub(crate) id: u64,
-    /// False: the deadline has passed, and the warden has acted or is acting.
+    /// False: the deadline has passed, and the warden has acted or is acting; to `arm`, that it cannot act.
     pub(crate) in_time: bool,
 }
 

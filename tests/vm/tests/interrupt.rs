@@ -45,12 +45,16 @@ fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     }
     interrupt(&mut walk, &format!("take {NAME} stop --mode stop-copy"), None, "take.memory");
     interrupt(&mut walk, &format!("take {NAME} pre --mode pre-copy"), None, "take.memory");
+    for step in ["take.overlays", "take.announced", "take.read", "take.switched", "take.memory", "take.saved"]
+    {
+        interrupt(&mut walk, &format!("take {NAME} live --mode live"), None, step);
+    }
     interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
     walk.spinney.set("SPINNEY_CRASH", "");
     walk.spinney.kill_daemon();
     println!("{}", walk.history.join("\n"));
     // All of it still works.
-    for card in [Card::TakePreCopy, Card::Back, Card::Undo] {
+    for card in [Card::TakeLive, Card::Back, Card::Undo] {
         walk.play(card).unwrap();
     }
     walk.end().unwrap();

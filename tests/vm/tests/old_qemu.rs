@@ -24,6 +24,8 @@ fn a_short_walk_on_the_oldest_qemu() {
         Card::LogRate,
         Card::TakePreCopy,
         Card::Mutate,
+        Card::TakeLive,
+        Card::Back,
         Card::TakePaused,
         Card::Goto(""),
         Card::Back,

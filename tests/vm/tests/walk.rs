@@ -66,6 +66,20 @@ fn disks_that_are_not_switched_are_found() {
 }
 
 #[test]
+fn a_guest_that_runs_on_before_its_memory_is_protected_is_found() {
+    let walk = |fault: &str| {
+        let mut walk = Walk::begin(Spinney::with(&[("SPINNEY_FAULT", fault)]), 9, 32).expect("a machine");
+        let cards = [Card::LogRate, Card::TakeLive, Card::LogStep, Card::Back, Card::LogStep];
+        let result = cards.into_iter().try_for_each(|card| walk.play(card)).and_then(|()| walk.end());
+        println!("{fault}: {}", walk.history.join(", "));
+        result
+    };
+    walk("").unwrap();
+    let violation = walk("resume-early").expect_err("the checks do not see the fault").to_string();
+    assert!(violation.contains("two instants"), "{violation}");
+}
+
+#[test]
 fn a_page_that_is_lost_is_found() {
     let violation = found("skip-page");
     assert!(violation.contains("memory is not what it was"), "{violation}");

@@ -52,6 +52,8 @@ pub enum Card {
     TakeStopCopy,
     /// `take --mode pre-copy` of a running guest.
     TakePreCopy,
+    /// `take --mode live` of a running guest.
+    TakeLive,
     /// `take` of a paused guest.
     TakePaused,
     /// `take` of a machine that is off.
@@ -110,7 +112,8 @@ const DECK: &[Card] = &[
     Card::TakeStopCopy,
     Card::TakePreCopy,
     Card::TakePreCopy,
-    Card::TakePreCopy,
+    Card::TakeLive,
+    Card::TakeLive,
     Card::TakePaused,
     Card::TakePaused,
     Card::TakeOff,

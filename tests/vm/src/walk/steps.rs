@@ -17,6 +17,7 @@ impl Walk {
         match card {
             Card::TakeStopCopy => self.take_running(" --mode stop-copy", "stop-copy"),
             Card::TakePreCopy => self.take_running(" --mode pre-copy", "pre-copy"),
+            Card::TakeLive => self.take_running(" --mode live", "live"),
             Card::TakeDiskOnly => self.take_running(" --disk-only", "disk-only"),
             Card::TakePaused => {
                 self.need(Power::Paused)?;
@@ -67,7 +68,8 @@ impl Walk {
                 }
                 // Clean in the page cache at the snapshot, another on the disk afterwards.
                 rewrite_scratch(&mut self.guest()?, 0)?;
-                self.take(" --mode pre-copy", "pre-copy")?;
+                let mode = if self.random.below(2) == 0 { "live" } else { "pre-copy" };
+                self.take(&format!(" --mode {mode}"), mode)?;
                 rewrite_scratch(&mut self.guest()?, 8)?;
                 self.touch()?;
                 self.back()
