@@ -25,10 +25,15 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     machine.goto("base", true)?;
     let idle = takes(&machine, "pre-copy", "take.pre_copy.idle.pause_ms.p95", P95)?;
     machine.goto("base", true)?;
-    machine.guest.writer_start(PAGES_A_SECOND, PAGES_WRITTEN)?;
-    machine.guest.disk_write(DISK_MIB_A_SECOND)?;
+    make_busy(&mut machine)?;
     let busy = takes(&machine, "pre-copy", "take.pre_copy.busy.pause_ms.p95", P95)?;
     Ok(vec![stop_copy, idle, busy])
+}
+
+/// Writes to the guest's memory and disk until further notice.
+pub(super) fn make_busy(machine: &mut Machine<'_>) -> Result<()> {
+    machine.guest.writer_start(PAGES_A_SECOND, PAGES_WRITTEN)?;
+    Ok(machine.guest.disk_write(DISK_MIB_A_SECOND)?)
 }
 
 fn takes(machine: &Machine<'_>, mode: &str, id: &str, summary: Summary) -> Result<Figure> {

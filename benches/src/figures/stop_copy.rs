@@ -63,9 +63,10 @@ fn round(bench: &Bench, place: &Path, mix: Mix, ours_first: bool) -> Result<Roun
     let spinney = Spinney::start(bench, place)?;
     let mut machine = Machine::boot(&spinney, LARGE_MIB)?;
     machine.fill(FILLED_MIB, mix)?;
-    let monitor = machine.second_monitor()?;
     let theirs = || {
         disk::settle(place)?;
+        // Not for longer than needed: it serves one client, and the warden is another.
+        let monitor = machine.second_monitor()?;
         migrate_to_file(&monitor, bench.qemu.version, spinney.state())
     };
     let disk_mb_s = disk::write_speed(spinney.state())?;

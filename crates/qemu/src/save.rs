@@ -32,6 +32,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(30);
 const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 /// How long QEMU may take to come back from a migration that ended.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to forget a migration that is over.
+const CLEANUP_LIMIT: Duration = Duration::from_secs(5);
 /// Pre-copy aims at a last round that takes so long.
 const DOWNTIME_MS: u64 = 20;
 /// QEMU's largest downtime limit: whatever is left is sent with the guest stopped.
@@ -281,7 +283,25 @@ pub(crate) fn check_state(qmp: &Qmp) -> Result<String, SaveError> {
         let words: Vec<&str> = reasons.iter().filter_map(Value::as_str).collect();
         return Err(SaveError::Blocked { reasons: words.join("; ") });
     }
+    wait_for_cleanup(qmp)?;
     Ok(state)
+}
+
+/// A migration that is over is cleaned up a moment later, and until then QEMU refuses the next one ("duplicate yank instance"): with
+/// the guest stopped it would be too late to wait.
+fn wait_for_cleanup(qmp: &Qmp) -> Result<(), SaveError> {
+    let deadline = Instant::now() + CLEANUP_LIMIT;
+    loop {
+        let instances = qmp.execute("query-yank", json!({}))?;
+        let migration = |instance: &Value| instance.get("type").and_then(Value::as_str) == Some("migration");
+        if !instances.as_array().into_iter().flatten().any(migration) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(SaveError::State { state: "migration not cleaned up".into() });
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// QEMU's run state: "running", "paused", ...

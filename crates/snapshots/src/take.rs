@@ -136,15 +136,20 @@ impl Engine {
         step("take.overlays");
         let snapshot = self.capture(cx, job, running, &overlays, began)?;
         let row = &snapshot.row;
-        let written = self.catalog.write(|tx| {
-            if running.is_none() {
-                point_here_at(tx, &target.id, &overlays)?;
-            }
-            row.insert(tx, &frozen)?;
-            TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
-            let made = Things { snapshots: vec![row.id.clone()], target: None };
-            OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
-        });
+        let write = || {
+            // The last moment in which it can be called off.
+            cx.check()?;
+            self.catalog.write(|tx| {
+                if running.is_none() {
+                    point_here_at(tx, &target.id, &overlays)?;
+                }
+                row.insert(tx, &frozen)?;
+                TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
+                let made = Things { snapshots: vec![row.id.clone()], target: None };
+                OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
+            })
+        };
+        let written = write();
         if written.is_err() && running.is_none() {
             self.remove_overlays(&overlays);
         }
@@ -283,7 +288,9 @@ impl Engine {
                 step("take.switched");
                 if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
                     running.qmp.execute("cont", json!({}))?;
-                    std::thread::sleep(Duration::from_millis(500));
+                    // More than a page of the guest's log: what lies in its last page comes right again by itself.
+                    progress();
+                    std::thread::sleep(Duration::from_millis(2500));
                 }
                 Ok(())
             };

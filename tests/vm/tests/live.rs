@@ -1,0 +1,125 @@
+//! Live takes: the guest runs on while its memory is saved, and who looks or waits meanwhile is told the truth.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use vm_tests::harness::Spinney;
+use vm_tests::walk::{Card, NAME, SOON, Walk};
+
+/// A walk whose next operation waits at this step until the file is removed.
+fn waiting_at(walk: &mut Walk, step: &str) -> PathBuf {
+    let marker = walk.spinney.folder().join(step);
+    walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
+    // The next command starts a daemon that knows the step.
+    walk.spinney.kill_daemon();
+    marker
+}
+
+fn reached(marker: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !marker.exists() {
+        assert!(Instant::now() < deadline, "{} was not reached", marker.display());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn running_guest(seed: u64) -> Walk {
+    let mut walk = Walk::begin(Spinney::new(), seed, 64).unwrap();
+    for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::LogRate] {
+        walk.play(card).unwrap();
+    }
+    walk
+}
+
+fn names(tree: &Value) -> Vec<&str> {
+    tree["snapshots"].as_array().into_iter().flatten().filter_map(|s| s["name"].as_str()).collect()
+}
+
+#[test]
+fn until_it_is_durable_a_snapshot_is_shown_as_saving_and_others_wait_for_it() {
+    let mut walk = running_guest(21);
+    let marker = waiting_at(&mut walk, "take.saved");
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    let taken = walk.spinney.ok(&format!("take {NAME} x --mode live --no-wait")).unwrap();
+    reached(&marker);
+    assert_eq!(taken["state"], "saving", "{taken}");
+    assert!(taken["pause_us"].as_u64().is_some_and(|us| us > 0), "{taken}");
+    walk.ticks_within(&port, SOON).unwrap();
+    for address in
+        [format!("{NAME}@x"), format!("{NAME}@"), format!("{NAME}@id:{}", taken["id"].as_str().unwrap())]
+    {
+        let shown = walk.spinney.ok(&format!("show {address}")).unwrap();
+        assert_eq!((&shown["state"], &shown["id"]), (&"saving".into(), &taken["id"]), "{address}");
+    }
+    let tree = walk.spinney.ok(&format!("tree {NAME}")).unwrap();
+    assert_eq!((names(&tree), &tree["here"]), (vec!["s1", "x"], &taken["id"]));
+
+    let mut second = walk.spinney.under_way(&format!("take {NAME} y --mode stop-copy"));
+    let mut goto = walk.spinney.under_way(&format!("goto {NAME}@x --discard --yes"));
+    thread::sleep(Duration::from_secs(1));
+    let log = walk.spinney.ok("op log").unwrap();
+    let waiting: Vec<_> =
+        log["operations"].as_array().into_iter().flatten().filter(|op| op["state"] == "running").collect();
+    assert_eq!(waiting.len(), 3, "a take that saves, a take and a goto that wait: {log}");
+    fs::remove_file(&marker).unwrap();
+    // Either may be first.
+    for command in [&mut second, &mut goto] {
+        let _ = command.reaches("saving memory");
+    }
+    for command in [second, goto] {
+        command.end().done().unwrap();
+    }
+    let shown = walk.spinney.ok(&format!("show {NAME}@x")).unwrap();
+    assert_eq!(
+        (&shown["state"], &shown["id"], &shown["mode"]),
+        (&"ready".into(), &taken["id"], &"live".into())
+    );
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    walk.ticks_within(&port, SOON).unwrap();
+}
+
+#[test]
+fn a_qemu_that_dies_while_its_memory_is_saved_fails_the_take() {
+    let mut walk = running_guest(22);
+    let marker = waiting_at(&mut walk, "take.resumed");
+    let take = walk.spinney.under_way(&format!("take {NAME} x --mode live"));
+    reached(&marker);
+    for pid in walk.spinney.machines() {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+    fs::remove_file(&marker).unwrap();
+    let ended = take.end();
+    let problem = ended.problem();
+    assert_eq!(ended.code, Some(1), "{problem}");
+    assert!(problem["detail"].as_str().is_some_and(|words| words.contains("QEMU ended")), "{problem}");
+    let tree = walk.spinney.ok(&format!("tree {NAME}")).unwrap();
+    assert_eq!((names(&tree), &tree["machine"]["power"]), (vec!["s1"], &"lost_power".into()));
+    // What it had is there, and can be gone to.
+    walk.spinney.ok(&format!("goto {NAME}@s1 --discard --yes")).unwrap();
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    walk.ticks_within(&port, SOON).unwrap();
+}
+
+#[test]
+fn a_pause_that_would_be_too_long_is_not_taken() {
+    let mut walk = running_guest(23);
+    for mode in ["live", "pre-copy", "stop-copy"] {
+        let words = format!("take {NAME} x --mode {mode} --max-pause 1ms");
+        let (happened, ended) = walk.cut_short(&words, None, &mut |_, _, _| Ok(())).unwrap();
+        assert!(!happened, "{mode}");
+        assert_eq!(ended.code, Some(9), "{ended:?}");
+        let problem = ended.problem();
+        assert!(
+            problem["detail"].as_str().is_some_and(|words| words.contains("longer than 1 ms")),
+            "{problem}"
+        );
+    }
+    walk.play(Card::TakeLive).unwrap();
+    walk.play(Card::Back).unwrap();
+    walk.end().unwrap();
+}
