@@ -37,6 +37,7 @@ impl Engine {
                 Some("install it (Debian: apt install qemu-utils)"),
             ),
         });
+        checks.push(live_check());
         checks.push(state_check(settings));
         checks
     }
@@ -44,6 +45,19 @@ impl Engine {
 
 fn check(name: &str, level: CheckLevel, found: String, hint: Option<&str>) -> Check {
     Check { name: name.into(), level, found, hint: hint.map(str::to_owned) }
+}
+
+/// What QEMU's background-snapshot needs of the host: to write-protect memory, and to hear of what the kernel itself writes.
+fn live_check() -> Check {
+    let allowed =
+        fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|text| text.trim() == "1");
+    let device = fs::File::options().read(true).write(true).open("/dev/userfaultfd").is_ok();
+    if allowed || device || rustix::process::geteuid().is_root() {
+        return check("live takes", CheckLevel::Good, "userfaultfd may be used".into(), None);
+    }
+    let hint = "allow it for your group: `chgrp kvm /dev/userfaultfd; chmod 660 /dev/userfaultfd` (kernel 6.1, QEMU 8.0), or sysctl \
+                vm.unprivileged_userfaultfd=1; without it machines are taken by pre-copy";
+    check("live takes", CheckLevel::Limited, "userfaultfd is not allowed for this user".into(), Some(hint))
 }
 
 fn qemu_check(qemu: &Qemu) -> Check {

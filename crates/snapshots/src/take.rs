@@ -289,8 +289,7 @@ impl Engine {
                 if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
                     running.qmp.execute("cont", json!({}))?;
                     // More than a page of the guest's log: what lies in its last page comes right again by itself.
-                    progress();
-                    std::thread::sleep(Duration::from_millis(2500));
+                    std::thread::sleep(Duration::from_millis(1800));
                 }
                 Ok(())
             };
