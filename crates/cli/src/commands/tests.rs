@@ -71,7 +71,7 @@ fn bad_lines_say_what_is_wrong() {
         ("create web --network lan", "possible values"),
         ("goto web@a --off --running", "cannot be used with"),
         ("edit web@a", "required"),
-        ("take web --mode live", "possible values"),
+        ("take web --mode swiftly", "possible values"),
         ("take web --disk-only --mode stop-copy", "cannot be used with"),
     ] {
         let error = Cli::try_parse_from(["spinney"].into_iter().chain(line.split(' '))).unwrap_err();
