@@ -3,9 +3,12 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+
+use rustix::fs::Advice;
 
 /// Operations on names. None is durable before [`Disk::sync_folder`].
 pub(crate) trait Disk: Send + Sync {
@@ -25,6 +28,9 @@ pub(crate) trait DiskFile: Send + Sync {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all parts one behind the other.
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()>;
+    /// Has the system begin to write back what was just written there, without waiting for it: what is left for [`DiskFile::sync`]
+    /// is less then. A hint.
+    fn write_back(&self, offset: u64, len: u64);
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;
     /// Length in bytes.
@@ -90,6 +96,11 @@ impl DiskFile for File {
             }
         }
         Ok(())
+    }
+
+    fn write_back(&self, offset: u64, len: u64) {
+        // Linux begins to write such a range before it drops what is clean of it, and this is all dirty (mm/fadvise.c).
+        let _ = rustix::fs::fadvise(self, offset, NonZeroU64::new(len), Advice::DontNeed);
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -22,6 +22,8 @@ impl DiskFile for Bytes {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn write_back(&self, _: u64, _: u64) {}
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

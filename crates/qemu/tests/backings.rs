@@ -92,8 +92,16 @@ fn save(machine: &Machine, source: Source) -> Result<u64, SaveError> {
         Source::Live => {
             let process = machine.process.id();
             let (at_stop, runs_on) = (&mut || Ok(()), &mut |_| {});
-            let live =
-                Live { qmp, process, max_pause: None, cancel: &cancel, progress: &|| {}, at_stop, runs_on };
+            let live = Live {
+                qmp,
+                process,
+                max_pause: None,
+                cancel: &cancel,
+                progress: &|| {},
+                before_stop: &|| {},
+                at_stop,
+                runs_on,
+            };
             live.save(&mut sink).map(drop)?;
         }
     }

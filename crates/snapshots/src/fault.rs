@@ -16,6 +16,12 @@ pub(crate) enum Fault {
     OtherDeviceState,
     /// Nobody keeps deadlines.
     NoWarden,
+    /// The page store takes two batches a second.
+    SlowStore,
+    /// The same, and a live `take` has little memory to wait in.
+    LittleSpill,
+    /// The same, and a live `take` has none: QEMU waits.
+    NoSpill,
 }
 
 #[cfg(feature = "faults")]
@@ -26,6 +32,9 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::SkipPage => "skip-page",
         Fault::OtherDeviceState => "other-device-state",
         Fault::NoWarden => "no-warden",
+        Fault::SlowStore => "slow-store",
+        Fault::LittleSpill => "little-spill",
+        Fault::NoSpill => "no-spill",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }

@@ -20,6 +20,7 @@ mod fault;
 mod fsck;
 mod goto;
 mod id;
+mod ingest;
 mod locks;
 mod memory;
 mod name;

@@ -1,179 +1,29 @@
-//! Guest memory between QEMU's migration stream and the page store.
+//! A snapshot's memory out of the page store: into a new machine, or only to see whether it can be read.
 //!
 //! ```text
-//!   take:  stream thread -> batches of 256 pages -> store thread (hash, look up, write) -> one page map a block
 //!   goto:  store thread (look up, read, check)  -> runs of pages -> stream
 //! ```
-//! Batches are applied in the order in which they came, so that a later copy of a page replaces an earlier one.
+//! The way into the store is `ingest.rs`.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use pages::{MapRoot, PAGE_SIZE, PageHash, PageStore, Session};
+use pages::{MapRoot, PAGE_SIZE, PageHash, PageStore};
 use qemu::command::RAM_ID;
-use qemu::migration::{DeviceState, RamBlock, RestoreStream, Sink, SinkError};
+use qemu::migration::{DeviceState, RestoreStream};
 use qemu::save::CallbackError;
 
 use crate::catalog::Memory;
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted, step};
+use crate::fault::step;
 
-/// Pages handed to the store at a time: 1 MiB, large enough to hide a lock, small enough for the cache.
+/// Pages looked up and read at a time: 1 MiB, large enough to hide a lock, small enough for the cache.
 const BATCH_PAGES: usize = 256;
-/// Places in a batch, pages of zeros included.
-const BATCH_PLACES: usize = 4096;
-/// Batches under way: what the stream may be ahead of the store.
-const BATCHES: usize = 16;
-
-/// Where a page belongs. The bytes of those that are not zero follow each other in the batch.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    block: usize,
-    page: usize,
-    zero: bool,
-}
-
-#[derive(Debug, Default)]
-struct Batch {
-    /// Set in the first batch.
-    blocks: Vec<RamBlock>,
-    bytes: Vec<u8>,
-    places: Vec<Place>,
-}
-
-/// A RAM block with the names of its pages.
-#[derive(Debug)]
-pub(crate) struct BlockPages {
-    pub(crate) name: String,
-    pub(crate) pages: Vec<PageHash>,
-}
-
-/// Runs `body` with a sink whose pages go into `session`; returns what `body` returned, and the blocks.
-pub(crate) fn ingest<T>(
-    session: &dyn Session,
-    cx: &Context,
-    body: impl FnOnce(&mut (dyn Sink + Send)) -> Result<T>,
-) -> Result<(T, Vec<BlockPages>)> {
-    let (full, batches) = bounded::<Batch>(BATCHES);
-    let (empty, spares) = bounded::<Batch>(BATCHES);
-    thread::scope(|scope| {
-        let worker = scope.spawn(move || store_batches(session, cx, &batches, &empty));
-        let mut sink = BatchSink { batch: Batch::default(), full, spares, skip: planted(Fault::SkipPage) };
-        let done = body(&mut sink);
-        let flushed = sink.flush();
-        drop(sink);
-        let stored = worker
-            .join()
-            .unwrap_or_else(|_| Err(Error::new(Code::Failed, "the thread that stores pages ended early")));
-        // If the store failed, that is why the stream failed too.
-        let blocks = stored?;
-        let value = done?;
-        flushed.map_err(|error| Error::new(Code::Failed, "pages were left over").because(error))?;
-        Ok((value, blocks))
-    })
-}
-
-fn store_batches(
-    session: &dyn Session,
-    cx: &Context,
-    batches: &Receiver<Batch>,
-    empty: &Sender<Batch>,
-) -> Result<Vec<BlockPages>> {
-    let mut blocks: Vec<BlockPages> = Vec::new();
-    let mut names = vec![PageHash::ZERO; BATCH_PAGES];
-    for mut batch in batches {
-        for block in batch.blocks.drain(..) {
-            let count = usize::try_from(block.length).unwrap_or(usize::MAX) / PAGE_SIZE;
-            blocks.push(BlockPages { name: block.name, pages: vec![PageHash::ZERO; count] });
-        }
-        let count = batch.bytes.len() / PAGE_SIZE;
-        session.put(&batch.bytes, &mut names[..count])?;
-        let mut next = names.iter();
-        for place in &batch.places {
-            let name = if place.zero { PageHash::ZERO } else { *next.next().unwrap_or(&PageHash::ZERO) };
-            // The reader has checked that the page lies in its block.
-            blocks[place.block].pages[place.page] = name;
-        }
-        cx.advance((batch.places.len() * PAGE_SIZE) as u64);
-        step("take.memory");
-        batch.bytes.clear();
-        batch.places.clear();
-        let _ = empty.try_send(batch);
-    }
-    Ok(blocks)
-}
-
-struct BatchSink {
-    batch: Batch,
-    full: Sender<Batch>,
-    spares: Receiver<Batch>,
-    /// The planted fault that loses one page.
-    skip: bool,
-}
-
-impl BatchSink {
-    fn flush(&mut self) -> Result<(), SinkError> {
-        let next = self.spares.try_recv().unwrap_or_else(|_| Batch {
-            blocks: Vec::new(),
-            bytes: Vec::with_capacity(BATCH_PAGES * PAGE_SIZE),
-            places: Vec::with_capacity(BATCH_PLACES),
-        });
-        let batch = std::mem::replace(&mut self.batch, next);
-        self.full.send(batch).map_err(|_| "the page store does not take pages any more".into())
-    }
-
-    fn place(&mut self, block: usize, offset: u64, zero: bool) -> Result<(), SinkError> {
-        let page = usize::try_from(offset)? / PAGE_SIZE;
-        self.batch.places.push(Place { block, page, zero });
-        if self.batch.places.len() >= BATCH_PLACES || self.batch.bytes.len() >= BATCH_PAGES * PAGE_SIZE {
-            return self.flush();
-        }
-        Ok(())
-    }
-}
-
-impl Sink for BatchSink {
-    fn blocks(&mut self, blocks: &[RamBlock]) -> Result<(), SinkError> {
-        self.batch.blocks = blocks.to_vec();
-        Ok(())
-    }
-
-    fn page(&mut self, block: usize, offset: u64, bytes: &[u8; PAGE_SIZE]) -> Result<(), SinkError> {
-        // Far enough up that it is a page of the test's own filling.
-        if self.skip && offset >= 160 << 20 {
-            self.skip = false;
-            return Ok(());
-        }
-        self.batch.bytes.extend_from_slice(bytes);
-        self.place(block, offset, false)
-    }
-
-    fn zero(&mut self, block: usize, offset: u64) -> Result<(), SinkError> {
-        self.place(block, offset, true)
-    }
-}
-
-/// Stores the maps of the blocks and the device state; what comes back is all that a snapshot has to keep.
-pub(crate) fn store_maps(
-    session: &dyn Session,
-    blocks: &[BlockPages],
-    state: &DeviceState,
-) -> Result<Memory> {
-    let mut bytes = state.encode();
-    let state_bytes = bytes.len() as u64;
-    bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
-    let mut names = vec![PageHash::ZERO; bytes.len() / PAGE_SIZE];
-    session.put(&bytes, &mut names)?;
-    let state = session.put_map(&names)?;
-    let blocks = blocks
-        .iter()
-        .map(|block| Ok((block.name.clone(), session.put_map(&block.pages)?)))
-        .collect::<Result<_>>()?;
-    Ok(Memory { blocks, state, state_bytes })
-}
+/// Runs under way: what the store may be ahead of the stream.
+const RUNS: usize = 8;
 
 /// Reads a snapshot's device state.
 pub(crate) fn read_state(store: &dyn PageStore, memory: &Memory) -> Result<DeviceState> {
@@ -222,8 +72,8 @@ pub(crate) fn feed(
     socket: &UnixStream,
 ) -> Result<(), CallbackError> {
     let mut stream = RestoreStream::new(socket, &state.header, &state.blocks, state.ram_section)?;
-    let (full, runs) = bounded::<Run>(BATCHES);
-    let (empty, spares) = bounded::<Vec<u8>>(BATCHES);
+    let (full, runs) = bounded::<Run>(RUNS);
+    let (empty, spares) = bounded::<Vec<u8>>(RUNS);
     thread::scope(|scope| {
         let reader = scope.spawn(move || read_runs(store, memory, state, cx, &full, &spares));
         let written = write_runs(&mut stream, &runs, &empty);

@@ -307,14 +307,16 @@ fn check_socket_path(path: &Path) -> Result<()> {
     .hint("choose a shorter one with --state or SPINNEY_STATE"))
 }
 
+/// Bytes of memory that the host can give without swapping; none if it does not say.
+pub(crate) fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
 /// Sees to it that the host has this much memory to give, `coming` included: what a process has that ends first.
 pub(crate) fn check_host_memory(bytes: u64, coming: u64) -> Result<()> {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    let Some(available) = kib.map(|kib| kib << 10) else { return Ok(()) };
+    let Some(available) = available_memory() else { return Ok(()) };
     if bytes <= available.saturating_add(coming) {
         return Ok(());
     }

@@ -32,7 +32,8 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
-use crate::memory::{ingest, memory_bytes, store_maps};
+use crate::ingest::{Lead, StoreTooSlow, ingest, store_maps};
+use crate::memory::memory_bytes;
 use crate::name::{check_note, check_snapshot_name};
 use crate::running::Running;
 use crate::saving;
@@ -261,7 +262,7 @@ impl Engine {
         let progress = || armed.renew(STILL_LIMIT);
         if job.stands_still {
             // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
-            let (held, blocks) = ingest(session.as_ref(), cx, |sink| {
+            let (held, blocks) = ingest(session.as_ref(), cx, Lead::Short, |sink| {
                 save::read(&running.qmp, mode, None, sink, &cx.cancel, &progress).map_err(save_error)
             })?;
             let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
@@ -279,7 +280,8 @@ impl Engine {
             saving = self.show_saving(cx, row, overlays, instant.get(), pause_us);
             step("take.resumed");
         };
-        let read = ingest(session.as_ref(), cx, |sink| {
+        let lead = if job.mode == Mode::Live { Lead::spill() } else { Lead::Short };
+        let read = ingest(session.as_ref(), cx, lead, |sink| {
             let mut switch = || {
                 step("take.read");
                 switch_disks(running, overlays)?;
@@ -300,19 +302,24 @@ impl Engine {
                     max_pause: job.max_pause,
                     cancel: &cx.cancel,
                     progress: &progress,
+                    before_stop: &|| armed.renew(still_limit(job.max_pause)),
                     at_stop: &mut switch,
                     runs_on: &mut |pause_us| runs_on(Some(pause_us)),
                 };
-                return live.save(sink).map_err(save_error);
+                let saved = live.save(sink).map_err(save_error);
+                // QEMU has nothing left to send: whatever the store still has to do, no guest waits for it. If the guest was let go on
+                // before the disks were switched, they are ahead of its memory; and that is why it failed, if it did.
+                armed.release().map_err(too_late)?;
+                return saved;
             }
             let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
-            let saved = held.and_then(|held| held.go_on(&mut switch)).map_err(save_error)?;
+            let saved = held.and_then(|held| held.go_on(&mut switch)).map_err(save_error);
+            armed.release().map_err(too_late)?;
+            let saved = saved?;
             runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
             Ok(saved)
         });
         step("take.saved");
-        // If the guest was let go on before the disks were switched, they are ahead of its memory; and that is why it failed, if it did.
-        armed.disarm().map_err(too_late)?;
         let (saved, blocks) = read?;
         let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
         check_pause(pause_us, job.max_pause)?;
@@ -437,6 +444,12 @@ pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
         .hint("choose another name; `spinney take` without one chooses one")
 }
 
+/// How long a guest that is stopped for a live take may stand still before the warden lets it go on: with some room above what is
+/// allowed, in which the take itself can give up.
+fn still_limit(max_pause: Option<Duration>) -> Duration {
+    max_pause.map_or(STILL_LIMIT, |limit| (limit * 3 / 2).clamp(Duration::from_millis(100), STILL_LIMIT))
+}
+
 /// Whole microseconds since `began`.
 pub(crate) fn micros(began: Instant) -> u64 {
     u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)
@@ -528,6 +541,11 @@ fn active_node(running: &Running, disk: &str) -> Result<Option<String>> {
 }
 
 pub(crate) fn save_error(error: SaveError) -> Error {
+    if has_cause::<StoreTooSlow>(&error) {
+        return Error::new(Code::TimedOut, "the disk is too slow for a live take; the machine goes on as before")
+            .because(error)
+            .hint("`--mode pre-copy` lets the guest wait a moment at the end; or have the state folder on a faster disk");
+    }
     let code = match &error {
         SaveError::Cancelled => {
             return Error::new(Code::Interrupted, "cancelled; the machine goes on as before");
@@ -560,6 +578,11 @@ pub(crate) fn save_error(error: SaveError) -> Error {
         _ => Code::Failed,
     };
     Error::new(code, "the machine's state could not be saved; it goes on as before").because(error)
+}
+
+/// True if one of its causes is of this kind.
+fn has_cause<T: std::error::Error + 'static>(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<T>())
 }
 
 /// What was allowed is kept to even where it is only known afterwards: the disks have switched by then, and stay so.

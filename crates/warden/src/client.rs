@@ -8,8 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ pub struct TooLate;
 #[derive(Debug)]
 pub struct Keeper {
     how: Option<How>,
-    line: Mutex<Line>,
+    line: Arc<Mutex<Line>>,
 }
 
 /// How a warden is started.
@@ -42,12 +43,27 @@ struct How {
 struct Line {
     connection: Option<Connection>,
     last: u64,
+    /// Wardens that were started so far.
+    wardens: u64,
     /// What is armed, for a warden that takes over.
-    armed: HashMap<u64, (Watch, Duration)>,
+    armed: HashMap<u64, Standing>,
+    /// The line itself, for whoever waits for the end of a warden.
+    own: Weak<Mutex<Line>>,
+}
+
+/// A deadline that a warden has been told of.
+#[derive(Clone, Debug)]
+struct Standing {
+    watch: Watch,
+    within: Duration,
+    /// It is about the daemon by now.
+    held: bool,
 }
 
 #[derive(Debug)]
 struct Connection {
+    /// The warden's number.
+    warden: u64,
     socket: UnixStream,
     answers: BufReader<UnixStream>,
 }
@@ -56,19 +72,25 @@ struct Connection {
 #[derive(Debug)]
 pub struct Armed<'a> {
     keeper: &'a Keeper,
-    id: Option<u64>,
+    /// 0 once it is released, or without a warden.
+    id: AtomicU64,
 }
 
 impl Keeper {
     /// A keeper whose warden is `executable --state STATE warden`, started at the first need. It logs to the file `log`.
     pub fn new(executable: &Path, state: &Path, log: &Path) -> Self {
         let how = How { executable: executable.into(), state: state.into(), log: log.into() };
-        Self { how: Some(how), line: Mutex::default() }
+        Self::with(Some(how))
     }
 
     /// A keeper without a warden: deadlines are not kept.
     pub fn none() -> Self {
-        Self { how: None, line: Mutex::default() }
+        Self::with(None)
+    }
+
+    fn with(how: Option<How>) -> Self {
+        let line = Arc::new_cyclic(|own| Mutex::new(Line { own: own.clone(), ..Line::default() }));
+        Self { how, line }
     }
 
     /// Arms a deadline for the machine behind this second monitor: unless it is renewed or disarmed `within` that time, or when we
@@ -77,7 +99,7 @@ impl Keeper {
     /// # Errors
     /// No warden can be had: then nothing should be begun that needs one.
     pub fn arm(&self, monitor: &Path, running: bool, within: Duration) -> io::Result<Armed<'_>> {
-        let Some(how) = &self.how else { return Ok(Armed { keeper: self, id: None }) };
+        let Some(how) = &self.how else { return Ok(Armed { keeper: self, id: AtomicU64::new(0) }) };
         let watch = Watch { monitor: monitor.to_owned(), running };
         let mut line = self.line();
         line.last += 1;
@@ -86,8 +108,8 @@ impl Keeper {
         match line.ask(how, id, &request) {
             Ok(answer) if answer.in_time => {
                 // Not before: a warden that is started for it would be told twice, and a monitor serves one client.
-                line.armed.insert(id, (watch, within));
-                Ok(Armed { keeper: self, id: Some(id) })
+                line.armed.insert(id, Standing { watch, within, held: false });
+                Ok(Armed { keeper: self, id: AtomicU64::new(id) })
             }
             refused => {
                 let _ = line.ask(how, id, &Request::Disarm { id });
@@ -115,7 +137,7 @@ impl Keeper {
 impl Armed<'_> {
     /// It goes on: the deadline is so far from now.
     pub fn renew(&self, within: Duration) {
-        let (Some(id), Some(how)) = (self.id, &self.keeper.how) else { return };
+        let (Some(id), Some(how)) = (self.id(), &self.keeper.how) else { return };
         let mut line = self.keeper.line();
         // One that died is replaced, so that the deadline is kept from now on.
         let _ = line.tell(how, &Request::Renew { id, within: millis(within) });
@@ -142,21 +164,29 @@ impl Armed<'_> {
     /// # Errors
     /// The deadline has passed.
     pub fn hold(&self, within: Duration) -> Result<(), TooLate> {
-        self.ask(|id| Request::Hold { id, within: millis(within) })
+        self.ask(|id| Request::Hold { id, within: millis(within) })?;
+        let id = self.id().unwrap_or_default();
+        if let Some(standing) = self.keeper.line().armed.get_mut(&id) {
+            standing.held = true;
+        }
+        Ok(())
     }
 
-    /// The guest goes on.
+    /// The guest goes on; asked again, nothing is left to be done.
     ///
     /// # Errors
     /// The deadline had passed.
-    pub fn disarm(mut self) -> Result<(), TooLate> {
+    pub fn release(&self) -> Result<(), TooLate> {
         let done = self.ask(|id| Request::Disarm { id });
-        self.forget();
+        if let Some(id) = self.id() {
+            self.keeper.line().armed.remove(&id);
+            self.id.store(0, Ordering::Relaxed);
+        }
         done
     }
 
     fn ask(&self, request: impl FnOnce(u64) -> Request) -> Result<(), TooLate> {
-        let (Some(id), Some(how)) = (self.id, &self.keeper.how) else { return Ok(()) };
+        let (Some(id), Some(how)) = (self.id(), &self.keeper.how) else { return Ok(()) };
         match self.keeper.line().ask(how, id, &request(id)) {
             Ok(answer) if !answer.in_time => Err(TooLate),
             // Without a warden nobody has let the guest go.
@@ -164,17 +194,14 @@ impl Armed<'_> {
         }
     }
 
-    fn forget(&mut self) {
-        if let Some(id) = self.id.take() {
-            self.keeper.line().armed.remove(&id);
-        }
+    fn id(&self) -> Option<u64> {
+        Some(self.id.load(Ordering::Relaxed)).filter(|id| *id != 0)
     }
 }
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
-        let _ = self.ask(|id| Request::Disarm { id });
-        self.forget();
+        let _ = self.release();
     }
 }
 
@@ -210,10 +237,16 @@ impl Line {
     /// The warden, started if there is none; a new one hears what is armed.
     fn connect(&mut self, how: &How) -> io::Result<&mut Connection> {
         if self.connection.is_none() {
-            let mut connection = how.start()?;
-            for (id, (watch, within)) in &self.armed {
-                connection.say(&Request::Arm { id: *id, watch: watch.clone(), within: millis(*within) })?;
-                connection.hear(*id)?;
+            self.wardens += 1;
+            let mut connection = how.start(self.wardens, self.own.clone())?;
+            for (id, Standing { watch, within, held }) in &self.armed {
+                let (id, within) = (*id, millis(*within));
+                connection.say(&Request::Arm { id, watch: watch.clone(), within })?;
+                connection.hear(id)?;
+                if *held {
+                    connection.say(&Request::Hold { id, within })?;
+                    connection.hear(id)?;
+                }
             }
             self.connection = Some(connection);
         }
@@ -222,7 +255,8 @@ impl Line {
 }
 
 impl How {
-    fn start(&self) -> io::Result<Connection> {
+    /// Starts a warden. When it ends and guests depend on it, the next one is started at once.
+    fn start(&self, number: u64, line: Weak<Mutex<Line>>) -> io::Result<Connection> {
         let (ours, theirs) = UnixStream::pair()?;
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut child = Command::new(&self.executable)
@@ -235,10 +269,25 @@ impl How {
             .stderr(log)
             .current_dir("/")
             .spawn()?;
-        thread::Builder::new().name("wait-warden".into()).spawn(move || child.wait())?;
+        let how = self.clone();
+        thread::Builder::new().name("wait-warden".into()).spawn(move || {
+            let _ = child.wait();
+            let Some(line) = line.upgrade() else { return };
+            let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
+            // Unless somebody has noticed before us.
+            if line.connection.as_ref().is_none_or(|connection| connection.warden != number) {
+                return;
+            }
+            line.connection = None;
+            if !line.armed.is_empty()
+                && let Err(error) = line.connect(&how)
+            {
+                tracing::error!(%error, "the warden is gone and no other can be started");
+            }
+        })?;
         ours.set_read_timeout(Some(ANSWER_LIMIT))?;
         ours.set_write_timeout(Some(ANSWER_LIMIT))?;
-        Ok(Connection { answers: BufReader::new(ours.try_clone()?), socket: ours })
+        Ok(Connection { warden: number, answers: BufReader::new(ours.try_clone()?), socket: ours })
     }
 }
 

@@ -16,6 +16,8 @@ pub(crate) struct Building {
     folder: PathBuf,
     file: Arc<dyn DiskFile>,
     pages: u32,
+    /// Slots up to here are being written back.
+    written_back: u32,
     /// Nodes gathered and not yet written.
     nodes: Vec<u8>,
     /// Start and length of each node, in order of their starts.
@@ -29,12 +31,22 @@ pub(crate) struct Slots {
     file: Arc<dyn DiskFile>,
     path: PathBuf,
     offset: u64,
+    /// From and to where the file is to be written back behind these slots. Other threads may not have written theirs yet: what they
+    /// write later is left for the end.
+    write_back: Option<(u64, u64)>,
 }
+
+/// The disk is given so many pages at a time, 8 MiB, while more come: at the end there is less to wait for.
+const WRITE_BACK_PAGES: u32 = 2048;
 
 impl Slots {
     /// Writes the pages of these slots, given in parts of any length.
     pub(crate) fn write(&self, parts: &[&[u8]]) -> Result<()> {
-        self.file.write_at(parts, self.offset).map_err(Error::io("write", &self.path))
+        self.file.write_at(parts, self.offset).map_err(Error::io("write", &self.path))?;
+        if let Some((from, to)) = self.write_back {
+            self.file.write_back(from, to - from);
+        }
+        Ok(())
     }
 }
 
@@ -49,6 +61,7 @@ impl Building {
             folder: folder.to_owned(),
             file,
             pages: 0,
+            written_back: 0,
             nodes: Vec::new(),
             lens: Vec::new(),
             closed: None,
@@ -72,7 +85,12 @@ impl Building {
     pub(crate) fn claim(&mut self, n: u32) -> Slots {
         let offset = page_offset(self.pages);
         self.pages += n;
-        Slots { file: self.file.clone(), path: self.tmp_path(), offset }
+        let mut write_back = None;
+        if self.pages - self.written_back >= WRITE_BACK_PAGES {
+            write_back = Some((page_offset(self.written_back), page_offset(self.pages)));
+            self.written_back = self.pages;
+        }
+        Slots { file: self.file.clone(), path: self.tmp_path(), offset, write_back }
     }
 
     /// Keeps a node for the end of the pack; returns its offset from the start of the nodes, in units of eight bytes.
