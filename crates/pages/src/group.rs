@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::hash::keyed_pages;
 use crate::{PAGE_SIZE, PageHash};
 
 /// The secret of one group. Two stores with one key are one circle of trust.
@@ -99,6 +100,15 @@ impl Names {
     /// Name of a page that is not all zero.
     pub(crate) fn page(&self, page: &[u8; PAGE_SIZE]) -> PageHash {
         PageHash(*blake3::keyed_hash(&self.page, page).as_bytes())
+    }
+
+    /// Calls `named` with the number and the name of each page; none is all zero. Twice as fast as one by one.
+    pub(crate) fn pages<'a>(
+        &self,
+        pages: impl IntoIterator<Item = &'a [u8; PAGE_SIZE]>,
+        mut named: impl FnMut(usize, PageHash),
+    ) {
+        keyed_pages(&self.page, pages, |number, name| named(number, PageHash(name)));
     }
 
     /// Name of an encoded map node.

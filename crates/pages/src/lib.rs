@@ -29,6 +29,7 @@ mod error;
 mod fsck;
 mod gc;
 mod group;
+mod hash;
 mod hold;
 mod index;
 mod map;

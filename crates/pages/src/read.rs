@@ -113,17 +113,18 @@ impl Inner {
             };
             file.read_at(bytes.as_flattened_mut(), first.place.offset())
                 .map_err(Error::io("read", &pack.path))?;
-            for wanted in run {
-                let slot = ((wanted.place.at - first.place.at) / STEP) as usize;
-                let (Some(page), Some(name)) = (bytes.get(slot), names.get(wanted.out)) else { continue };
-                if self.names.page(page) != *name {
-                    return Err(damaged(Kind::Page, *name, pack, Problem::Content));
-                }
+            let slot = |wanted: &Wanted| ((wanted.place.at - first.place.at) / STEP) as usize;
+            let mut bad = None;
+            self.names.pages(run.iter().filter_map(|wanted| bytes.get(slot(wanted))), |number, found| {
+                let name = run.get(number).and_then(|wanted| names.get(wanted.out));
+                bad = bad.or(name.filter(|name| **name != found));
+            });
+            if let Some(name) = bad {
+                return Err(damaged(Kind::Page, *name, pack, Problem::Content));
             }
             if !direct {
                 for wanted in run {
-                    let slot = ((wanted.place.at - first.place.at) / STEP) as usize;
-                    if let (Some(to), Some(from)) = (out.get_mut(wanted.out), scratch.get(slot)) {
+                    if let (Some(to), Some(from)) = (out.get_mut(wanted.out), scratch.get(slot(wanted))) {
                         to.copy_from_slice(from);
                     }
                 }

@@ -147,9 +147,20 @@ impl Session for Writer {
         if !rest.is_empty() || pages.len() != names.len() {
             return Err(Error::Misuse("put needs whole pages and as many names"));
         }
+        let (mut others, mut places) = (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len()));
         for (page, name) in pages.iter().zip(names.iter_mut()) {
-            *name = if *page == ZERO_PAGE { PageHash::ZERO } else { self.store.names.page(page) };
+            if *page == ZERO_PAGE {
+                *name = PageHash::ZERO;
+            } else {
+                others.push(page);
+                places.push(name);
+            }
         }
+        self.store.names.pages(others, |number, name| {
+            if let Some(place) = places.get_mut(number) {
+                **place = name;
+            }
+        });
         let mut known = vec![false; names.len()];
         self.store.rely_on(&self.store.pages, names, &mut known);
         self.step(|| {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
 use vm_tests::walk::{Card, NAME, SOON, Walk};
 
@@ -121,5 +122,65 @@ fn a_pause_that_would_be_too_long_is_not_taken() {
     }
     walk.play(Card::TakeLive).unwrap();
     walk.play(Card::Back).unwrap();
+    walk.end().unwrap();
+}
+
+/// How many steps the guest's writer, who dirties memory all the time, gets on while a live take waits for a store that takes two
+/// mebibytes a second, over what it does while nothing is taken.
+fn pace_beside_a_slow_store(fault: &str, seed: u64) -> f64 {
+    let mut walk = running_guest(seed);
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    walk.spinney.set("SPINNEY_FAULT", fault);
+    walk.spinney.kill_daemon();
+    walk.spinney.ok("ls").unwrap();
+    let mut guest = Guest::connect(&port, SOON).unwrap();
+    guest.set_timeout(Duration::from_secs(60));
+    guest.writer_start(4_000, 8_000).unwrap();
+    let mut pace = || {
+        let before = guest.writer_check().unwrap().steps;
+        thread::sleep(Duration::from_secs(3));
+        (guest.writer_check().unwrap().steps - before) as f64
+    };
+    let alone = pace();
+    let marker = waiting_at(&mut walk, "take.resumed");
+    let take = walk.spinney.under_way(&format!("take {NAME} x --mode live"));
+    reached(&marker);
+    fs::remove_file(&marker).unwrap();
+    let beside = pace();
+    // The port serves one.
+    drop(guest);
+    take.interrupt();
+    let ended = take.end();
+    assert_eq!(ended.code, Some(130), "{ended:?}");
+    walk.ticks_within(&port, SOON).unwrap();
+    println!("{fault}: {beside} steps beside the take, {alone} alone");
+    beside / alone
+}
+
+#[test]
+fn a_slow_store_does_not_slow_the_guest() {
+    assert!(pace_beside_a_slow_store("slow-store", 24) > 0.4);
+}
+
+/// The check itself: without the spill the guest waits for the store.
+#[test]
+fn without_the_spill_a_slow_store_does_slow_the_guest() {
+    assert!(pace_beside_a_slow_store("no-spill", 25) < 0.3);
+}
+
+#[test]
+fn a_store_too_slow_for_the_spill_ends_the_take_and_not_the_guest() {
+    let mut walk = running_guest(26);
+    walk.spinney.set("SPINNEY_FAULT", "little-spill");
+    walk.spinney.kill_daemon();
+    let (happened, ended) =
+        walk.cut_short(&format!("take {NAME} x --mode live"), None, &mut |_, _, _| Ok(())).unwrap();
+    assert!(!happened);
+    assert_eq!(ended.code, Some(9), "{ended:?}");
+    let problem = ended.problem();
+    assert!(problem["detail"].as_str().is_some_and(|words| words.contains("too slow")), "{problem}");
+    walk.spinney.set("SPINNEY_FAULT", "");
+    walk.spinney.kill_daemon();
+    walk.play(Card::TakeLive).unwrap();
     walk.end().unwrap();
 }
