@@ -1,9 +1,17 @@
 //! Disk images, through `qemu-img`: what a file is, a new overlay over it, whether it is sound.
+//!
+//! Starting `qemu-img` takes thirty milliseconds and more, which every take and goto would wait for. So the first overlay of each
+//! shape is made by it, and the next ones are copies of that with another name of the same length in the header.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -42,13 +50,21 @@ pub enum ImageError {
         /// Its words.
         reason: String,
     },
+    /// A copy of an empty image could not be written.
+    #[error("cannot make {path}")]
+    Copy {
+        /// The image.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A finished image could not be made durable.
     #[error("cannot sync {path}")]
     Sync {
         /// The image or its folder.
         path: PathBuf,
         /// The system's reason.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -63,23 +79,52 @@ pub struct ImageInfo {
     pub backing: Option<PathBuf>,
 }
 
-/// `qemu-img`.
+/// `qemu-img`. Clones share what they have made.
 #[derive(Clone, Debug)]
 pub struct QemuImg {
     path: PathBuf,
+    /// Empty overlays to copy.
+    overlays: Arc<Mutex<HashMap<Shape, Template>>>,
 }
+
+/// In what empty overlays differ, but for the name of the backing file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    size: u64,
+    format: String,
+    name_bytes: usize,
+}
+
+/// The bytes of an empty overlay.
+#[derive(Clone, Debug)]
+struct Template {
+    bytes: Arc<[u8]>,
+    /// Where the name of the backing file stands.
+    name_at: usize,
+}
+
+/// An empty overlay is longer only if its disk has more than 128 TiB.
+const TEMPLATE_MAX: u64 = 4 << 20;
+/// Templates that are kept: machines have few sizes of disks.
+const TEMPLATES_MAX: usize = 16;
+/// What is written at a time, unless it is all zeros.
+const PIECE: usize = 4096;
 
 impl QemuImg {
     /// Uses `path`; else the one beside `qemu`; else the one on PATH.
     pub fn find(path: Option<&Path>, qemu: Option<&Path>) -> Result<Self, BinaryError> {
         if let Some(path) = path {
-            return Ok(Self { path: path.to_owned() });
+            return Ok(Self::at(path.to_owned()));
         }
         let beside = qemu.and_then(Path::parent).map(|folder| folder.join("qemu-img"));
         match beside.filter(|file| file.is_file()) {
-            Some(path) => Ok(Self { path }),
-            None => Ok(Self { path: binary::on_path("qemu-img")? }),
+            Some(path) => Ok(Self::at(path)),
+            None => Ok(Self::at(binary::on_path("qemu-img")?)),
         }
+    }
+
+    fn at(path: PathBuf) -> Self {
+        Self { path, overlays: Arc::default() }
     }
 
     /// Looks at an image; fails with [`ImageError::InUse`] if somebody writes to it.
@@ -106,14 +151,27 @@ impl QemuImg {
     /// Makes an empty qcow2 image of `size` bytes over `backing` (its path as it is to stand in the header, its format),
     /// and makes the file and its folder durable.
     pub fn create(&self, image: &Path, size: u64, backing: Option<(&Path, &str)>) -> Result<(), ImageError> {
-        let mut args: Vec<OsString> =
-            ["-q", "-f", "qcow2", "-o", "lazy_refcounts=off,compat=1.1"].map(Into::into).into();
-        if let Some((file, format)) = backing {
-            // -u: the backing file may be open for writing in the machine that we are about to switch.
-            args.extend(["-u".into(), "-b".into(), file.into(), "-F".into(), format.into()]);
+        let shape = backing.map(|(file, format)| Shape {
+            size,
+            format: format.to_owned(),
+            name_bytes: file.as_os_str().len(),
+        });
+        let known = shape.as_ref().and_then(|shape| self.overlays().get(shape).cloned());
+        match (backing, known) {
+            (Some((file, _)), Some(template)) => {
+                let copied = template.copy(image, file.as_os_str().as_bytes());
+                copied.map_err(|source| ImageError::Copy { path: image.to_owned(), source })?;
+            }
+            _ => {
+                self.create_by_tool(image, size, backing)?;
+                if let (Some(shape), Some((file, _))) = (shape, backing)
+                    && let Some(template) = Template::of(image, file.as_os_str().as_bytes())
+                    && self.overlays().len() < TEMPLATES_MAX
+                {
+                    self.overlays().insert(shape, template);
+                }
+            }
         }
-        args.extend(["--".into(), image.into(), size.to_string().into()]);
-        self.run("create", image, &args, QUICK)?;
         let sync = |path: &Path| {
             File::open(path)
                 .and_then(|file| file.sync_all())
@@ -121,6 +179,26 @@ impl QemuImg {
         };
         sync(image)?;
         image.parent().map_or(Ok(()), sync)
+    }
+
+    fn create_by_tool(
+        &self,
+        image: &Path,
+        size: u64,
+        backing: Option<(&Path, &str)>,
+    ) -> Result<(), ImageError> {
+        let mut args: Vec<OsString> =
+            ["-q", "-f", "qcow2", "-o", "lazy_refcounts=off,compat=1.1"].map(Into::into).into();
+        if let Some((file, format)) = backing {
+            // -u: the backing file may be open for writing in the machine that we are about to switch.
+            args.extend(["-u".into(), "-b".into(), file.into(), "-F".into(), format.into()]);
+        }
+        args.extend(["--".into(), image.into(), size.to_string().into()]);
+        self.run("create", image, &args, QUICK).map(drop)
+    }
+
+    fn overlays(&self) -> std::sync::MutexGuard<'_, HashMap<Shape, Template>> {
+        self.overlays.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Checks a qcow2 image; `Ok(Some(words))` says what is wrong with it. Clusters that are allocated and unused do not
@@ -157,6 +235,40 @@ impl QemuImg {
     }
 }
 
+impl Template {
+    /// Takes an empty overlay over a file of this name as a template; none if its header does not read as QEMU's
+    /// `docs/interop/qcow2.rst` has it: bytes 8 to 15 say where the name stands, bytes 16 to 19 how long it is.
+    fn of(image: &Path, name: &[u8]) -> Option<Self> {
+        if fs::metadata(image).ok()?.len() > TEMPLATE_MAX {
+            return None;
+        }
+        let bytes: Arc<[u8]> = fs::read(image).ok()?.into();
+        let at = u64::from_be_bytes(*bytes.get(8..)?.first_chunk()?);
+        let len = u32::from_be_bytes(*bytes.get(16..)?.first_chunk()?);
+        let name_at = usize::try_from(at).ok()?;
+        let found = bytes.get(name_at..name_at.checked_add(name.len())?)?;
+        (bytes.starts_with(b"QFI\xfb") && len as usize == name.len() && found == name)
+            .then_some(Self { bytes, name_at })
+    }
+
+    /// Writes a copy with another name of the same length; the file must not exist.
+    fn copy(&self, image: &Path, name: &[u8]) -> io::Result<()> {
+        let file = File::create_new(image)?;
+        let written = file.set_len(self.bytes.len() as u64).and_then(|()| {
+            for (number, piece) in self.bytes.chunks(PIECE).enumerate() {
+                if piece.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(piece, (number * PIECE) as u64)?;
+                }
+            }
+            file.write_all_at(name, self.name_at as u64)
+        });
+        if written.is_err() {
+            let _ = fs::remove_file(image);
+        }
+        written
+    }
+}
+
 /// `Failed to get "write" lock`, `Failed to get shared "write" lock`.
 fn is_locked(stderr: &str) -> bool {
     stderr.contains("Failed to get") && stderr.contains("lock")
@@ -187,6 +299,34 @@ mod tests {
         assert_eq!((info.format.as_str(), info.virtual_size), ("qcow2", 1 << 20));
         assert_eq!(info.backing, Some(base));
         assert_eq!(img().check(&top).unwrap(), None);
+    }
+
+    #[test]
+    fn the_second_overlay_is_what_the_tool_would_have_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let (quick, slow) = (img(), img());
+        let path = |name: &str| dir.path().join(name);
+        quick.create(&path("first"), 1 << 30, Some((Path::new("aaaa.qcow2"), "qcow2"))).unwrap();
+        assert_eq!(quick.overlays().len(), 1);
+        quick.create(&path("copy"), 1 << 30, Some((Path::new("bbbb.qcow2"), "qcow2"))).unwrap();
+        slow.create(&path("made"), 1 << 30, Some((Path::new("bbbb.qcow2"), "qcow2"))).unwrap();
+        assert!(fs::read(path("copy")).unwrap() == fs::read(path("made")).unwrap());
+        // Another length, size or format is another shape.
+        for (size, name, format) in
+            [(1 << 30, "c", "qcow2"), (1 << 20, "aaaa.qcow2", "qcow2"), (1 << 30, "aaaa.qcow2", "raw")]
+        {
+            quick.create(&path("other"), size, Some((Path::new(name), format))).unwrap();
+            slow.create(&path("made"), size, Some((Path::new(name), format))).unwrap();
+            assert!(
+                fs::read(path("other")).unwrap() == fs::read(path("made")).unwrap(),
+                "{size} {name} {format}"
+            );
+        }
+        // Never over a file that is there.
+        assert!(matches!(
+            quick.create(&path("made"), 1 << 30, Some((Path::new("dddd.qcow2"), "qcow2"))),
+            Err(ImageError::Copy { .. })
+        ));
     }
 
     #[test]

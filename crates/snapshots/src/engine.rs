@@ -63,6 +63,7 @@ pub struct Engine {
     /// Deadlines of guests that stand still on our behalf.
     pub(crate) keeper: Keeper,
     tools: Mutex<Option<Tools>>,
+    img: Mutex<Option<QemuImg>>,
     /// Held while something goes through everything that is stored: the collector, `fsck`.
     pub(crate) housekeeping: Mutex<()>,
     /// Held for as long as the state folder is ours.
@@ -100,6 +101,7 @@ impl Engine {
             locks: TargetLocks::default(),
             saving: Saving::default(),
             tools: Mutex::default(),
+            img: Mutex::default(),
             housekeeping: Mutex::default(),
             _lock: lock,
         };
@@ -151,14 +153,21 @@ impl Engine {
         Ok(found)
     }
 
-    /// qemu-img alone: enough for whatever does not start a machine.
+    /// qemu-img alone, found once: enough for whatever does not start a machine.
     pub(crate) fn img(&self) -> Result<QemuImg> {
+        let mut img = self.img.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(img) = &*img {
+            return Ok(img.clone());
+        }
         let settings = &self.settings;
-        QemuImg::find(settings.qemu_img.as_deref(), settings.qemu.as_deref()).map_err(|error| {
+        let found = QemuImg::find(settings.qemu_img.as_deref(), settings.qemu.as_deref());
+        let found = found.map_err(|error| {
             Error::new(Code::Precondition, "there is no qemu-img to make disks with")
                 .because(error)
                 .hint("install it (Debian: apt install qemu-utils), or name it with SPINNEY_QEMU_IMG")
-        })
+        })?;
+        *img = Some(found.clone());
+        Ok(found)
     }
 
     /// Runs `body` between the journal's entries. `body` writes the end itself, in the transaction that makes its result
@@ -280,6 +289,11 @@ impl From<qemu::image::ImageError> for Error {
         let code = match &error {
             qemu::image::ImageError::InUse { .. } => Code::Refused,
             qemu::image::ImageError::Failed { reason, .. } if reason.contains("No space left") => {
+                Code::NoSpace
+            }
+            qemu::image::ImageError::Copy { source, .. } | qemu::image::ImageError::Sync { source, .. }
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
                 Code::NoSpace
             }
             _ => Code::Failed,
