@@ -2,6 +2,7 @@
 
 mod daemon;
 mod goto;
+mod large;
 mod live;
 mod pauses;
 mod second_take;
@@ -16,7 +17,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 10] = [
+pub(crate) const ALL: [(&str, Measure); 11] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -25,6 +26,7 @@ pub(crate) const ALL: [(&str, Measure); 10] = [
     ("live takes of a busy guest", live::busy),
     ("live takes after goto", live::after_goto),
     ("going to a snapshot", goto::measure),
+    ("a machine of 4 GiB", large::measure),
     ("a tree of a thousand", tree::measure),
     ("the daemon's memory", daemon::measure),
 ];

@@ -184,6 +184,9 @@ impl Session for Writer {
         let mut own = lock(&self.own);
         let (mut saved, packs) = (own.saved, own.packs.len());
         let mut entries = own.entries();
+        // Of a large machine these are tens of megabytes, and the entries say the same.
+        own.pages = Table::default();
+        own.nodes = Table::default();
         let mut sealed: Vec<Layout> = Vec::with_capacity(packs);
         // 1. Content of every pack, behind names that an open removes.
         for (pack, entries) in own.packs.iter_mut().zip(&mut entries) {

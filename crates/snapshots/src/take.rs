@@ -268,6 +268,7 @@ impl Engine {
             let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
                 let whole = || Error::new(Code::Failed, "the machine's state has no end");
                 let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state)?;
+                drop(blocks);
                 Ok((memory, session.commit()?))
             })?;
             held.stand_still().map_err(save_error)?;
@@ -325,6 +326,7 @@ impl Engine {
         check_pause(pause_us, job.max_pause)?;
         cx.phase("making it durable", 0);
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
+        drop(blocks);
         row.created = instant.get();
         Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None, saving })
     }
