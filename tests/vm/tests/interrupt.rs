@@ -36,6 +36,27 @@ fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
     assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
 }
 
+/// Interrupts a take that is done: the result decides, and not what was wished for.
+fn too_late(walk: &mut Walk, mode: &str) {
+    let marker = walk.spinney.folder().join(format!("written-{mode}"));
+    walk.spinney.set("SPINNEY_CRASH", &format!("take.written wait {}", marker.display()));
+    walk.spinney.kill_daemon();
+    let mut blow = |_: &Walk, command: &mut Underway, _: &Path| {
+        while !marker.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        command.interrupt();
+        thread::sleep(Duration::from_millis(500));
+        fs::remove_file(&marker).unwrap();
+        Ok(())
+    };
+    let words = format!("take {NAME} late-{mode} --mode {mode}");
+    let (happened, ended) = walk.cut_short(&words, None, &mut blow).unwrap();
+    assert!(happened, "{words}");
+    let document = ended.done().unwrap();
+    assert_eq!((&document["name"], &document["state"]), (&format!("late-{mode}").into(), &"ready".into()));
+}
+
 #[test]
 fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     let mut walk = Walk::begin(Spinney::new(), 130, 128).unwrap();
@@ -45,11 +66,22 @@ fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     }
     interrupt(&mut walk, &format!("take {NAME} stop --mode stop-copy"), None, "take.memory");
     interrupt(&mut walk, &format!("take {NAME} pre --mode pre-copy"), None, "take.memory");
-    for step in ["take.overlays", "take.announced", "take.read", "take.switched", "take.memory", "take.saved"]
-    {
+    // Before the stop, in the pause, while it is saved, when it is durable and only lacks its name.
+    for step in [
+        "take.overlays",
+        "take.announced",
+        "take.read",
+        "take.switched",
+        "take.resumed",
+        "take.memory",
+        "take.saved",
+        "take.stored",
+    ] {
         interrupt(&mut walk, &format!("take {NAME} live --mode live"), None, step);
     }
     interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
+    too_late(&mut walk, "live");
+    too_late(&mut walk, "stop-copy");
     walk.spinney.set("SPINNEY_CRASH", "");
     walk.spinney.kill_daemon();
     println!("{}", walk.history.join("\n"));
