@@ -10,6 +10,9 @@ use server::operations::OperationView;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
+/// What a stop does once it has pressed the button.
+const PRESSED: &str = "waiting for the guest to power off";
+
 /// The signal that a run was ended by, if any.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ended(Arc<AtomicI32>);
@@ -104,11 +107,8 @@ fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
 /// What a cancellation is about to do.
 fn promise(view: &OperationView, signal: i32) -> String {
     let again = if signal == SIGINT { " (Ctrl-C again leaves it to itself)" } else { "" };
-    match view.kind.as_str() {
-        "stop" => format!("no longer waiting for {} to turn itself off", view.subject),
-        // Whether there still is something to roll back shows when it ends.
-        kind => format!("cancelling {}{again}", named(kind, &view.subject)),
-    }
+    // Whether there still is something to roll back shows when it ends.
+    format!("cancelling {}{again}", named(&view.kind, &view.subject))
 }
 
 /// What became of an operation that was done before it could be cancelled.
@@ -127,11 +127,11 @@ pub(crate) fn can_be_undone(kind: &str) -> bool {
     matches!(kind, "take" | "goto" | "back" | "rm" | "edit")
 }
 
-/// What a cancelled operation came to.
-pub(crate) fn outcome(kind: &str, subject: &str) -> String {
+/// What a cancelled operation came to, which was last seen at `phase`.
+pub(crate) fn outcome(kind: &str, subject: &str, phase: &str) -> String {
     match kind {
         // The button has been pressed, and nobody can take that back.
-        "stop" => {
+        "stop" if phase == PRESSED => {
             format!(
                 "stop {subject} was cancelled; a guest that has been asked already may still turn itself off"
             )
@@ -171,9 +171,13 @@ mod tests {
 
     #[test]
     fn a_cancelled_stop_promises_nothing() {
-        assert!(outcome("stop", "web").contains("may still turn itself off"));
-        assert_eq!(outcome("undo", ""), "undo was cancelled and rolled back");
-        assert_eq!(outcome("take", "web@a"), "take web@a was cancelled and rolled back");
+        assert!(outcome("stop", "web", PRESSED).contains("may still turn itself off"));
+        assert_eq!(outcome("undo", "", ""), "undo was cancelled and rolled back");
+        assert_eq!(
+            outcome("stop", "web", "waiting for take web@a"),
+            "stop web was cancelled and rolled back"
+        );
+        assert_eq!(outcome("take", "web@a", "saving memory"), "take web@a was cancelled and rolled back");
     }
 
     #[test]

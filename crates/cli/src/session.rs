@@ -91,14 +91,15 @@ impl Session {
             watch.follow(&started);
             let (kind, subject) = (started.kind.clone(), started.subject.clone());
             self.out.detail(format_args!("operation {} {kind} {subject}", started.id));
-            let mut warnings = Vec::new();
+            let (mut warnings, mut phase) = (Vec::new(), String::new());
             let mut follow = |until| {
                 let look = |view: &OperationView| {
                     warnings.clone_from(&view.warnings);
+                    phase.clone_from(&view.progress.phase);
                     progress.show(view);
                 };
                 client.follow(started.clone(), until, look).map_err(|problem| match problem.code {
-                    Code::Interrupted => Problem { detail: outcome(&kind, &subject), ..problem },
+                    Code::Interrupted => Problem { detail: outcome(&kind, &subject, &phase), ..problem },
                     _ => problem,
                 })
             };
