@@ -5,15 +5,29 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use vm_tests::harness::Spinney;
+use vm_tests::harness::{Ended, Spinney};
 use vm_tests::underway::Underway;
-use vm_tests::walk::{Card, NAME, SOON, Walk};
+use vm_tests::walk::{Card, NAME, SOON, Violation, Walk};
 
 /// Exit code of what was interrupted.
 const INTERRUPTED: i32 = 130;
 
-/// Interrupts a command at this step.
+/// Interrupts a command at this step; it must be rolled back.
 fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
+    let (happened, ended) = interrupted(walk, words, to, step).unwrap();
+    assert!(!happened, "{words}");
+    assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
+    assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
+    let log = walk.spinney.ok("op log -n 1").unwrap();
+    assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
+}
+
+fn interrupted(
+    walk: &mut Walk,
+    words: &str,
+    to: Option<usize>,
+    step: &str,
+) -> Result<(bool, Ended), Violation> {
     let marker = walk.spinney.folder().join(step);
     walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
     // The next command starts one that knows the step.
@@ -28,12 +42,18 @@ fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
         fs::remove_file(&marker).unwrap();
         walk.ticks_within(port, SOON)
     };
-    let (happened, ended) = walk.cut_short(words, to, &mut blow).unwrap();
-    assert!(!happened, "{words}");
-    assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
-    assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
-    let log = walk.spinney.ok("op log -n 1").unwrap();
-    assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
+    walk.cut_short(words, to, &mut blow)
+}
+
+/// The check itself: it has to find a layer that nobody took away.
+#[test]
+fn what_a_take_that_is_interrupted_leaves_behind_is_found() {
+    let mut spinney = Spinney::new();
+    spinney.set("SPINNEY_FAULT", "leave-overlays");
+    let mut walk = Walk::begin(spinney, 131, 64).unwrap();
+    let found = interrupted(&mut walk, &format!("take {NAME} live --mode live"), None, "take.announced");
+    let words = found.expect_err("who took the overlay away?").to_string();
+    assert!(words.contains("what was rolled back") && words.contains(".qcow2"), "{words}");
 }
 
 /// Interrupts a take that is done: the result decides, and not what was wished for.
