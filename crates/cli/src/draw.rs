@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use jiff::Timestamp;
 use server::snapshots::{Mode, Power, Snapshot, SnapshotState, Tree};
 
-use crate::output::{ago, bytes, cut, plain, room, span};
+use crate::output::{LEAST, NAME_LEAST, ago, bytes, cut, plain, room, span};
 
 /// One line of the drawing: branches and name first, then what stands in columns, then words and the note.
 #[derive(Default)]
@@ -121,9 +121,20 @@ impl<'a> Drawing<'a> {
         let wide = |n: usize| {
             self.lines.iter().filter_map(|l| l.cells.get(n)).map(|c| c.chars().count()).max().unwrap_or(0)
         };
-        let widths: Vec<usize> = (0..4).map(wide).collect();
+        let mut widths: Vec<usize> = (0..4).map(wide).collect();
         let with_cells = self.lines.iter().filter(|line| !line.cells.is_empty());
         let label_width = with_cells.map(|line| line.label.chars().count()).max().unwrap_or(0);
+        // On a narrow terminal a long name moves its own line, and no other; and the pause is left to `show`.
+        let cells = |widths: &[usize]| -> usize {
+            widths.iter().filter(|width| **width > 0).map(|width| width + 2).sum()
+        };
+        // Two spaces and two quotation marks.
+        let notes = if self.lines.iter().any(|line| !line.note.is_empty()) { LEAST + 4 } else { 0 };
+        let most = |fit: usize, widths: &[usize]| fit.saturating_sub(cells(widths) + notes).max(NAME_LEAST);
+        if fit.is_some_and(|fit| cells(&widths) + notes + label_width.min(NAME_LEAST) > fit) {
+            widths.truncate(3);
+        }
+        let label_width = fit.map_or(label_width, |fit| label_width.min(most(fit, &widths)));
         let mut out = vec![self.tree.machine.name.clone()];
         for line in &self.lines {
             let mut text = format!("{:<label_width$}", line.label);

@@ -10,6 +10,9 @@ use server::operations::OperationView;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
+/// What a stop does once it has pressed the button.
+const PRESSED: &str = "waiting for the guest to power off";
+
 /// The signal that a run was ended by, if any.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ended(Arc<AtomicI32>);
@@ -70,6 +73,13 @@ impl Interrupts {
         Self { watched, client, thread: Some((handle, thread)) }
     }
 
+    /// For an operation that is done: what to say to somebody who had wanted it rolled back.
+    pub(crate) fn too_late(&self) -> Option<String> {
+        let watched = lock(&self.watched);
+        let view = watched.operation.as_ref().filter(|_| watched.signalled)?;
+        Some(done_before(view))
+    }
+
     /// The operation that was asked for. A signal may have come before its id did.
     pub(crate) fn follow(&self, view: &OperationView) {
         let mut watched = lock(&self.watched);
@@ -96,18 +106,32 @@ fn lock(watched: &Mutex<Watched>) -> MutexGuard<'_, Watched> {
 
 /// What a cancellation is about to do.
 fn promise(view: &OperationView, signal: i32) -> String {
-    let again = if signal == SIGINT { "; Ctrl-C again leaves it to itself" } else { "" };
-    match view.kind.as_str() {
-        "stop" => format!("no longer waiting for {} to turn itself off", view.subject),
-        kind => format!("rolling back {}{again}", named(kind, &view.subject)),
-    }
+    let again = if signal == SIGINT { " (Ctrl-C again leaves it to itself)" } else { "" };
+    // Whether there still is something to roll back shows when it ends.
+    format!("cancelling {}{again}", named(&view.kind, &view.subject))
 }
 
-/// What a cancelled operation came to.
-pub(crate) fn outcome(kind: &str, subject: &str) -> String {
+/// What became of an operation that was done before it could be cancelled.
+fn done_before(view: &OperationView) -> String {
+    let what = named(&view.kind, &view.subject);
+    let back = match view.kind.as_str() {
+        kind if can_be_undone(kind) => format!("; `spinney undo {}` takes it back", view.id),
+        "undo" => format!("; `spinney undo {}` does it again", view.id),
+        _ => String::new(),
+    };
+    format!("{what} was done before it could be cancelled{back}")
+}
+
+/// True if `undo` takes back what is called so.
+pub(crate) fn can_be_undone(kind: &str) -> bool {
+    matches!(kind, "take" | "goto" | "back" | "rm" | "edit")
+}
+
+/// What a cancelled operation came to, which was last seen at `phase`.
+pub(crate) fn outcome(kind: &str, subject: &str, phase: &str) -> String {
     match kind {
         // The button has been pressed, and nobody can take that back.
-        "stop" => {
+        "stop" if phase == PRESSED => {
             format!(
                 "stop {subject} was cancelled; a guest that has been asked already may still turn itself off"
             )
@@ -147,9 +171,30 @@ mod tests {
 
     #[test]
     fn a_cancelled_stop_promises_nothing() {
-        assert!(outcome("stop", "web").contains("may still turn itself off"));
-        assert_eq!(outcome("undo", ""), "undo was cancelled and rolled back");
-        assert_eq!(outcome("take", "web@a"), "take web@a was cancelled and rolled back");
+        assert!(outcome("stop", "web", PRESSED).contains("may still turn itself off"));
+        assert_eq!(outcome("undo", "", ""), "undo was cancelled and rolled back");
+        assert_eq!(
+            outcome("stop", "web", "waiting for take web@a"),
+            "stop web was cancelled and rolled back"
+        );
+        assert_eq!(outcome("take", "web@a", "saving memory"), "take web@a was cancelled and rolled back");
+    }
+
+    #[test]
+    fn what_came_too_late_promises_nothing_and_says_the_way_back() {
+        let view = |kind: &str| {
+            let view = serde_json::json!({ "id": "3f2a", "kind": kind, "subject": "web", "state": "running",
+                "started": jiff::Timestamp::UNIX_EPOCH, "ended": null, "result": null, "problem": null,
+                "progress": { "done": 0, "total": 0, "phase": "" } });
+            serde_json::from_value::<OperationView>(view).unwrap()
+        };
+        let take = view("take");
+        assert_eq!(promise(&take, SIGINT), "cancelling take web (Ctrl-C again leaves it to itself)");
+        assert_eq!(
+            done_before(&take),
+            "take web was done before it could be cancelled; `spinney undo 3f2a` takes it back"
+        );
+        assert_eq!(done_before(&view("start")), "start web was done before it could be cancelled");
     }
 
     #[test]

@@ -23,7 +23,11 @@ pub(crate) struct Output {
 }
 
 /// What a cut column keeps at least, however narrow the terminal is.
-const LEAST: usize = 20;
+pub(crate) const LEAST: usize = 10;
+/// What names have at least, so that most of them fit.
+pub(crate) const NAME_LEAST: usize = 16;
+/// A terminal narrower than this is shown less.
+const NARROW: usize = 80;
 /// Columns of a terminal that does not tell.
 const USUAL_WIDTH: usize = 80;
 
@@ -40,6 +44,11 @@ pub(crate) enum Style {
 impl Output {
     pub(crate) fn new(json: bool, quiet: bool, verbose: bool) -> Self {
         Self { json, quiet, verbose, colours: !json && colours(&io::stdout()), width: terminal_width() }
+    }
+
+    /// True on a terminal that has no room for everything.
+    pub(crate) fn narrow(&self) -> bool {
+        self.width.is_some_and(|width| width < NARROW)
     }
 
     /// Data, on stdout.
@@ -70,6 +79,14 @@ impl Output {
     pub(crate) fn note(&self, text: impl Display) {
         if !self.quiet && !self.json {
             let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// What people should know whether they want notes or not, on stderr.
+    pub(crate) fn warning(&self, text: impl Display) {
+        if !self.json {
+            let (yellow, off) = if colours(&io::stderr()) { ("\x1b[1;33m", "\x1b[0m") } else { ("", "") };
+            let _ = writeln!(io::stderr(), "{yellow}warning:{off} {text}");
         }
     }
 
@@ -130,11 +147,12 @@ fn terminal_width() -> Option<usize> {
 }
 
 /// Rows as lines, their columns under each other, two spaces apart. A column of numbers is set to the right, and the last
-/// one is cut so that lines fit into `fit`.
+/// one is cut so that lines fit into `fit`. Where that is not enough the widest of the others takes no more room than there is: what
+/// is longer there (a name, which nobody could type if it were cut) moves its own line, and no other.
 pub(crate) fn columns(rows: &[Vec<String>], fit: Option<usize>) -> Vec<String> {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let column = |n: usize| rows.iter().filter_map(move |row| row.get(n));
-    let width: Vec<usize> =
+    let mut width: Vec<usize> =
         (0..count).map(|n| column(n).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
     // A number, perhaps with a unit behind it, or the dash that stands for none.
     let number = |cell: &String| {
@@ -145,6 +163,15 @@ pub(crate) fn columns(rows: &[Vec<String>], fit: Option<usize>) -> Vec<String> {
     };
     let numbers = |n: usize| column(n).skip(1).all(number) && column(n).skip(1).any(|cell| cell != "-");
     let right: Vec<bool> = (0..count).map(numbers).collect();
+    if let Some(fit) = fit {
+        let all = width.iter().sum::<usize>() + 2 * count.saturating_sub(1);
+        let last = width.last().copied().unwrap_or(0);
+        let over = (all - last + last.min(LEAST)).saturating_sub(fit);
+        let (others, _) = width.split_at_mut(count.saturating_sub(1));
+        if let Some(widest) = others.iter_mut().max() {
+            *widest = (*widest).min(widest.saturating_sub(over).max(NAME_LEAST));
+        }
+    }
     let used = width.iter().take(count.saturating_sub(1)).map(|width| width + 2).sum();
     let line = |row: &Vec<String>| {
         let cells =
@@ -296,12 +323,28 @@ mod tests {
     }
 
     #[test]
+    fn a_long_name_moves_its_own_line_only() {
+        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+        let long = "a-name-that-is-longer-than-others";
+        let rows = [row(["NAME", "SIZE", "NOTE"]), row([long, "1 GiB", "a note"]), row(["db", "2 GiB", ""])];
+        assert_eq!(
+            columns(&rows, Some(40)),
+            [
+                "NAME                        SIZE  NOTE",
+                "a-name-that-is-longer-than-others  1 GiB  a note",
+                "db                         2 GiB"
+            ]
+        );
+        assert_eq!(columns(&rows, Some(80))[2], "db                                 2 GiB");
+    }
+
+    #[test]
     fn the_last_column_is_cut_to_the_line() {
         let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
         let rows =
             [row(["NAME", "NOTE"]), row(["web", "all is well, and nobody has touched it"]), row(["db", "x"])];
         assert_eq!(columns(&rows, Some(30)), ["NAME  NOTE", "web   all is well, and nobody…", "db    x"]);
-        assert_eq!(columns(&rows, Some(5)), ["NAME  NOTE", "web   all is well, and no…", "db    x"]);
+        assert_eq!(columns(&rows, Some(5)), ["NAME  NOTE", "web   all is we…", "db    x"]);
         assert_eq!(cut("ab…", 2), "a…");
         assert_eq!(cut("é…", 2), "é…");
         assert_eq!(wrap("guests run several  times slower", 12), ["guests run", "several", "times slower"]);

@@ -1,6 +1,7 @@
 //! One run of the program: its settings, its voice, its connection to the daemon.
 
 use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,13 +21,15 @@ use crate::progress::Progress;
 pub(crate) struct Session {
     pub(crate) config: Config,
     pub(crate) out: Output,
+    /// What operations had to say though they were done.
+    pub(crate) warnings: Mutex<Vec<String>>,
     /// By which signal, if one came while an operation was followed.
     pub(crate) ended: Ended,
 }
 
 impl Session {
     pub(crate) fn new(config: Config, out: Output) -> Self {
-        Self { config, out, ended: Ended::default() }
+        Self { config, out, warnings: Mutex::default(), ended: Ended::default() }
     }
 
     /// The daemon, started if it is not there.
@@ -88,14 +91,45 @@ impl Session {
             watch.follow(&started);
             let (kind, subject) = (started.kind.clone(), started.subject.clone());
             self.out.detail(format_args!("operation {} {kind} {subject}", started.id));
-            client.follow(started, until, |view| progress.show(view)).map_err(|problem| match problem.code {
-                Code::Interrupted => Problem { detail: outcome(&kind, &subject), ..problem },
-                _ => problem,
-            })
+            let (mut warnings, mut phase) = (Vec::new(), String::new());
+            let mut follow = |until| {
+                let look = |view: &OperationView| {
+                    warnings.clone_from(&view.warnings);
+                    phase.clone_from(&view.progress.phase);
+                    progress.show(view);
+                };
+                client.follow(started.clone(), until, look).map_err(|problem| match problem.code {
+                    Code::Interrupted => Problem { detail: outcome(&kind, &subject, &phase), ..problem },
+                    _ => problem,
+                })
+            };
+            let mut followed = follow(until)?;
+            if until == Until::Result && watch.too_late().is_some() {
+                // It is being cancelled: only its end says whether it was.
+                followed = follow(Until::Ended)?;
+            }
+            Ok((followed, warnings))
         });
         progress.clear();
+        let too_late = watch.too_late();
         drop(watch);
-        result
+        let (result, warnings) = result?;
+        if let Some(words) = too_late {
+            self.out.note(words);
+        }
+        warnings.iter().for_each(|words| self.out.warning(words));
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).extend(warnings);
+        Ok(result)
+    }
+
+    /// The one document of `--json` for what an operation came to: with `warnings`, if there are any.
+    pub(crate) fn document(&self, schema: &str, value: &impl Serialize) {
+        let warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut value = serde_json::to_value(value).unwrap_or_default();
+        if let Some(object) = value.as_object_mut().filter(|_| !warnings.is_empty()) {
+            object.insert("warnings".to_owned(), json!(*warnings));
+        }
+        self.out.document(schema, &value);
     }
 
     /// Shows a plan and asks a person, who may call it off. Off a terminal there is nobody to ask: without `--yes` that is

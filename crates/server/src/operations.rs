@@ -56,6 +56,9 @@ pub struct OperationView {
     /// What it came to; its shape is that of the kind. A take has one while it still runs: the snapshot, `saving`, from when the
     /// guest runs on. Lost when the daemon ends.
     pub result: Option<Value>,
+    /// What people should know though it is done: a disk that is missing below a snapshot.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Why it failed or was rolled back.
     pub problem: Option<Problem>,
 }
@@ -341,6 +344,7 @@ impl Entry {
                 phase: progress.phase.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             },
             result,
+            warnings: progress.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             problem,
         }
     }

@@ -20,6 +20,8 @@ pub struct Progress {
     pub phase: Mutex<String>,
     /// What it comes to, said before it is all done: a take's snapshot that is `saving`. Whoever does not want to wait may go.
     pub so_far: Mutex<Option<Value>>,
+    /// What people should know though it is done.
+    pub warnings: Mutex<Vec<String>>,
 }
 
 /// One operation's id in the journal, its progress, its cancel flag.
@@ -56,6 +58,11 @@ impl Context {
     pub(crate) fn so_far(&self, result: &impl Serialize) {
         let value = serde_json::to_value(result).ok();
         *self.progress.so_far.lock().unwrap_or_else(PoisonError::into_inner) = value;
+    }
+
+    /// Says what people should know, though it is done.
+    pub(crate) fn warn(&self, words: String) {
+        self.progress.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 
     /// Adds units done.

@@ -13,7 +13,7 @@ use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_mac, new_uuid};
 use crate::name::check_name;
-use crate::running::{Begin, check_host_memory};
+use crate::running::{Begin, check_ever_fits};
 use crate::types::{DiskSource, Machine, MachineConfig, Power};
 
 /// Less than this and no firmware starts.
@@ -39,6 +39,7 @@ impl Engine {
     pub fn create(&self, cx: &Context, name: &str, mut config: MachineConfig) -> Result<Machine> {
         check_name("machine", name)?;
         check_config(&mut config)?;
+        check_ever_fits(name, config.memory)?;
         let Tools { qemu, .. } = self.tools()?;
         if self.catalog.read(|tx| TargetRow::name_taken(tx, name))? {
             return Err(name_taken(name));
@@ -100,7 +101,6 @@ impl Engine {
         };
         let specs = disks.overlays.iter().map(over_base).collect();
         let config = MachineConfig { kernel: None, ..target.config.clone() };
-        check_host_memory(config.memory, 0)?;
         let tried = self.launch(target, &config, &target.machine, specs, Begin::BootPaused)?;
         let blocked = tried.qmp.execute("query-migrate", json!({}));
         self.end_process(&target.id, &tried);
@@ -137,6 +137,13 @@ impl Engine {
                         .hint("copy it out of the state folder first: qemu-img convert -O qcow2 IT NEW"));
                     }
                     let info = self.img()?.info(path).map_err(|e| image_error(path, e))?;
+                    if info.virtual_size == 0 {
+                        return Err(Error::new(
+                            Code::Usage,
+                            format!("{} is empty: it cannot be a disk", path.display()),
+                        )
+                        .hint("a size in its place, such as --disk 10G, makes a new empty disk"));
+                    }
                     let seen = stamp(path).map_err(|e| {
                         Error::new(Code::NotFound, format!("{} cannot be looked at", path.display()))
                             .because(e)
@@ -230,7 +237,7 @@ fn image_error(path: &Path, error: qemu::image::ImageError) -> Error {
 fn check_config(config: &mut MachineConfig) -> Result<()> {
     let usage = |message: String| Err(Error::new(Code::Usage, message));
     if config.memory < MEMORY_MIN || config.memory > MEMORY_MAX {
-        return usage(format!("{} bytes of memory: a machine has between 16 MiB and 4 TiB", config.memory));
+        return usage(format!("{} of memory: a machine has between 16 MiB and 4 TiB", size(config.memory)));
     }
     // Whole mebibytes: QEMU's -m, and 2 MiB of map leaves, come out even.
     config.memory = config.memory.next_multiple_of(1 << 20);
@@ -257,7 +264,7 @@ fn check_config(config: &mut MachineConfig) -> Result<()> {
         match source {
             DiskSource::File(path) => *path = existing_file("disk", path)?,
             DiskSource::Size(bytes) if *bytes < DISK_MIN || *bytes > DISK_MAX => {
-                return usage(format!("a disk of {bytes} bytes: a disk has between 64 KiB and 64 TiB"));
+                return usage(format!("a disk of {}: a disk has between 64 KiB and 64 TiB", size(*bytes)));
             }
             // Whole sectors of the largest kind that guests see.
             DiskSource::Size(bytes) => *bytes = bytes.next_multiple_of(4096),
@@ -271,6 +278,19 @@ fn check_config(config: &mut MachineConfig) -> Result<()> {
     Ok(())
 }
 
+/// A size as people write it, in the largest unit that leaves it whole.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut whole = bytes;
+    let mut units = units.into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    while whole > 0 && whole.is_multiple_of(1024) {
+        let Some(next) = units.next() else { break };
+        (whole, unit) = (whole / 1024, next);
+    }
+    format!("{whole} {unit}")
+}
+
 fn existing_file(what: &str, path: &Path) -> Result<PathBuf> {
     let missing = |error: std::io::Error| {
         let code = match error.kind() {
@@ -278,7 +298,13 @@ fn existing_file(what: &str, path: &Path) -> Result<PathBuf> {
             std::io::ErrorKind::PermissionDenied => Code::NotPermitted,
             _ => Code::Failed,
         };
-        Error::new(code, format!("the {what} {} cannot be opened", path.display())).because(error)
+        let missing =
+            Error::new(code, format!("the {what} {} cannot be opened", path.display())).because(error);
+        if what == "disk" && code == Code::NotFound {
+            return missing
+                .hint("--disk takes a file that is there, or a size for a new empty disk, such as 10G");
+        }
+        missing
     };
     let path = fs::canonicalize(path).map_err(missing)?;
     let file = fs::File::open(&path).map_err(missing)?;
@@ -319,6 +345,15 @@ mod tests {
         let mut odd = MachineConfig { disks: vec![DiskSource::Size(100_001)], ..config() };
         check_config(&mut odd).unwrap();
         assert_eq!(odd.disks, [DiskSource::Size(102_400)]);
+    }
+
+    #[test]
+    fn sizes_are_said_as_people_write_them() {
+        let said = [0, 1000, 8 << 20, 1000 << 30, 1536 << 20, 4 << 40, u64::MAX].map(size);
+        assert_eq!(
+            said,
+            ["0 bytes", "1000 bytes", "8 MiB", "1000 GiB", "1536 MiB", "4 TiB", "18446744073709551615 bytes"]
+        );
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub(crate) enum Fault {
     SkipPage,
     /// `goto` loads the device state of another snapshot.
     OtherDeviceState,
+    /// A `take` that is rolled back leaves its overlays where they are.
+    LeaveOverlays,
     /// Nobody keeps deadlines.
     NoWarden,
     /// The page store takes two batches a second.
@@ -31,6 +33,7 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::ResumeEarly => "resume-early",
         Fault::SkipPage => "skip-page",
         Fault::OtherDeviceState => "other-device-state",
+        Fault::LeaveOverlays => "leave-overlays",
         Fault::NoWarden => "no-warden",
         Fault::SlowStore => "slow-store",
         Fault::LittleSpill => "little-spill",

@@ -29,6 +29,7 @@ use crate::context::Context;
 use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::memory::check_readable;
 use crate::running::{Running, check_host_memory};
 use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped};
@@ -59,8 +60,9 @@ impl Engine {
     /// Makes a target what it was at a snapshot. What would be lost is kept as an undo point unless `discard`.
     pub fn goto(&self, cx: &Context, address: &str, power: GotoPower, discard: bool) -> Result<GotoReport> {
         let (target, _) = address::split(address);
-        let (row, _guard) = self.lock_target(cx, target, "goto")?;
+        let (row, guard) = self.lock_target(cx, target, "goto")?;
         let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, address))?;
+        guard.about(&snapshot.full_name());
         let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None };
         self.goto_locked(cx, &purpose, &row, &snapshot, power, discard)
     }
@@ -220,6 +222,7 @@ impl Engine {
                 })?;
                 drop(standby.disarm());
                 self.replace_process(&row.id, old);
+                step("goto.alone");
                 Ok(self.exchange(swap, purpose, &point.row, &plan, &why))
             })
         });

@@ -10,8 +10,16 @@ use crate::error::Result;
 /// Which targets are being worked on, and with what.
 #[derive(Debug, Default)]
 pub(crate) struct TargetLocks {
-    busy: Mutex<HashMap<String, &'static str>>,
+    busy: Mutex<HashMap<String, Work>>,
     freed: Condvar,
+}
+
+/// What is being done to a target.
+#[derive(Clone, Debug)]
+struct Work {
+    kind: &'static str,
+    /// The same with what it is about ("take web@x"), once that is known.
+    title: Option<String>,
 }
 
 /// The right to change a target, until dropped.
@@ -22,15 +30,15 @@ pub(crate) struct TargetGuard<'a> {
 }
 
 impl TargetLocks {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, &'static str>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Work>> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until nothing else works on `target`, or until the caller cancels.
     pub(crate) fn acquire(&self, target: &str, kind: &'static str, cx: &Context) -> Result<TargetGuard<'_>> {
         let mut busy = self.lock();
-        while let Some(other) = busy.get(target).copied() {
-            cx.phase(&format!("waiting for {other}"), 0);
+        while let Some(other) = busy.get(target) {
+            cx.phase(&format!("waiting for {}", other.title.as_deref().unwrap_or(other.kind)), 0);
             busy = self
                 .freed
                 .wait_timeout(busy, Duration::from_millis(50))
@@ -38,7 +46,7 @@ impl TargetLocks {
                 .0;
             cx.check()?;
         }
-        busy.insert(target.to_owned(), kind);
+        busy.insert(target.to_owned(), Work { kind, title: None });
         Ok(TargetGuard { locks: self, target: target.to_owned() })
     }
 
@@ -48,13 +56,22 @@ impl TargetLocks {
         if busy.contains_key(target) {
             return None;
         }
-        busy.insert(target.to_owned(), kind);
+        busy.insert(target.to_owned(), Work { kind, title: None });
         Some(TargetGuard { locks: self, target: target.to_owned() })
     }
 
     /// What is being done to a target, if anything.
     pub(crate) fn busy_with(&self, target: &str) -> Option<&'static str> {
-        self.lock().get(target).copied()
+        self.lock().get(target).map(|work| work.kind)
+    }
+}
+
+impl TargetGuard<'_> {
+    /// Says what it is about, to whoever waits.
+    pub(crate) fn about(&self, subject: &str) {
+        if let Some(work) = self.locks.lock().get_mut(&self.target) {
+            work.title = Some(format!("{} {subject}", work.kind));
+        }
     }
 }
 

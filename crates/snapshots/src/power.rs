@@ -12,6 +12,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::running::{Begin, Running, check_host_memory};
 use crate::types::{Machine, Power};
+use crate::undo_point::brought_back_by;
 
 /// Nobody waits longer for a guest to power off.
 const LONGEST_STOP: Duration = Duration::from_secs(365 * 86_400);
@@ -38,10 +39,12 @@ impl Engine {
     /// A row as callers get it.
     pub(crate) fn machine_view(&self, row: TargetRow) -> Result<Machine> {
         let (power, running) = self.look(&row)?;
-        let (parent, snapshots) = self.catalog.read(|tx| {
+        let (parent, snapshots, brought_back_by) = self.catalog.read(|tx| {
             let parent = SnapshotRow::visible(tx, row.parent.as_deref())?;
             let parent = parent.map(|id| SnapshotRow::by_id(tx, &id)).transpose()?;
-            Ok((parent.map(|s| s.name), SnapshotRow::count(tx, &row.id)?))
+            let lost = power == Power::LostPower;
+            let back = if lost { brought_back_by(tx, &row.id)? } else { None };
+            Ok((parent.map(|s| s.name), SnapshotRow::count(tx, &row.id)?, back.map(|s| s.full_name())))
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
         Ok(Machine {
@@ -57,6 +60,7 @@ impl Engine {
             protected: row.protected,
             created: row.created,
             pid: running.as_ref().map(|r| r.process.id().pid),
+            brought_back_by,
             console: running.as_ref().map(|r| r.run.console()),
             busy,
             accel: running.as_ref().map(|r| r.row.accel.clone()),

@@ -10,6 +10,7 @@ use qemu::process::Process;
 use qemu::qmp::{Qmp, QmpError};
 
 use crate::catalog::{ProcessRow, TargetRow};
+use crate::create::size;
 use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_uuid};
@@ -309,9 +310,7 @@ fn check_socket_path(path: &Path) -> Result<()> {
 
 /// Bytes of memory that the host can give without swapping; none if it does not say.
 pub(crate) fn available_memory() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+    meminfo("MemAvailable:")
 }
 
 /// Sees to it that the host has this much memory to give, `coming` included: what a process has that ends first.
@@ -330,6 +329,29 @@ pub(crate) fn check_host_memory(bytes: u64, coming: u64) -> Result<()> {
     )
     .hint("end another machine first, or make this one with less --memory")
     .in_the_way())
+}
+
+/// Sees to it that a machine with this much memory can be started on this host at all, whatever else runs there.
+pub(crate) fn check_ever_fits(name: &str, bytes: u64) -> Result<()> {
+    match meminfo("MemTotal:") {
+        Some(total) if bytes > total => Err(Error::new(
+            Code::Precondition,
+            format!(
+                "{name} with {} of memory could never start: this host has {} MiB",
+                size(bytes),
+                total >> 20
+            ),
+        )
+        .hint("give it less --memory")),
+        _ => Ok(()),
+    }
+}
+
+/// A line of the kernel's, in bytes; none if it cannot be read, and then nothing is refused for it.
+fn meminfo(line: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let rest = text.lines().find_map(|l| l.strip_prefix(line))?;
+    rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

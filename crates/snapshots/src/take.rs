@@ -94,7 +94,7 @@ impl Engine {
         if let Some(name) = &options.name {
             check_snapshot_name(name)?;
         }
-        let (row, _guard) = self.lock_target(cx, target, "take")?;
+        let (row, guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
         let mode = choose_mode(&row, power, running.as_deref(), &options)?;
         let name = self.choose_name(&row, options.name)?;
@@ -111,12 +111,33 @@ impl Engine {
             stands_still: false,
         };
         let subject = format!("{}@{}", row.name, job.name);
+        guard.about(&subject);
+        self.warn_of_disks(cx, &row)?;
         let was_running = power == Power::Running;
         let plan = json!(TakePlan { was_running });
         let id = self.journaled(cx, "take", &subject, Some(&row.id), &plan, || {
             self.take_job(cx, &job, running.as_deref())
         })?;
         view_by_id(&self.catalog, &id)
+    }
+
+    /// A snapshot whose disks cannot be used as they are now is worth having all the same: its memory is safe, and an image can be put
+    /// back. But nobody should rely on it without knowing.
+    fn warn_of_disks(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+        let (disks, checked) = self.catalog.read(|tx| {
+            let disks = TargetRow::disks(tx, &row.id)?;
+            let checked = self.check_chains(tx, &row.name, &disks);
+            Ok((disks, checked))
+        })?;
+        match checked {
+            Err(error) if !disks.is_empty() && error.code() == Code::Damaged => {
+                let hint = error.hint_text().map(|hint| format!(" ({hint})")).unwrap_or_default();
+                cx.warn(format!("{error}; until that is mended nothing can go to this snapshot{hint}"));
+            }
+            Err(error) => return Err(error),
+            Ok(()) => {}
+        }
+        Ok(())
     }
 
     /// The steps from 2 on. Returns the snapshot's id.
@@ -137,6 +158,7 @@ impl Engine {
         step("take.overlays");
         let snapshot = self.capture(cx, job, running, &overlays, began)?;
         let row = &snapshot.row;
+        step("take.stored");
         let write = || {
             // The last moment in which it can be called off.
             cx.check()?;
@@ -389,6 +411,9 @@ impl Engine {
 
     /// Undoes step 3 if QEMU still writes to the layers below; else leaves everything: empty overlays harm nothing.
     fn take_back_overlays(&self, target: &str, running: &Running, overlays: &[NewOverlay]) {
+        if planted(Fault::LeaveOverlays) {
+            return;
+        }
         for new in overlays {
             if let Err(error) = self.take_back_overlay(target, running, &new.disk, &new.row, &new.below.id) {
                 tracing::warn!(%error, disk = new.disk, "an overlay of a take that was rolled back stays in use");

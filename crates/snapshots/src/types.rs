@@ -86,6 +86,9 @@ pub struct Machine {
     pub created: Timestamp,
     /// Process id of QEMU.
     pub pid: Option<u32>,
+    /// Full name of the undo point that is the machine as it was, if a goto had to end it and could not bring it back.
+    #[serde(default)]
+    pub brought_back_by: Option<String>,
     /// Unix socket of the serial console while a process exists.
     #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub console: Option<PathBuf>,

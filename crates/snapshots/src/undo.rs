@@ -39,7 +39,13 @@ impl Engine {
             None => last_undoable(tx, None),
             Some(what) => match TargetRow::by_name(tx, what) {
                 Ok(row) => last_undoable(tx, Some(row.id)),
-                Err(_) => OpRow::by_id(tx, what),
+                Err(_) => OpRow::by_id(tx, what).map_err(|error| match error.code() {
+                    Code::NotFound => {
+                        Error::new(Code::NotFound, format!("there is no operation or machine {what:?}"))
+                            .hint("`spinney op log` lists the operations, `spinney ls` the machines")
+                    }
+                    _ => error,
+                }),
             },
         })?;
         undoable(&op)?;
@@ -140,7 +146,11 @@ fn undoable(op: &OpRow) -> Result<&Act> {
         (OpState::Running, _) => "it is still under way",
         (OpState::Failed | OpState::Cancelled, _) => "it was rolled back",
     };
-    Err(Error::new(Code::Refused, format!("{} cannot be undone: {why}", op.title())))
+    let error = Error::new(Code::Refused, format!("{} cannot be undone: {why}", op.title()));
+    Err(match (op.kind.as_str(), op.state) {
+        ("create", OpState::Done) => error.hint(format!("`spinney rm {}` removes it", op.subject)),
+        _ => error,
+    })
 }
 
 /// Carries an act out; returns the act that takes it back.

@@ -2,16 +2,21 @@
 
 use std::time::Instant;
 
+use rusqlite::Transaction;
+
 use crate::catalog::{OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::running::Running;
+use crate::swap::GotoPlan;
 use crate::take::{TakeJob, Unwritten};
-use crate::types::{Mode, Power};
+use crate::types::{Mode, OpState, Power};
 
 /// Undo points that a target keeps.
 const UNDO_POINTS: usize = 5;
+/// Operations that are looked at for the one that ended a machine.
+const LOOK_BACK: usize = 1000;
 
 impl Engine {
     /// Step 4: here as it is now, to become a snapshot that `tree` folds away. A guest that ran stands still afterwards.
@@ -74,4 +79,22 @@ impl Engine {
             Ok(())
         })
     }
+}
+
+/// The undo point that is the machine as it was, for one that is off because a goto in place ended it and could bring neither the new
+/// one nor the old one up. Once it has been started, or is elsewhere, there is nothing to bring back.
+pub(crate) fn brought_back_by(tx: &Transaction<'_>, target: &str) -> Result<Option<SnapshotRow>> {
+    for op in OpRow::newest(tx, LOOK_BACK)?.into_iter().filter(|op| op.target.as_deref() == Some(target)) {
+        let went = matches!(op.kind.as_str(), "start" | "goto") || op.subject.starts_with("goto ");
+        if went && matches!(op.state, OpState::Done | OpState::Undone) {
+            return Ok(None);
+        }
+        if op.state == OpState::Failed
+            && let Some(id) =
+                serde_json::from_value::<GotoPlan>(op.plan).ok().and_then(|plan| plan.brought_back_by)
+        {
+            return Ok(SnapshotRow::by_id(tx, &id).ok().filter(|point| point.removed.is_none()));
+        }
+    }
+    Ok(None)
 }

@@ -194,3 +194,31 @@ fn undo_pins_a_tenth_of_the_store_at_most_and_a_gibibyte_in_any_case() {
     assert_eq!(layers(lab.dir.path()).len(), 3, "of base, second, and here");
     assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
 }
+
+#[test]
+fn an_operation_is_found_by_the_beginning_of_its_id_whatever_its_names_are_now() {
+    let lab = Lab::new();
+    lab.create("m", vec![DISK]);
+    lab.take("one");
+    lab.take("two");
+    let engine = lab.engine();
+    engine.goto(&Context::new(), "m@one", GotoPower::Recorded, false).unwrap();
+    let goto = last(&lab, "goto");
+    let renamed = |address: &str, name: &str| {
+        let edit = Edit { name: Some(name.into()), ..Edit::default() };
+        engine.edit(&Context::new(), address, edit).unwrap()
+    };
+    assert_eq!(renamed("m@two", "zwei"), "m@zwei");
+    assert_eq!(renamed("m", "n"), "n");
+    // The log has the names of its time; ids mean the same as ever.
+    assert_eq!(last(&lab, "take").subject, "m@two");
+    let beginning = |id: &str| id.chars().take(8).collect::<String>();
+    engine.undo(&Context::new(), Some(&beginning(&goto.id))).unwrap();
+    assert_eq!(engine.machine("n").unwrap().parent.as_deref(), Some("zwei"));
+    engine.undo(&Context::new(), Some(&beginning(&last(&lab, "take").id))).unwrap();
+    assert_eq!(engine.machine("n").unwrap().parent.as_deref(), Some("one"));
+    for unknown in ["", "g", "0123456789abcdef", &goto.id[..3], &format!("{}0", goto.id)] {
+        let error = engine.undo(&Context::new(), Some(unknown)).unwrap_err();
+        assert_eq!(error.code(), Code::NotFound, "{unknown:?}: {error}");
+    }
+}

@@ -121,6 +121,11 @@ fn disks_that_cannot_be_used() {
         PRECONDITION,
         &[&overlay, &base, "qemu-img convert"],
     );
+    let empty = spinney.folder().join("empty.img").display().to_string();
+    File::create(&empty).unwrap();
+    fails(&spinney, &format!("create b --disk {empty}"), USAGE, &[&empty, "is empty", "--disk 10G"]);
+    tool("qemu-img", ["create", "-q", "-f", "qcow2", &empty, "0"]);
+    fails(&spinney, &format!("create b --disk {empty}"), USAGE, &[&empty, "is empty"]);
     // One disk is good and the other is not: the good one's layer goes too.
     fails(&spinney, "create b --disk 8M --disk /no/such.img", NOT_FOUND, &["/no/such.img"]);
 
@@ -133,6 +138,55 @@ fn disks_that_cannot_be_used() {
     drop(holder);
     File::options().write(true).open(&base).unwrap().set_len(16 << 20).unwrap();
     fails(&spinney, "start b", 6, &[&base, "changed"]);
+}
+
+#[test]
+fn an_image_that_is_missing_at_a_take() {
+    let spinney = Spinney::new();
+    let base = spinney.folder().join("base.qcow2");
+    let name = base.display().to_string();
+    tool("qemu-img", ["create", "-q", "-f", "qcow2", &name, "8M"]);
+    spinney.ok(&format!("create b --disk {name} --memory 64M --network none")).unwrap();
+    spinney.ok("start b").unwrap();
+    assert!(spinney.ok("take b sound").unwrap()["warnings"].is_null());
+    let elsewhere = spinney.folder().join("elsewhere");
+    std::fs::rename(&base, &elsewhere).unwrap();
+    // Its memory is worth keeping, and the image may come back.
+    let taken = spinney.ok("take b lame").unwrap();
+    let warnings = taken["warnings"].to_string();
+    for words in [name.as_str(), "missing", "nothing can go to this snapshot"] {
+        assert!(warnings.contains(words), "{taken}");
+    }
+    let (_, said) = spinney.plain(&["take", "b", "-q"]);
+    assert!(said.contains("warning: ") && said.contains(&name), "{said}");
+    fails(&spinney, "goto b@lame", 6, &[&name, "missing"]);
+    std::fs::rename(&elsewhere, &base).unwrap();
+    assert!(spinney.ok("take b whole").unwrap()["warnings"].is_null());
+    spinney.ok("goto b@lame").unwrap();
+}
+
+#[test]
+fn a_second_console() {
+    let spinney = with_machine();
+    fails(&spinney, "console web", REFUSED, &["web is off", "spinney start web"]);
+    spinney.ok("start web").unwrap();
+    let mut first = spinney.begin(&["console", "web"]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let lock = || spinney.runs().iter().any(|run| run.join("console.lock").exists());
+    while !lock() {
+        assert!(Instant::now() < deadline, "the console does not open");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let words = ["console of web", "open already", &format!("process {}", first.id()), "Ctrl-]"];
+    fails(&spinney, "console web", REFUSED, &words);
+    // However it ends, the next one gets in: until its machine ends.
+    kill(first.id());
+    first.wait().unwrap();
+    let mut second = spinney.begin(&["console", "web"]);
+    thread::sleep(Duration::from_millis(500));
+    assert!(second.try_wait().unwrap().is_none(), "it was refused");
+    spinney.ok("kill web").unwrap();
+    assert!(second.wait().unwrap().success());
 }
 
 /// Another program that has an image open for writing: a virtual machine of somebody else's.
@@ -174,8 +228,18 @@ fn memory_that_is_too_little_or_too_much() {
     }
     fails(&spinney, "create b --cpus 0", USAGE, &["cpus"]);
     fails(&spinney, "create b --cpus 100000", USAGE, &["100000"]);
-    spinney.ok("create big --memory 4000G --network none").unwrap();
-    fails(&spinney, "start big", PRECONDITION, &["4096000 MiB", "less --memory"]);
+    fails(
+        &spinney,
+        "create b --memory 4000G",
+        PRECONDITION,
+        &["b with 4000 GiB", "could never start", "--memory"],
+    );
+    // All that the host has, of which others have some.
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let total = text.lines().next().and_then(|line| line.split_whitespace().nth(1)).unwrap();
+    let mib = total.parse::<u64>().unwrap() / 1024;
+    spinney.ok(&format!("create big --memory {mib}M --network none")).unwrap();
+    fails(&spinney, "start big", PRECONDITION, &[&format!("{mib} MiB"), "less --memory"]);
 }
 
 #[test]

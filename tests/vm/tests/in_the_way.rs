@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vm_tests::guest::Guest;
 use vm_tests::harness::{Spinney, kill};
@@ -89,6 +90,48 @@ fn a_daemon_that_dies_in_between_brings_the_machine_back() {
     spinney.ok("goto m@one").unwrap();
     let report = spinney.ok("fsck").unwrap();
     assert_eq!(report["damage"].as_array().map(Vec::len), Some(0), "{report}");
+}
+
+#[test]
+fn a_machine_that_could_not_be_brought_back_says_how_it_can_be() {
+    let mut spinney = Spinney::new();
+    let number = free_port();
+    create(&spinney, number);
+    spinney.ok("start m").unwrap();
+    spinney.ok("take m one").unwrap();
+    tell(&spinney, "late");
+    let marker = spinney.folder().join("alone");
+    spinney.set("SPINNEY_CRASH", &format!("goto.alone wait {}", marker.display()));
+    // The next command starts a daemon that knows the step.
+    spinney.kill_daemon();
+    let goto = spinney.under_way("goto m@one");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !marker.exists() {
+        assert!(Instant::now() < deadline, "the old machine did not end");
+        thread::sleep(Duration::from_millis(5));
+    }
+    // Somebody else is quicker.
+    let port = TcpListener::bind(("127.0.0.1", number)).unwrap();
+    fs::remove_file(&marker).unwrap();
+    let ended = goto.end();
+    let problem = ended.problem();
+    assert_eq!(ended.code, Some(4), "{problem}");
+    assert!(text(&problem["hint"]).contains("`spinney goto m@undo-1` brings it back"), "{problem}");
+
+    let machine = spinney.ok("show m").unwrap();
+    assert_eq!((text(&machine["power"]), text(&machine["brought_back_by"])), ("lost_power", "m@undo-1"));
+    for words in [&["ls"][..], &["show", "m"], &["start", "m"]] {
+        let (stdout, stderr) = spinney.plain(words);
+        assert!(
+            format!("{stdout}{stderr}").contains("`spinney goto m@undo-1`"),
+            "{words:?}: {stdout}{stderr}"
+        );
+    }
+    drop(port);
+    spinney.ok("goto m@undo-1").unwrap();
+    assert_eq!(word(&spinney), "late", "memory and all");
+    let machine = spinney.ok("show m").unwrap();
+    assert!(machine["brought_back_by"].is_null(), "{machine}");
 }
 
 fn pid(spinney: &Spinney) -> Option<u64> {

@@ -5,15 +5,39 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use vm_tests::harness::Spinney;
+use vm_tests::harness::{Ended, Spinney};
 use vm_tests::underway::Underway;
-use vm_tests::walk::{Card, NAME, SOON, Walk};
+use vm_tests::walk::{Card, NAME, SOON, Violation, Walk};
 
 /// Exit code of what was interrupted.
 const INTERRUPTED: i32 = 130;
+/// Exit code of a take that would need more pause than it is allowed.
+const NO_PAUSE: i32 = 9;
 
-/// Interrupts a command at this step.
+/// Interrupts a command at this step; it must be rolled back.
 fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
+    let (happened, ended) = interrupted(walk, words, to, step).unwrap();
+    assert!(!happened, "{words}");
+    assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
+    assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
+    let log = walk.spinney.ok("op log -n 1").unwrap();
+    assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
+    writes_where_it_should(walk).unwrap();
+}
+
+/// The guest writes to the layers that the catalog calls here's: every take looks, also one that is not allowed any pause. An overlay
+/// that QEMU has open and does not use is not seen in the files.
+fn writes_where_it_should(walk: &Walk) -> Result<(), Ended> {
+    let ended = walk.spinney.run(["take", NAME, "probe", "--mode", "live", "--max-pause", "0"]);
+    if ended.code == Some(NO_PAUSE) { Ok(()) } else { Err(ended) }
+}
+
+fn interrupted(
+    walk: &mut Walk,
+    words: &str,
+    to: Option<usize>,
+    step: &str,
+) -> Result<(bool, Ended), Violation> {
     let marker = walk.spinney.folder().join(step);
     walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
     // The next command starts one that knows the step.
@@ -28,12 +52,40 @@ fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
         fs::remove_file(&marker).unwrap();
         walk.ticks_within(port, SOON)
     };
-    let (happened, ended) = walk.cut_short(words, to, &mut blow).unwrap();
-    assert!(!happened, "{words}");
-    assert_eq!(ended.code, Some(INTERRUPTED), "{ended:?}");
-    assert_eq!(ended.problem()["code"], "interrupted", "{ended:?}");
-    let log = walk.spinney.ok("op log -n 1").unwrap();
-    assert_eq!(log["operations"][0]["state"], "cancelled", "{log}");
+    walk.cut_short(words, to, &mut blow)
+}
+
+/// The check itself: it has to find an overlay that nobody took away.
+#[test]
+fn what_a_take_that_is_interrupted_leaves_behind_is_found() {
+    let mut spinney = Spinney::new();
+    spinney.set("SPINNEY_FAULT", "leave-overlays");
+    let mut walk = Walk::begin(spinney, 131, 64).unwrap();
+    let words = format!("take {NAME} live --mode live");
+    interrupted(&mut walk, &words, None, "take.announced").unwrap();
+    let found = writes_where_it_should(&walk).expect_err("who took the overlay away?");
+    assert!(found.problem()["detail"].as_str().unwrap().contains("writes to another layer"), "{found:?}");
+}
+
+/// Interrupts a take that is done: the result decides, and not what was wished for.
+fn too_late(walk: &mut Walk, mode: &str) {
+    let marker = walk.spinney.folder().join(format!("written-{mode}"));
+    walk.spinney.set("SPINNEY_CRASH", &format!("take.written wait {}", marker.display()));
+    walk.spinney.kill_daemon();
+    let mut blow = |_: &Walk, command: &mut Underway, _: &Path| {
+        while !marker.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        command.interrupt();
+        thread::sleep(Duration::from_millis(500));
+        fs::remove_file(&marker).unwrap();
+        Ok(())
+    };
+    let words = format!("take {NAME} late-{mode} --mode {mode}");
+    let (happened, ended) = walk.cut_short(&words, None, &mut blow).unwrap();
+    assert!(happened, "{words}");
+    let document = ended.done().unwrap();
+    assert_eq!((&document["name"], &document["state"]), (&format!("late-{mode}").into(), &"ready".into()));
 }
 
 #[test]
@@ -45,11 +97,22 @@ fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     }
     interrupt(&mut walk, &format!("take {NAME} stop --mode stop-copy"), None, "take.memory");
     interrupt(&mut walk, &format!("take {NAME} pre --mode pre-copy"), None, "take.memory");
-    for step in ["take.overlays", "take.announced", "take.read", "take.switched", "take.memory", "take.saved"]
-    {
+    // Before the stop, in the pause, while it is saved, when it is durable and only lacks its name.
+    for step in [
+        "take.overlays",
+        "take.announced",
+        "take.read",
+        "take.switched",
+        "take.resumed",
+        "take.memory",
+        "take.saved",
+        "take.stored",
+    ] {
         interrupt(&mut walk, &format!("take {NAME} live --mode live"), None, step);
     }
     interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
+    too_late(&mut walk, "live");
+    too_late(&mut walk, "stop-copy");
     walk.spinney.set("SPINNEY_CRASH", "");
     walk.spinney.kill_daemon();
     println!("{}", walk.history.join("\n"));

@@ -72,7 +72,9 @@ fn until_it_is_durable_a_snapshot_is_shown_as_saving_and_others_wait_for_it() {
         let _ = command.reaches("saving memory");
     }
     for command in [second, goto] {
-        command.end().done().unwrap();
+        let ended = command.end();
+        assert!(ended.stderr.contains(&format!("waiting for take {NAME}@x")), "{}", ended.stderr);
+        ended.done().unwrap();
     }
     let shown = walk.spinney.ok(&format!("show {NAME}@x")).unwrap();
     assert_eq!(

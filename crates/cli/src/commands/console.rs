@@ -1,13 +1,17 @@
 //! `console`: the serial console, raw on a terminal, a pipe elsewhere.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap_complete::ArgValueCompleter;
+use rustix::fs::{FlockOperation, flock};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use server::Problem;
 use server::snapshots::{Code, Machine, Power};
@@ -23,7 +27,8 @@ const ENDING: Duration = Duration::from_secs(3);
 
 /// Talk to a machine's serial console; Ctrl-] leaves
 ///
-/// Off a terminal it is a pipe: stdin goes in, what the machine says comes out until its process ends.
+/// Off a terminal it is a pipe: stdin goes in, what the machine says comes out until its process ends. A console is one person's
+/// at a time.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney console web\n  spinney console web < /dev/null > boot.log")]
 pub(crate) struct Args {
@@ -44,6 +49,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     };
     let lost =
         |error: io::Error| Problem::new(Code::Failed, format!("lost the console of {name}")).because(&error);
+    let _alone = alone(name, path)?;
     let stream = UnixStream::connect(path).map_err(lost)?;
 
     let raw = Raw::enter();
@@ -72,6 +78,38 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         session.out.note(ending(session, &machine));
     }
     Ok(())
+}
+
+/// The right to a console. QEMU serves one at a time and keeps others waiting without a word; what these type it would hear later.
+/// The lock is gone with whoever holds it, however that ends.
+fn alone(name: &str, console: &Path) -> Result<File, Problem> {
+    let cannot = |error: io::Error| {
+        Problem::new(Code::Failed, format!("cannot open the console of {name}")).because(&error)
+    };
+    let path = console.with_extension("lock");
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true).mode(0o600);
+    let mut lock = options.open(path).map_err(cannot)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(io::Error::from) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(taken(name, lock)),
+        Err(error) => return Err(cannot(error)),
+    }
+    let written = lock.set_len(0).and_then(|()| write!(lock, "{}", std::process::id()));
+    written.map_err(cannot)?;
+    Ok(lock)
+}
+
+/// Who has the console, as far as that has been written down.
+fn taken(name: &str, lock: File) -> Problem {
+    let mut text = String::new();
+    let _ = lock.take(20).read_to_string(&mut text);
+    let (who, end) = match text.trim().parse::<u32>() {
+        Ok(pid) => (format!("process {pid}"), format!("; `kill {pid}` ends a forgotten one")),
+        Err(_) => ("another process".to_owned(), String::new()),
+    };
+    Problem::new(Code::Refused, format!("the console of {name} is open already, in {who}"))
+        .hint(format!("Ctrl-] leaves it there{end}"))
 }
 
 /// Why the console closed without anybody having left it.
@@ -127,8 +165,8 @@ fn receive(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
                 to.write_all(buffer.get(..n).unwrap_or_default())?;
                 to.flush()?;
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
             Err(error) => return Err(error),
         }
     }
@@ -163,6 +201,22 @@ impl Drop for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_console_is_one_persons_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let console = folder.path().join("console");
+        let first = alone("web", &console).unwrap();
+        let problem = alone("web", &console).unwrap_err();
+        assert_eq!(problem.code, Code::Refused);
+        assert!(problem.detail.ends_with(&format!("in process {}", std::process::id())), "{problem:?}");
+        drop(first);
+        // A longer number that stood there before leaves nothing behind.
+        std::fs::write(folder.path().join("console.lock"), "99999999999").unwrap();
+        let _second = alone("web", &console).unwrap();
+        let problem = alone("web", &console).unwrap_err();
+        assert!(problem.detail.ends_with(&format!("in process {}", std::process::id())), "{problem:?}");
+    }
 
     #[test]
     fn ctrl_bracket_leaves_only_on_a_terminal() {

@@ -37,12 +37,16 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
+    let has_name = args.name.is_some();
     let edit = Edit { name: args.name, note: args.message, keep: args.keep, accept_disks: args.accept_disks };
     let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
     if session.out.json {
         session.out.document("spinney.edit/1", &renamed);
     } else {
-        session.out.line(renamed.address);
+        match has_name {
+            true => session.out.line(format_args!("{} is now {}", args.address, renamed.address)),
+            false => session.out.line(format_args!("changed {}", renamed.address)),
+        }
     }
     Ok(())
 }

@@ -11,6 +11,10 @@ use crate::output::{ago, bytes, plain, span};
 use crate::session::Session;
 use crate::{address, complete};
 
+/// Columns of the list of snapshots that a narrow terminal is not shown.
+const MEMORY: usize = 3;
+const PAUSE: usize = 5;
+
 /// List machines, or the snapshots of one
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney ls\n  spinney ls web")]
@@ -40,6 +44,10 @@ fn machines(session: &Session) -> Result<(), Problem> {
     let mut rows = vec![
         ["NAME", "STATE", "MEMORY", "CPUS", "SNAPSHOTS", "HERE IS ON", "GROUP"].map(str::to_owned).to_vec(),
     ];
+    let lost: Vec<String> = machines
+        .iter()
+        .filter_map(|machine| Some(lost_in_goto(&machine.name, machine.brought_back_by.as_ref()?)))
+        .collect();
     for machine in machines {
         let state = match &machine.busy {
             Some(kind) => format!("{} ({kind})", power(machine.power)),
@@ -56,7 +64,15 @@ fn machines(session: &Session) -> Result<(), Problem> {
         ]);
     }
     session.out.table(&rows);
+    lost.iter().for_each(|words| session.out.warning(words));
     Ok(())
+}
+
+/// How to get a machine back that a goto ended and could not bring back.
+pub(super) fn lost_in_goto(name: &str, point: &str) -> String {
+    format!(
+        "a goto had to end {name} and could not bring it back; `spinney goto {point}` does, memory and all"
+    )
 }
 
 fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
@@ -66,11 +82,16 @@ fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
         return Ok(());
     }
     let now = Timestamp::now();
+    // Where there is little room it is for names and notes; `show` has the rest.
+    let row = |cells: [String; 7]| {
+        let keep = |n: usize| !session.out.narrow() || !matches!(n, MEMORY | PAUSE);
+        cells.into_iter().enumerate().filter(|(n, _)| keep(*n)).map(|(_, cell)| cell).collect::<Vec<_>>()
+    };
     let mut rows =
-        vec![["NAME", "TAKEN", "STATE", "MEMORY", "STORED", "PAUSE", "NOTE"].map(str::to_owned).to_vec()];
+        vec![row(["NAME", "TAKEN", "STATE", "MEMORY", "STORED", "PAUSE", "NOTE"].map(str::to_owned))];
     for snapshot in tree.snapshots.into_iter().filter(|snapshot| !snapshot.undo_point) {
         let state = state(&snapshot).to_owned();
-        rows.push(vec![
+        rows.push(row([
             snapshot.name,
             ago(now, snapshot.created),
             state,
@@ -78,7 +99,7 @@ fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
             bytes(snapshot.stored_bytes + snapshot.disk_bytes),
             snapshot.pause_us.map_or_else(|| "-".to_owned(), span),
             plain(&snapshot.note),
-        ]);
+        ]));
     }
     if rows.len() == 1 {
         session.out.note(format_args!("no snapshots; `spinney take {target}` takes one"));

@@ -7,6 +7,7 @@ use server::client::{Method, path};
 use server::operations::OperationView;
 use server::snapshots::{Code, OpState, Operation};
 
+use crate::interrupts::{can_be_undone, named};
 use crate::output::{Output, Style, ago, plain};
 use crate::session::Session;
 
@@ -23,7 +24,7 @@ enum Command {
     #[command(after_help = "Example:\n  spinney op log -n 5")]
     Log {
         /// Entries at most
-        #[arg(short = 'n', long, default_value_t = 30)]
+        #[arg(short = 'n', long, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..))]
         limit: u16,
     },
     /// Have an operation that is under way rolled back
@@ -52,16 +53,18 @@ fn log(session: &Session, limit: u16) -> Result<(), Problem> {
         session.out.note("nothing was done yet");
         return Ok(());
     }
-    let now = Timestamp::now();
+    let (now, out) = (Timestamp::now(), session.out);
     let mut rows = vec![["ID", "WHEN", "WHAT", "UNDO", "STATE"].map(str::to_owned).to_vec()];
     for operation in operations {
         let state = match &operation.error {
             Some(error) => format!("{}: {}", word(operation.state), plain(error)),
             None => word(operation.state).to_owned(),
         };
+        // The beginning of an id is as good.
+        let id = if out.narrow() { operation.id.chars().take(8).collect() } else { operation.id };
         let undo = if operation.undoable { "possible" } else { "" };
-        let what = format!("{} {}", operation.kind, operation.subject);
-        rows.push(vec![operation.id, ago(now, operation.started), what, undo.to_owned(), state]);
+        let what = named(&operation.kind, &operation.subject);
+        rows.push(vec![id, ago(now, operation.started), what, undo.to_owned(), state]);
     }
     session.out.table(&rows);
     Ok(())
@@ -72,8 +75,11 @@ fn cancel(session: &Session, id: &str) -> Result<(), Problem> {
     let mut view: OperationView = client.ask(Method::DELETE, &path(&["operations", id])?, None::<&()>)?;
     if view.state != OpState::Running {
         let sentence = format!("{} {} has ended: {}", view.kind, view.subject, word(view.state));
-        return Err(Problem::new(Code::Refused, sentence)
-            .hint(format!("`spinney undo {}` may take it back", view.id)));
+        let problem = Problem::new(Code::Refused, sentence);
+        return Err(match (view.state, can_be_undone(&view.kind)) {
+            (OpState::Done, true) => problem.hint(format!("`spinney undo {}` takes it back", view.id)),
+            _ => problem,
+        });
     }
     while view.state == OpState::Running {
         view = client.get_with(&path(&["operations", &view.id])?, &[("wait", "30")])?;

@@ -7,7 +7,7 @@ use server::client::Client;
 use server::snapshots::{DiskSource, Machine, MachineConfig, Mode, Snapshot, SnapshotState};
 
 use crate::draw::{power, state};
-use crate::output::{Style, ago, bytes, plain, span};
+use crate::output::{Style, ago, bytes, plain, room, span, wrap};
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -46,9 +46,17 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
 type Rows = Vec<(&'static str, String)>;
 
 fn page(session: &Session, rows: &Rows) {
+    // Prose is broken between words; what somebody may want to copy is left to the terminal.
+    const PROSE: [&str; 3] = ["note", "memory saved", "as it was"];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (mut name, value) in rows.iter().map(|(name, value)| (*name, value)) {
-        for line in value.lines() {
+        let lines = match session.out.width {
+            Some(fit) if PROSE.contains(&name) => {
+                value.lines().flat_map(|line| wrap(line, room(fit, width + 2))).collect()
+            }
+            _ => value.lines().map(str::to_owned).collect::<Vec<_>>(),
+        };
+        for line in lines {
             let painted = session.out.paint(Style::Dim, format_args!("{name:<width$}"));
             session.out.line(format_args!("{painted}  {line}").to_string().trim_end());
             name = "";
@@ -68,6 +76,11 @@ fn of_machine(m: &Machine) -> Rows {
         vec![("machine", m.name.clone()), ("id", m.id.clone()), ("state", power(m.power).to_owned())];
     let mut add = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
     add("busy", m.busy.clone());
+    let back = m.brought_back_by.as_ref();
+    add(
+        "as it was",
+        back.map(|point| format!("`spinney goto {point}` brings it back: a goto ended it and could not")),
+    );
     add("here is on", m.parent.as_ref().map(|name| format!("{}@{name}", m.name)));
     add("snapshots", Some(m.snapshots.to_string()));
     add("protected", m.protected.then(|| "yes".to_owned()));

@@ -1,9 +1,12 @@
 //! `start`: a process for a machine.
 
 use clap_complete::ArgValueCompleter;
+use serde_json::json;
 use server::Problem;
+use server::client::Method;
 use server::snapshots::Machine;
 
+use super::ls::lost_in_goto;
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -17,8 +20,14 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
-    let path = format!("{}/start", address::target(&args.target)?);
-    let machine: Machine = session.post(&path)?;
+    let place = address::target(&args.target)?;
+    let client = session.client()?;
+    let before: Machine = client.get(&place)?;
+    if let Some(point) = &before.brought_back_by {
+        session.out.warning(lost_in_goto(&before.name, point));
+    }
+    let machine: Machine =
+        session.operate(&client, Method::POST, &format!("{place}/start"), Some(&json!({})))?;
     if session.out.json {
         session.out.document("spinney.machine/1", &machine);
     } else {

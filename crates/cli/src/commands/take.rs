@@ -82,7 +82,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let snapshot: Snapshot =
         session.operate_until(until, &session.client()?, Method::POST, &path, Some(&options))?;
     if session.out.json {
-        session.out.document("spinney.snapshot/1", &snapshot);
+        session.document("spinney.snapshot/1", &snapshot);
     } else {
         session.out.line(line(&snapshot));
     }

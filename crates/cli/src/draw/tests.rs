@@ -122,5 +122,27 @@ fn notes_are_cut_to_the_terminal_and_memory_left_out_is_said() {
     ● You are here (running)
     "#);
     assert!(at(100).lines().all(|line| line.chars().count() <= 100));
-    assert!(at(30).contains("\"all is well, and it…\""), "something is left on the narrowest terminal");
+    assert!(at(30).contains("\"all is we…\""), "something is left on the narrowest terminal");
+}
+
+#[test]
+fn a_long_name_moves_its_own_line_only_and_a_narrow_terminal_is_spared_the_pause() {
+    let long = "a-rather-long-name-that-somebody-has-liked-for-years";
+    let tree = tree(
+        vec![
+            snapshot("base", None, 5, json!({ "note": "all is well" })),
+            snapshot(long, Some("base"), 4, json!({})),
+            snapshot("next", Some(long), 3, json!({})),
+        ],
+        Some("next"),
+    );
+    let at = |width| draw(&tree, Timestamp::from_second(NOW).unwrap(), false, Some(width)).join("\n");
+    insta::assert_snapshot!(at(60), @r#"
+    web
+    ○ base               5 h ago  running  412 MiB  "all is we…"
+    ○ a-rather-long-name-that-somebody-has-liked-for-years  4 h ago  running  412 MiB
+    ○ next               3 h ago  running  412 MiB
+    ● You are here (running)
+    "#);
+    assert!(at(100).contains("paused"), "there is room for it");
 }

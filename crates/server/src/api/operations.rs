@@ -126,6 +126,7 @@ fn journalled(engine: &Engine, id: &str) -> ::snapshots::Result<OperationView> {
         ended: entry.ended,
         progress: ProgressView::default(),
         result: None,
+        warnings: Vec::new(),
         problem: entry.error.map(|sentence| Problem::new(Code::Failed, sentence)),
     })
 }

@@ -3,6 +3,7 @@
 mod operation;
 mod start;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -114,7 +115,7 @@ impl Client {
     /// # Errors
     /// The daemon's problem, or no answer.
     pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
-        decode(self.send(self.request(Method::GET, path).timeout(PATIENCE))?)
+        self.decode(self.send(self.request(Method::GET, path).timeout(PATIENCE))?)
     }
 
     /// Reads with a query.
@@ -139,7 +140,7 @@ impl Client {
         if let Some(body) = body {
             request = request.json(body);
         }
-        decode(self.send(request)?)
+        self.decode(self.send(request)?)
     }
 
     fn new(state: &Path) -> Result<Self, Problem> {
@@ -156,7 +157,7 @@ impl Client {
     fn version(&self) -> Result<Greeting, Unanswered> {
         let sent = self.request(Method::GET, "/v1/version").timeout(Duration::from_secs(10)).send();
         match sent {
-            Ok(response) => decode(response).map_err(Unanswered::Problem),
+            Ok(response) => self.decode(response).map_err(Unanswered::Problem),
             Err(error) if error.is_timeout() => Err(Unanswered::Problem(self.silent(&error))),
             // Nobody listens, or whoever did dies at this moment.
             Err(_) => Err(Unanswered::Nobody),
@@ -173,12 +174,57 @@ impl Client {
         if response.status().is_success() { Ok(response) } else { Err(problem_of(response)) }
     }
 
-    fn silent(&self, error: &reqwest::Error) -> Problem {
-        Problem::new(Code::Failed, format!("no answer from the daemon of {}", self.state.display()))
-            .because(error)
-            .hint("daemon.log in that folder says why; the next command starts the daemon again, which finishes or rolls \
-                back what was under way")
+    fn decode<T: DeserializeOwned>(&self, response: Response) -> Result<T, Problem> {
+        response.json().map_err(|error| match cause::<serde_json::Error>(&error) {
+            Some(_) => Problem::new(Code::Failed, "the daemon's answer makes no sense").because(&error),
+            // It was cut off.
+            None => self.silent(&error),
+        })
     }
+
+    /// No answer came. What HTTP calls this is nothing that people can use.
+    fn silent(&self, error: &reqwest::Error) -> Problem {
+        let state = self.state.display();
+        if error.is_timeout() {
+            let problem = Problem::new(Code::Failed, format!("the daemon of {state} does not answer"));
+            return problem.hint(
+                "daemon.log in that folder says what it does; machines run on, whatever becomes of it",
+            );
+        }
+        let mut problem =
+            Problem::new(Code::Failed, format!("the daemon of {state} ended before it could answer"));
+        problem.cause.extend(io_cause(error));
+        problem.hint(
+            "try again: that starts it anew, and what was under way is finished or rolled back (`spinney op log`); machines run \
+             on; daemon.log in that folder may say why",
+        )
+    }
+}
+
+/// The system's words, if they say more than that the connection is gone.
+fn io_cause(error: &reqwest::Error) -> Option<String> {
+    let io = cause::<std::io::Error>(error)?;
+    let gone = matches!(
+        io.kind(),
+        ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionRefused
+            | ErrorKind::BrokenPipe
+            | ErrorKind::NotFound
+            | ErrorKind::UnexpectedEof
+    );
+    (!gone).then(|| io.to_string())
+}
+
+/// The first cause of this type.
+fn cause<T: std::error::Error + 'static>(error: &reqwest::Error) -> Option<&T> {
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        if let Some(found) = cause.downcast_ref::<T>() {
+            return Some(found);
+        }
+        next = cause.source();
+    }
+    None
 }
 
 /// What a client has to know of a daemon of any version, and no more: a field that it lacks must not keep us from ending it.
@@ -226,12 +272,6 @@ pub fn with_query(path: &str, query: &[(&str, &str)]) -> String {
     out
 }
 
-fn decode<T: DeserializeOwned>(response: Response) -> Result<T, Problem> {
-    response
-        .json()
-        .map_err(|error| Problem::new(Code::Failed, "the daemon's answer makes no sense").because(&error))
-}
-
 fn problem_of(response: Response) -> Problem {
     let status = response.status();
     let otherwise = || Problem::new(Code::Failed, format!("the daemon answered {status}"));
@@ -251,6 +291,33 @@ mod tests {
     fn addresses_are_encoded() {
         assert_eq!(path(&["snapshots", "shop/db1@{2h}"]).unwrap(), "/v1/snapshots/shop%2Fdb1@%7B2h%7D");
         assert_eq!(with_query("/v1/du", &[("without", "a b,c")]), "/v1/du?without=a%20b%2Cc");
+    }
+
+    /// A daemon that dies is no lesson in HTTP.
+    #[test]
+    fn a_daemon_that_dies_is_told_in_words() {
+        use std::io::{Read, Write};
+
+        let folder = tempfile::tempdir().unwrap();
+        for said in ["", "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"version\":"] {
+            let path = socket::path(folder.path()).unwrap();
+            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            let server = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _ = stream.read(&mut [0; 4096]);
+                let _ = stream.write_all(said.as_bytes());
+            });
+            let problem =
+                Client::new(folder.path()).unwrap().get::<serde_json::Value>("/v1/targets").unwrap_err();
+            server.join().unwrap();
+            std::fs::remove_file(&path).unwrap();
+            let words = format!("{problem:?}");
+            assert!(problem.detail.ends_with("ended before it could answer"), "{words}");
+            assert!(problem.hint.as_ref().is_some_and(|hint| hint.contains("machines run on")), "{words}");
+            for raw in ["http", "request", "message", "body"] {
+                assert!(!words.contains(raw), "{raw}: {words}");
+            }
+        }
     }
 
     #[test]

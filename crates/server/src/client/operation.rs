@@ -4,7 +4,7 @@ use reqwest::Method;
 use serde::de::DeserializeOwned;
 use snapshots::{Code, OpState};
 
-use super::{Client, PATIENCE, decode, path, with_query};
+use super::{Client, PATIENCE, path, with_query};
 use crate::Problem;
 use crate::operations::OperationView;
 
@@ -39,7 +39,7 @@ impl Client {
         look(&view);
         while view.state == OpState::Running && (until == Until::Ended || view.result.is_none()) {
             let request = self.request(Method::GET, &with_query(&place, &[("wait", wait)]));
-            let next: OperationView = decode(self.send(request.timeout(PATIENCE))?)?;
+            let next: OperationView = self.decode(self.send(request.timeout(PATIENCE))?)?;
             wait = WAIT;
             if next != view {
                 look(&next);
@@ -50,12 +50,13 @@ impl Client {
             return Err(problem);
         }
         // What has no result (protect) is null here; so is what an earlier daemon did.
-        serde_json::from_value(view.result.unwrap_or_default()).map_err(|error| {
-            Problem::new(
-                Code::Failed,
-                format!("{} {} is done, but its result is lost", view.kind, view.subject),
-            )
-            .because(&error)
+        serde_json::from_value(view.result.unwrap_or_default()).map_err(|_| {
+            let sentence = format!(
+                "{} {} is done, but what it came to is lost: the daemon ended meanwhile",
+                view.kind, view.subject
+            );
+            Problem::new(Code::Failed, sentence)
+                .hint("`spinney op log` has it, `spinney tree` shows where things stand")
         })
     }
 

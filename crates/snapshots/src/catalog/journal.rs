@@ -5,9 +5,12 @@ use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{json_column, now, one, optional_json, time_column, to_json};
+use super::{json_column, now, optional_json, time_column, to_json};
 use crate::error::{Code, Error, Result};
 use crate::types::OpState;
+
+/// Digits of an id that are enough to name an operation, if no other begins so.
+const ID_PREFIX: usize = 4;
 
 /// The act that takes an operation back. Ids, not names: these may have changed since.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,10 +186,21 @@ impl OpRow {
 
     /// One operation.
     pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
-        one(tx.query_row("SELECT * FROM operations WHERE id = ?1", [id], Self::from_row))?.ok_or_else(|| {
+        // The digits of an id are below `g`, and so is everything that begins with some of them.
+        let mut query = tx.prepare("SELECT * FROM operations WHERE id >= ?1 AND id < ?1 || 'g' LIMIT 2")?;
+        let mut found = query.query_map([id], Self::from_row)?.collect::<rusqlite::Result<Vec<_>>>()?;
+        let unlike = || {
             Error::new(Code::NotFound, format!("there is no operation {id:?}"))
                 .hint("`spinney op log` lists the operations")
-        })
+        };
+        match (found.len(), found.pop()) {
+            (1, Some(op)) if op.id == id || id.len() >= ID_PREFIX => Ok(op),
+            (2, _) if id.len() >= ID_PREFIX => {
+                Err(Error::new(Code::Usage, format!("more than one operation begins with {id:?}"))
+                    .hint("write more of the id; `spinney op log` lists the operations"))
+            }
+            _ => Err(unlike()),
+        }
     }
 
     /// The newest operations, newest first.
