@@ -28,7 +28,7 @@ fn interrupt(walk: &mut Walk, words: &str, to: Option<usize>, step: &str) {
 /// The guest writes to the layers that the catalog calls here's: every take looks, also one that is not allowed any pause. An overlay
 /// that QEMU has open and does not use is not seen in the files.
 fn writes_where_it_should(walk: &Walk) -> Result<(), Ended> {
-    let ended = walk.spinney.run(["take", NAME, "probe", "--mode", "live", "--max-pause", "0"]);
+    let ended = walk.spinney.run(["take", NAME, "probe", "--mode", "stop-copy", "--max-pause", "0"]);
     if ended.code == Some(NO_PAUSE) { Ok(()) } else { Err(ended) }
 }
 
