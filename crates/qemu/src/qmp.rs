@@ -210,6 +210,11 @@ impl Qmp {
         self.shared.lock().closed.is_some()
     }
 
+    /// Closes the connection: every command from now on fails.
+    pub fn close(&self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
     fn send(
         &self,
         verb: &str,
@@ -287,7 +292,7 @@ impl Qmp {
 
 impl Drop for Qmp {
     fn drop(&mut self) {
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.close();
     }
 }
 

@@ -18,6 +18,8 @@ pub(crate) enum Fault {
     LeaveOverlays,
     /// Nobody keeps deadlines.
     NoWarden,
+    /// QEMU's monitor is lost when the disks have switched.
+    LoseMonitor,
     /// The page store takes two batches a second.
     SlowStore,
     /// The same, and a live `take` has little memory to wait in.
@@ -35,6 +37,7 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::OtherDeviceState => "other-device-state",
         Fault::LeaveOverlays => "leave-overlays",
         Fault::NoWarden => "no-warden",
+        Fault::LoseMonitor => "lose-monitor",
         Fault::SlowStore => "slow-store",
         Fault::LittleSpill => "little-spill",
         Fault::NoSpill => "no-spill",

@@ -132,6 +132,7 @@ impl Engine {
     /// For the holder of a target's lock: a process that the catalog names and that no command has at hand is found again, or
     /// written down as gone. One that does not answer is left alone, unless `ending` it is what is wanted.
     pub(crate) fn find_again(&self, target: TargetRow, ending: bool) -> Result<TargetRow> {
+        self.forget_deaf(&target.id);
         let Some(row) = target.process.as_ref().filter(|_| !self.running_map().contains_key(&target.id))
         else {
             return Ok(target);
@@ -158,6 +159,16 @@ impl Engine {
             TargetRow::set_process(tx, &target.id, power, None)?;
             TargetRow::by_id(tx, &target.id)
         })
+    }
+
+    /// A QEMU that has closed our monitor and lives (seen in 10.0, when a background-snapshot failed in its set-up) is connected to
+    /// anew by whoever looks next.
+    fn forget_deaf(&self, target: &str) {
+        let mut map = self.running_map();
+        if map.get(target).is_some_and(|running| running.qmp.is_closed() && running.process.is_alive()) {
+            tracing::warn!(target, "QEMU has closed its monitor");
+            map.remove(target);
+        }
     }
 
     /// How a process that is gone must have ended.

@@ -285,7 +285,11 @@ impl Engine {
         if job.stands_still {
             // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
             let (held, blocks) = ingest(session.as_ref(), cx, Lead::Short, |sink| {
-                save::read(&running.qmp, mode, None, sink, &cx.cancel, &progress).map_err(save_error)
+                let held = save::read(&running.qmp, mode, None, sink, &cx.cancel, &progress);
+                if held.is_err() {
+                    return over(&armed, running, held);
+                }
+                held.map_err(save_error)
             })?;
             let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
                 let whole = || Error::new(Code::Failed, "the machine's state has no end");
@@ -311,6 +315,9 @@ impl Engine {
                 *switched = true;
                 instant.set(now());
                 step("take.switched");
+                if planted(Fault::LoseMonitor) {
+                    running.qmp.close();
+                }
                 if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
                     running.qmp.execute("cont", json!({}))?;
                     // More than a page of the guest's log: what lies in its last page comes right again by itself.
@@ -329,16 +336,10 @@ impl Engine {
                     at_stop: &mut switch,
                     runs_on: &mut |pause_us| runs_on(Some(pause_us)),
                 };
-                let saved = live.save(sink).map_err(save_error);
-                // QEMU has nothing left to send: whatever the store still has to do, no guest waits for it. If the guest was let go on
-                // before the disks were switched, they are ahead of its memory; and that is why it failed, if it did.
-                armed.release().map_err(too_late)?;
-                return saved;
+                return over(&armed, running, live.save(sink));
             }
             let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
-            let saved = held.and_then(|held| held.go_on(&mut switch)).map_err(save_error);
-            armed.release().map_err(too_late)?;
-            let saved = saved?;
+            let saved = over(&armed, running, held.and_then(|held| held.go_on(&mut switch)))?;
             runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
             Ok(saved)
         });
@@ -469,6 +470,37 @@ impl Engine {
 pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
     Error::new(Code::Refused, format!("there already is a snapshot {target}@{name}"))
         .hint("choose another name; `spinney take` without one chooses one")
+}
+
+/// QEMU has nothing left to send, or failed: whatever the store still has to do, no guest waits for it. If the guest was let go on
+/// before the disks were switched, they are ahead of its memory; and that is why it failed, if it did. A guest of which we do not know
+/// whether it runs is left to the warden.
+fn over<T>(armed: &Armed<'_>, running: &Running, saved: Result<T, SaveError>) -> Result<T> {
+    match saved {
+        Err(error @ (SaveError::Stuck { .. } | SaveError::Qmp(_))) => {
+            armed.rescue();
+            Err(save_failed(running, error))
+        }
+        saved => {
+            armed.release().map_err(too_late)?;
+            saved.map_err(save_error)
+        }
+    }
+}
+
+/// As [`save_error`], for an error after which QEMU may not be there any more.
+fn save_failed(running: &Running, error: SaveError) -> Error {
+    let closed = matches!(error, SaveError::Qmp(QmpError::Closed { .. } | QmpError::Send { .. }));
+    // Its end may be a moment behind that of its monitor.
+    if closed && !running.process.wait(Duration::from_millis(500)) {
+        return Error::new(
+            Code::Failed,
+            "QEMU closed its monitor in the middle of a save; the machine goes on as before",
+        )
+        .because(error)
+        .hint("try again: Spinney connects anew");
+    }
+    save_error(error)
 }
 
 /// How long a guest that is stopped for a live take may stand still before the warden lets it go on: with some room above what is

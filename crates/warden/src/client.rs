@@ -178,11 +178,14 @@ impl Armed<'_> {
     /// The deadline had passed.
     pub fn release(&self) -> Result<(), TooLate> {
         let done = self.ask(|id| Request::Disarm { id });
-        if let Some(id) = self.id() {
-            self.keeper.line().armed.remove(&id);
-            self.id.store(0, Ordering::Relaxed);
-        }
+        self.forget();
         done
+    }
+
+    /// Has the warden let the guest go on, because we cannot: QEMU does not hear us. What was being done to the machine is void.
+    pub fn rescue(&self) {
+        let _ = self.ask(|id| Request::Rescue { id });
+        self.forget();
     }
 
     fn ask(&self, request: impl FnOnce(u64) -> Request) -> Result<(), TooLate> {
@@ -192,6 +195,11 @@ impl Armed<'_> {
             // Without a warden nobody has let the guest go.
             Ok(_) | Err(_) => Ok(()),
         }
+    }
+
+    fn forget(&self) {
+        let id = self.id.swap(0, Ordering::Relaxed);
+        self.keeper.line().armed.remove(&id);
     }
 
     fn id(&self) -> Option<u64> {

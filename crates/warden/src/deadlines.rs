@@ -52,6 +52,11 @@ impl Deadlines {
         self.by_id.contains_key(&id)
     }
 
+    /// It is now: takes it out, unless it has passed.
+    pub(crate) fn take(&mut self, id: u64) -> Option<Watch> {
+        self.by_id.remove(&id).map(|deadline| deadline.watch)
+    }
+
     /// False if it has passed.
     pub(crate) fn disarm(&mut self, id: u64) -> bool {
         self.by_id.remove(&id).is_some()
@@ -103,6 +108,15 @@ mod tests {
         assert!(deadlines.disarm(1));
         assert!(deadlines.due(now + ms(1000)).is_empty());
         assert_eq!(deadlines.next(now), None);
+    }
+
+    #[test]
+    fn a_guest_can_be_seen_to_before_its_deadline_and_only_once() {
+        let (mut deadlines, now) = (Deadlines::default(), Instant::now());
+        deadlines.arm(now, 1, watch(), ms(100));
+        assert_eq!(deadlines.take(1), Some(watch()));
+        assert_eq!(deadlines.take(1), None);
+        assert!(deadlines.due(now + ms(1000)).is_empty());
     }
 
     #[test]

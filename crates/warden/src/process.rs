@@ -74,6 +74,10 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
             Ok(News::Said(Request::Hold { id, within })) => {
                 answer(id, deadlines.hold(Instant::now(), id, Duration::from_millis(within)));
             }
+            Ok(News::Said(Request::Rescue { id })) => match deadlines.take(id) {
+                Some(watch) => rescues.see_to(id, watch, Some(socket.try_clone()?)),
+                None => answer(id, false),
+            },
             Ok(News::Said(Request::Disarm { id })) => {
                 rescues.monitors.remove(&id);
                 answer(id, deadlines.disarm(id));
@@ -170,17 +174,24 @@ impl Rescues {
                     let _ = pidfd_send_signal(daemon.pidfd.as_fd(), Signal::KILL);
                     self.ended_daemon = true;
                 }
-                Due::Release { id, watch } => {
-                    tracing::warn!(monitor = %watch.monitor.display(), "a guest is let go on");
-                    let monitor = self.monitors.remove(&id);
-                    self.threads.push(thread::spawn(move || {
-                        if let Err(error) = rescue(&watch, monitor) {
-                            tracing::error!(%error, monitor = %watch.monitor.display(), "it could not be");
-                        }
-                    }));
-                }
+                Due::Release { id, watch } => self.see_to(id, watch, None),
             }
         }
+    }
+
+    /// Lets a guest go on, in a thread of its own; tells the daemon when that is done, if it waits for it.
+    fn see_to(&mut self, id: u64, watch: Watch, tell: Option<UnixStream>) {
+        tracing::warn!(monitor = %watch.monitor.display(), "a guest is let go on");
+        let monitor = self.monitors.remove(&id);
+        self.threads.push(thread::spawn(move || {
+            let done = rescue(&watch, monitor);
+            if let Err(error) = &done {
+                tracing::error!(%error, monitor = %watch.monitor.display(), "it could not be");
+            }
+            if let Some(socket) = tell {
+                let _ = answer_to(&socket, Answer { id, in_time: done.is_ok() });
+            }
+        }));
     }
 
     fn finish(self) {

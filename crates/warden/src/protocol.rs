@@ -25,6 +25,8 @@ pub(crate) enum Request {
     Hold { id: u64, within: u64 },
     /// The guest goes on. Answered.
     Disarm { id: u64 },
+    /// The guest may stand still, and the daemon cannot let it go on: it lost its monitor, say. Answered when it was seen to.
+    Rescue { id: u64 },
     /// The daemon ends in order; so does the warden.
     Bye,
 }

@@ -1,5 +1,6 @@
 //! `demo`: the main job on a real guest, as a person would type it.
 
+use std::cell::Cell;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -116,6 +117,8 @@ struct Demo {
     exe: PathBuf,
     state: PathBuf,
     keep: bool,
+    /// Commands typed at the guest so far.
+    asked: Cell<u32>,
 }
 
 impl Demo {
@@ -123,7 +126,7 @@ impl Demo {
         let exe =
             std::env::current_exe().map_err(|e| problem(format!("this program cannot be found: {e}")))?;
         let state = std::env::temp_dir().join(format!("spinney-demo-{}", std::process::id()));
-        Ok(Self { exe, state, keep })
+        Ok(Self { exe, state, keep, asked: Cell::new(0) })
     }
 
     fn say(&self, words: &str) {
@@ -183,8 +186,13 @@ impl Demo {
     fn ask(&self, command: &str, limit: Duration) -> Result<Vec<String>, Problem> {
         let io = |e: std::io::Error| problem(format!("the guest's console: {e}"));
         let mut console = self.console()?;
-        // The console echoes what is typed; only the shell turns `$?` into a number.
-        console.write_all(format!("\necho be''gin; {command}\necho en''d\n").as_bytes()).map_err(io)?;
+        // What was typed while the guest booted is answered later, all at once: each answer is known by its number. The console echoes
+        // what is typed, so the words are such as only the shell makes of it.
+        let number = self.asked.replace(self.asked.get() + 1);
+        let (begin, end) = (format!("begin {number}"), format!("end {number}"));
+        console
+            .write_all(format!("\necho be''gin {number}; {command}\necho en''d {number}\n").as_bytes())
+            .map_err(io)?;
         let deadline = Instant::now() + limit;
         let (mut reader, mut line, mut lines) = (BufReader::new(console), Vec::new(), None);
         while Instant::now() < deadline {
@@ -197,8 +205,8 @@ impl Demo {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             line.clear();
             match (text.as_str(), &mut lines) {
-                ("begin", _) => lines = Some(Vec::new()),
-                ("end", Some(_)) => return Ok(lines.unwrap_or_default()),
+                (text, _) if text == begin => lines = Some(Vec::new()),
+                (text, Some(_)) if text == end => return Ok(lines.unwrap_or_default()),
                 // A prompt, with what was typed behind it.
                 (text, Some(lines)) if !text.contains("en''d") => lines.push(text.to_owned()),
                 _ => {}
