@@ -26,6 +26,10 @@
 mod codec;
 mod disk;
 mod error;
+#[cfg(feature = "faults")]
+pub mod fault;
+#[cfg(not(feature = "faults"))]
+mod fault;
 mod fsck;
 mod gc;
 mod group;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Kind, Result};
+use crate::fault::step;
 use crate::hold::Hold;
 use crate::index::{Place, Table};
 use crate::map;
@@ -192,9 +193,11 @@ impl Session for Writer {
         for (pack, entries) in own.packs.iter_mut().zip(&mut entries) {
             sealed.push(pack.seal(entries)?);
         }
+        step("pack.sealed");
         // 2. Their names, then the folder that holds the names.
         let disk = &*self.store.disk;
         let paths = own.packs.iter().map(|pack| pack.rename(disk)).collect::<Result<Vec<_>>>()?;
+        step("pack.named");
         if !paths.is_empty() {
             disk.sync_folder(&self.store.folder).map_err(Error::io("sync", &self.store.folder))?;
         }

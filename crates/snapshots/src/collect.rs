@@ -21,6 +21,7 @@ use crate::disks::{allocated, remove_file};
 use crate::du::Ledger;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::fault::step;
 use crate::types::GcReport;
 
 /// How long undo keeps what was removed.
@@ -72,11 +73,14 @@ impl Engine {
                 purge(tx, &plan)?;
                 Ok((plan, report))
             })?;
+            step("gc.purged");
             drop(idle);
             for layer in plan.layers.iter().filter(|l| l.stamp.is_none()) {
                 remove_file(&self.layer_file(layer));
+                step("gc.layer");
             }
             let pages = self.store.plan_gc_with(|| self.live_roots())?;
+            step("gc.planned");
             let done = self.store.run_gc(&pages, &|done, total| {
                 if done == 0 {
                     cx.phase("freeing pages", total);
@@ -84,10 +88,12 @@ impl Engine {
                 cx.progress.done.store(done, std::sync::atomic::Ordering::Relaxed);
                 cx.check().is_ok()
             })?;
+            step("gc.freed");
             cx.check()?;
             report.packs = done.deleted + done.rewritten;
             report.bytes += done.freed_bytes;
             self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))?;
+            step("gc.written");
             Ok(report)
         })
     }

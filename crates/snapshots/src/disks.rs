@@ -15,6 +15,7 @@ use rusqlite::Transaction;
 use crate::catalog::{BaseStamp, LayerRow, SnapshotRow};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
 use crate::id::new_id;
 
 /// Deepest chain, for now: every layer is a descriptor, start time and pause of its machine.
@@ -182,8 +183,12 @@ impl Engine {
         });
         made.map_err(|error| {
             self.remove_overlays(overlays);
-            error.into()
-        })
+            Error::from(error)
+        })?;
+        if planted(Fault::OverlayUnsynced) {
+            overlays.iter().for_each(|new| rewrite_unsynced(&self.layer_file(&new.row)));
+        }
+        Ok(())
     }
 
     /// Makes what lies in layers durable that a process without a clean end has written to.
@@ -224,6 +229,13 @@ pub(crate) fn remove_file(path: &Path) {
     {
         tracing::warn!(path = %path.display(), %error, "a file that is no longer needed cannot be removed");
     }
+}
+
+/// The planted fault: the file as a tool that does not sync would have left it.
+fn rewrite_unsynced(path: &Path) {
+    let bytes = fs::read(path).unwrap_or_default();
+    let _ = fs::remove_file(path);
+    let _ = fs::write(path, bytes);
 }
 
 /// What a file looks like now.

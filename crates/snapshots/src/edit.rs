@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::name::{check_name, check_note, check_snapshot_name};
 use crate::take::snapshot_name_taken;
 use crate::types::Edit;
@@ -59,6 +60,7 @@ impl Engine {
                 Ok(format!("{}@{name}", target.name))
             })
         })
+        .inspect(|_| step("edit.written"))
     }
 
     fn edit_machine(&self, cx: &Context, target: &str, edit: Edit) -> Result<String> {
@@ -90,6 +92,7 @@ impl Engine {
                 OpRow::finish(tx, &cx.id, Some(undo))
             })
         })?;
+        step("edit.written");
         Ok(name)
     }
 

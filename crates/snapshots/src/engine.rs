@@ -17,7 +17,7 @@ use warden::Keeper;
 use crate::catalog::{Catalog, OpRow};
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
-use crate::fault::{Fault, planted};
+use crate::fault::{self, Fault, planted, step};
 use crate::id::new_id;
 use crate::locks::TargetLocks;
 use crate::running::Running;
@@ -74,6 +74,7 @@ impl Engine {
     /// Locks and opens the state folder, finds running machines, finishes or rolls back what was under way. The strings are
     /// notes for people on what was found.
     pub fn open(settings: Settings) -> Result<(Arc<Self>, Vec<String>)> {
+        fault::plant();
         make_folder(&settings.state)?;
         let lock = lock_folder(&settings.state)?;
         for folder in ["run", "groups"] {
@@ -182,6 +183,7 @@ impl Engine {
         body: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         self.catalog.write(|tx| OpRow::begin(tx, &cx.id, kind, subject, target, plan))?;
+        step("journal.begun");
         let open = OpenEntry { engine: self, id: &cx.id };
         let result = body();
         std::mem::forget(open);

@@ -26,6 +26,14 @@ pub(crate) enum Fault {
     LittleSpill,
     /// The same, and a live `take` has none: QEMU waits.
     NoSpill,
+    /// The page store syncs neither packs nor their folder.
+    NoSync,
+    /// An overlay's file is not synced before the catalog speaks of it.
+    OverlayUnsynced,
+    /// The catalog's transactions are not synced.
+    CatalogUnsynced,
+    /// Recovery rolls the disks of an unfinished take back.
+    RollBackOverlay,
 }
 
 #[cfg(feature = "faults")]
@@ -41,6 +49,10 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::SlowStore => "slow-store",
         Fault::LittleSpill => "little-spill",
         Fault::NoSpill => "no-spill",
+        Fault::NoSync => "no-sync",
+        Fault::OverlayUnsynced => "overlay-unsynced",
+        Fault::CatalogUnsynced => "catalog-unsynced",
+        Fault::RollBackOverlay => "roll-back-overlay",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }
@@ -50,26 +62,51 @@ pub(crate) const fn planted(_: Fault) -> bool {
     false
 }
 
+/// What of the faults concerns others: the page store has steps of its own, and syncs of its own to leave out.
+#[cfg(feature = "faults")]
+pub(crate) fn plant() {
+    pages::fault::on_step(step);
+    if planted(Fault::NoSync) {
+        pages::fault::forget_syncs();
+    }
+}
+
+#[cfg(not(feature = "faults"))]
+pub(crate) const fn plant() {}
+
+/// The boot of the host that `SPINNEY_BOOT` names in place of the real one: after a power cut it would be another.
+#[cfg(feature = "faults")]
+pub(crate) fn boot() -> Option<String> {
+    std::env::var("SPINNEY_BOOT").ok()
+}
+
+#[cfg(not(feature = "faults"))]
+pub(crate) const fn boot() -> Option<String> {
+    None
+}
+
 /// A step after which the daemon may die. `SPINNEY_CRASH="STEP kill FILE"` has it die here, `stop` in place of `kill` has it stopped
 /// (as by SIGSTOP), once: FILE is made first, and if it is there nothing happens. With `wait` this thread waits until FILE is gone.
+/// `SPINNEY_CRASH=@WORDS` has such lines in a file, so that one daemon can be asked for one thing after the other.
 #[cfg(feature = "faults")]
 pub(crate) fn step(name: &str) {
-    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
     use rustix::process::{Signal, getpid, kill_process};
 
-    static REACHED: AtomicBool = AtomicBool::new(false);
-
-    let Ok(asked) = std::env::var("SPINNEY_CRASH") else { return };
-    let mut words = asked.split(' ');
-    if words.next() != Some(name) {
-        return;
+    let Ok(mut asked) = std::env::var("SPINNEY_CRASH") else { return };
+    if let Some(file) = asked.strip_prefix('@') {
+        asked = std::fs::read_to_string(file).unwrap_or_default();
     }
+    let Some(line) = asked.lines().find(|line| line.split(' ').next() == Some(name)) else { return };
+    let mut words = line.split(' ').skip(1);
     let (how, marker) = (words.next(), words.next().unwrap_or_default());
-    if REACHED.swap(true, Ordering::Relaxed) || std::fs::File::create_new(marker).is_err() {
+    // Made in one step with the question whether it is there; gone again, `FILE.done` is there.
+    let done = format!("{marker}.done");
+    if std::path::Path::new(&done).exists() || std::fs::File::create_new(marker).is_err() {
         return;
     }
+    let _ = std::fs::File::create_new(done);
     let signal = match how {
         Some("kill") => Signal::KILL,
         Some("stop") => Signal::STOP,

@@ -156,6 +156,7 @@ impl Engine {
         if let Err(error) = self.trim_undo_points(&row.id) {
             tracing::warn!(%error, "old undo points could not be removed");
         }
+        step("goto.trimmed");
         Ok(GotoReport {
             snapshot: view_by_id(&self.catalog, &snapshot.id)?,
             power: swapped.power,
@@ -179,6 +180,7 @@ impl Engine {
         })?;
         cx.phase("preparing disks", 0);
         self.make_overlays(&overlays)?;
+        step("goto.overlays");
         Ok(overlays)
     }
 
@@ -205,6 +207,7 @@ impl Engine {
             self.plan_overlays(tx, &row.name, &disks, GOTO_DEPTH_LIMIT)
         })?;
         self.make_overlays(&spare)?;
+        step("in-place.overlays");
         let standby = Standby { new: None, old: Some(old), was_running: was == Power::Running };
         let swapped = self.capture_undo_point(cx, row, was, Some(old)).and_then(|mut point| {
             // Until the next machine is there, our death is for the next daemon to mend, at once.
@@ -220,6 +223,7 @@ impl Engine {
                     TargetRow::set_process(tx, &row.id, Power::LostPower, None)?;
                     OpRow::set_plan(tx, &cx.id, &json!(plan))
                 })?;
+                step("in-place.kept");
                 drop(standby.disarm());
                 self.replace_process(&row.id, old);
                 step("goto.alone");
@@ -274,6 +278,7 @@ impl Engine {
     /// Loads the machine that an undo point holds, after a goto in place that came to nothing. Cannot be cancelled.
     pub(crate) fn bring_back(&self, cx: &Context, target: &str, point: &str, plan: &GotoPlan) -> Result<()> {
         let cx = &cx.uncancelled();
+        step("in-place.back");
         let (row, point) =
             self.catalog.read(|tx| Ok((TargetRow::by_id(tx, target)?, SnapshotRow::by_id(tx, point)?)))?;
         // Here is empty overlays over the undo point's layers already: nothing has to be made, and no disk can be too full.

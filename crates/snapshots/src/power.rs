@@ -10,6 +10,7 @@ use crate::catalog::{OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::running::{Begin, Running, check_host_memory};
 use crate::types::{Machine, Power};
 use crate::undo_point::brought_back_by;
@@ -112,6 +113,7 @@ impl Engine {
         cx.phase("starting", 0);
         self.journaled(cx, "start", target, Some(&row.id), &json!({}), || {
             self.boot(&row, Begin::Boot)?;
+            step("start.kept");
             self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))
         })?;
         self.machine_by_id(&row.id)
@@ -122,6 +124,7 @@ impl Engine {
         let disks = self.here_specs(row)?;
         check_host_memory(row.config.memory, 0)?;
         let running = self.launch(row, &row.config, &row.machine, disks, begin)?;
+        step("start.launched");
         let power = if begin == Begin::Boot { Power::Running } else { Power::Paused };
         self.keep_process(row, running, power)
     }
@@ -177,6 +180,7 @@ impl Engine {
             }
             pressed?;
             self.end_process(&row.id, &running);
+            step("stop.ended");
             self.write_off(cx, &row)
         })?;
         self.machine_by_id(&row.id)
@@ -188,6 +192,7 @@ impl Engine {
         let running = self.needs_process(&row)?;
         self.journaled(cx, "kill", target, Some(&row.id), &json!({}), || {
             self.end_process(&row.id, &running);
+            step("kill.ended");
             self.write_off(cx, &row)
         })?;
         self.machine_by_id(&row.id)

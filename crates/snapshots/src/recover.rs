@@ -26,6 +26,7 @@ use crate::context::Context;
 use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::fault::{Fault, planted, step};
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
 use crate::take::free_guest;
@@ -61,8 +62,10 @@ impl Engine {
             if !self.recover_target(target, op.map(|op| plan_of(&op.plan)), &mut notes)? {
                 silent.insert(target.id.as_str());
             }
+            step("recover.mended");
         }
         self.remove_strays()?;
+        step("recover.cleared");
         for op in &unfinished {
             // What its plan says is done when its process answers.
             if op.target.as_ref().is_some_and(|id| silent.contains(id.as_str())) {
@@ -72,6 +75,7 @@ impl Engine {
             self.recover_in_place(op, &mut notes)?;
             notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
             self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))?;
+            step("recover.closed");
         }
         Ok(notes)
     }
@@ -132,6 +136,9 @@ impl Engine {
             }
             Adopted::Gone => {
                 let power = self.power_after(row);
+                if planted(Fault::RollBackOverlay) && plan.is_some() {
+                    self.roll_back_overlays(&target.id)?;
+                }
                 self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
                 if power == Power::LostPower {
                     notes.push(format!(
@@ -179,6 +186,19 @@ impl Engine {
             }
         }
         freed
+    }
+
+    /// The planted fault: a take that failed takes its overlays away, whatever the guest wrote to them.
+    fn roll_back_overlays(&self, target: &str) -> Result<()> {
+        self.catalog.write(|tx| {
+            for (disk, layer) in TargetRow::disks(tx, target)? {
+                if let Some(below) = LayerRow::by_id(tx, &layer)?.below {
+                    TargetRow::set_disk(tx, target, &disk, &below)?;
+                    LayerRow::purge(tx, &layer)?;
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Ends every QEMU whose run folder no machine has: the old one of a goto that was cut short after its commit, or one that was

@@ -12,6 +12,7 @@ use crate::context::Context;
 use crate::du::{Holder, Ledger};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::types::RemovePlan;
 
 /// What goes, by ids.
@@ -46,6 +47,7 @@ impl Engine {
                 OpRow::finish(tx, &cx.id, Some(Act::Restore(gone)))
             })
         })?;
+        step("rm.written");
         Ok(plan)
     }
 

@@ -244,6 +244,9 @@ fn power_after_end(run: &RunFolder) -> Power {
 
 /// The kernel's id of this boot of the host.
 pub(crate) fn boot_id() -> String {
+    if let Some(other) = crate::fault::boot() {
+        return other;
+    }
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 

@@ -125,6 +125,7 @@ impl Engine {
         };
         let Some(still) = still else { return self.decide(swap, standby, undo_point.as_ref(), end) };
         still.hold(STILL_LIMIT).map_err(too_late)?;
+        step("goto.held");
         still.during(STILL_LIMIT, || self.decide(swap, standby, undo_point.as_ref(), end))
     }
 
@@ -169,6 +170,7 @@ impl Engine {
                 tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
                 power = Power::Paused;
             }
+            step("goto.runs");
         }
         let took_us = old.map(|_| micros(ended));
         Ok(Swapped { undo_point: point.map(|point| point.id.clone()), power, took_us, in_place: None })
@@ -195,13 +197,17 @@ impl Engine {
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         cx.phase("starting", 0);
         let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
+        step("goto.started");
         let loaded = self
             .catalog
             .write(|tx| {
                 let plan = GotoPlan { new: Some(new.row.clone()), ..swap.plan.clone() };
                 OpRow::set_plan(tx, &cx.id, &json!(plan))
             })
-            .and_then(|()| self.load_memory(cx, snapshot, &new));
+            .and_then(|()| {
+                step("goto.noted");
+                self.load_memory(cx, snapshot, &new)
+            });
         if let Err(error) = loaded {
             let words = log_tail(&new.run);
             abandon(&new);

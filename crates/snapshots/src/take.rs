@@ -252,12 +252,16 @@ impl Engine {
         };
         self.check_active(job.target, running).inspect_err(|_| self.remove_overlays(overlays))?;
         self.add_overlay_nodes(running, overlays).map_err(taken_back)?;
+        step("take.opened");
         self.catalog.write(|tx| point_here_at(tx, target, overlays)).map_err(taken_back)?;
 
         step("take.announced");
         let mut switched = false;
         let captured = if job.mode == Mode::DiskOnly {
-            cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| Captured::default())
+            cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| {
+                step("take.switched");
+                Captured::default()
+            })
         } else {
             self.capture_memory(cx, job, running, overlays, row, &mut switched)
         };
@@ -351,7 +355,9 @@ impl Engine {
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
         drop(blocks);
         row.created = instant.get();
-        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None, saving })
+        let saved = session.commit()?;
+        step("take.durable");
+        Ok(Captured { memory: Some(memory), pause_us, saved, still: None, saving })
     }
 
     /// The guest runs on: from here on the snapshot is shown, and whoever does not want to wait for the rest may go.
@@ -378,7 +384,11 @@ impl Engine {
     /// Has the warden see to it that the guest does not stand still for longer than we get on.
     pub(crate) fn arm(&self, running: &Running, was_running: bool) -> Result<Armed<'_>> {
         let armed = self.keeper.arm(&running.run.second_monitor(), was_running, STILL_LIMIT);
-        armed.map_err(|error| Error::new(Code::Failed, "the warden cannot be started").because(error))
+        armed.map_err(|error| {
+            let gone = !running.process.is_alive();
+            let sentence = if gone { "QEMU ended" } else { "the warden cannot be started" };
+            Error::new(Code::Failed, sentence).because(error)
+        })
     }
 
     /// Sees to it that every disk's device writes to the layer that the catalog calls here's. An overlay over any other would
@@ -443,6 +453,7 @@ impl Engine {
             }
             Ok(())
         })?;
+        step("take.taken-back");
         let _ = running.qmp.execute("blockdev-del", json!({ "node-name": node }));
         crate::disks::remove_file(&self.layer_file(overlay));
         Ok(())

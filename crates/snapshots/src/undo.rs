@@ -12,6 +12,7 @@ use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::goto::Purpose;
 use crate::remove::{protected, remove};
 use crate::take::snapshot_name_taken;
@@ -75,7 +76,9 @@ impl Engine {
             self.catalog.write(|tx| {
                 let back = carry_out(tx, act)?;
                 op.taken_back(tx, &cx.id, Some(back))
-            })
+            })?;
+            step("undo.written");
+            Ok(())
         })
     }
 

@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use thiserror::Error;
 
 use crate::guest::guest_port_args;
+use crate::loop_disk::LoopDisk;
 
 /// How long a command may take. `stop` waits up to a minute by itself.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -70,9 +71,13 @@ impl Ended {
 /// A state folder with its daemon and machines, gone when the value is.
 #[derive(Debug)]
 pub struct Spinney {
+    /// Where the state folder lies, if the power is to be cut. Unmounted before the folder is removed.
+    disk: Option<LoopDisk>,
     folder: TempDir,
     program: PathBuf,
     variables: Vec<(String, String)>,
+    /// How often the power was cut.
+    boots: u32,
 }
 
 impl Spinney {
@@ -92,7 +97,34 @@ impl Spinney {
         // Unix sockets lie in the state folder, and their paths are short.
         let folder = tempfile::Builder::new().prefix("sp-").tempdir().expect("a temporary folder");
         let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        Self { folder, program: program(), variables: variables.collect() }
+        Self { disk: None, folder, program: program(), variables: variables.collect(), boots: 0 }
+    }
+
+    /// A new state folder on a disk of its own, whose power can be cut. The error says why there can be none on this host.
+    ///
+    /// # Panics
+    /// There is no executable to test.
+    pub fn on_a_disk() -> Result<Self, String> {
+        let mut spinney = Self::new();
+        spinney.disk = Some(LoopDisk::mount(spinney.folder(), &spinney.state())?);
+        Ok(spinney)
+    }
+
+    /// Cuts the power of the host: what was not synced is gone, and so is every process. The next command starts the daemon of
+    /// the next boot.
+    ///
+    /// # Panics
+    /// The state folder lies on no disk of its own.
+    pub fn cut_power(&mut self) {
+        let disk = self.disk.as_ref().expect("a disk of its own");
+        disk.cut();
+        // Whoever started somebody else in the last instant did it without a disk.
+        while !self.processes().is_empty() {
+            self.processes().into_iter().for_each(|(pid, _)| kill(pid));
+        }
+        disk.boot();
+        self.boots += 1;
+        self.set("SPINNEY_BOOT", &format!("boot-{}", self.boots));
     }
 
     /// The state folder.
@@ -202,6 +234,12 @@ impl Spinney {
     /// The daemon's process id, if it runs.
     pub fn daemon(&self) -> Option<u32> {
         self.processes().into_iter().find(|(_, words)| words.iter().any(|w| w == "serve")).map(|(pid, _)| pid)
+    }
+
+    /// The warden's process id, if one runs.
+    pub fn warden(&self) -> Option<u32> {
+        let warden = |words: &[String]| words.iter().any(|word| word == "warden");
+        self.processes().into_iter().find(|(_, words)| warden(words)).map(|(pid, _)| pid)
     }
 
     /// Kills the daemon as a crash would, and waits until it is gone. False if none ran.

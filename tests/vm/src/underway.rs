@@ -46,6 +46,14 @@ impl Underway {
         false
     }
 
+    /// True if it has ended.
+    ///
+    /// # Panics
+    /// It cannot be asked.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("the command's end").is_some()
+    }
+
     /// Sends it what Ctrl-C sends.
     pub fn interrupt(&self) {
         if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {

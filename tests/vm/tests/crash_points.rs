@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use vm_tests::guest::Guest;
+use vm_tests::crash::ticks_somewhere;
 use vm_tests::harness::Spinney;
 use vm_tests::underway::Underway;
 use vm_tests::walk::{Card, NAME, Violation, Walk};
@@ -122,22 +122,4 @@ fn through(steps: &[&str], mode: &str, how: &str, limit: Duration) {
     }
     println!("{how}: {there} had happened, {back} were taken back");
     walk.end().unwrap();
-}
-
-/// Waits until a guest's counter moves, whichever process it is in.
-fn ticks_somewhere(spinney: &Spinney, limit: Duration) -> Result<(), Violation> {
-    let deadline = Instant::now() + limit;
-    let moment = Duration::from_millis(500);
-    while Instant::now() < deadline {
-        for run in spinney.runs() {
-            let Ok(mut guest) = Guest::connect(&run.join("test"), moment) else { continue };
-            guest.set_timeout(moment);
-            let Ok(first) = guest.counter() else { continue };
-            thread::sleep(Duration::from_millis(50));
-            if guest.counter().is_ok_and(|now| now > first) {
-                return Ok(());
-            }
-        }
-    }
-    Err(Violation::Wrong(format!("no guest ticked within {limit:?}")))
 }

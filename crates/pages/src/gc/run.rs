@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::plan::{GcPlan, Live, PackPlan};
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
+use crate::fault::step;
 use crate::index::Place;
 use crate::pack::{Building, Entry, Layout, Pack, page_at, read_footer, slot};
 use crate::read::damaged;
@@ -111,6 +112,7 @@ impl Inner {
                 return if e.is_damage() { Ok(()) } else { Err(e) };
             }
         };
+        step("gc.copied");
         let new = self.packs.add(copy.path, copy.layout, self.clock.now());
         {
             let _gate = write(&self.gate);
@@ -189,7 +191,9 @@ impl Inner {
     /// Takes a retired pack out of the table and deletes its file.
     fn remove(&self, pack: &Pack) -> Result<()> {
         self.packs.forget(pack.number);
-        self.disk.remove(&pack.path).map_err(Error::io("remove", &pack.path))
+        self.disk.remove(&pack.path).map_err(Error::io("remove", &pack.path))?;
+        step("gc.removed");
+        Ok(())
     }
 }
 

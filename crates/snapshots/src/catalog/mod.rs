@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
 
 pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
@@ -46,6 +47,9 @@ impl Catalog {
         connection
             .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
             .map_err(broken)?;
+        if planted(Fault::CatalogUnsynced) {
+            connection.execute_batch("PRAGMA synchronous = OFF").map_err(broken)?;
+        }
         let version: i64 =
             connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(broken)?;
         match version {

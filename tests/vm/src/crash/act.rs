@@ -1,0 +1,175 @@
+//! The acts: what is there before each, the words of the command, and the tree that it makes.
+
+use super::scene::{BASE, Scene};
+use super::view::{UNDO_POINT, View};
+use crate::walk::Violation;
+
+/// Something that is done to a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Act {
+    /// `take` of a running guest, paused throughout.
+    TakeStopCopy,
+    /// `take` of a running guest, in rounds.
+    TakePreCopy,
+    /// `take` of a running guest that runs on.
+    TakeLive,
+    /// `take --disk-only` of a running guest.
+    TakeDiskOnly,
+    /// `take` of a running guest that hears Ctrl-C while memory is saved, and is taken back.
+    TakeCancelled,
+    /// `goto` from a running guest to a running one.
+    Goto,
+    /// The same, with nothing kept.
+    GotoDiscard,
+    /// `goto --off` from a running guest.
+    GotoToOff,
+    /// `goto` from a machine that is off to a running guest.
+    GotoFromOff,
+    /// `goto` where the two cannot be there at once.
+    GotoInPlace,
+    /// `undo` of a goto.
+    UndoGoto,
+    /// `gc --now` with layers and packs to remove and a pack to rewrite.
+    Gc,
+    /// `start`.
+    Start,
+    /// `stop`.
+    Stop,
+    /// `kill`.
+    Kill,
+    /// `take` of a machine that is off.
+    TakeOff,
+    /// `rm` of a snapshot in the middle.
+    Rm,
+    /// `rm --tree`.
+    RmTree,
+    /// `rm` of the machine.
+    RmMachine,
+    /// `edit` of a snapshot.
+    Edit,
+    /// `edit` of the machine's name.
+    Rename,
+    /// `undo` of a take.
+    UndoTake,
+    /// `undo` of a `rm`.
+    UndoRm,
+    /// `undo` of an `edit`.
+    UndoEdit,
+}
+
+/// Which machine an act is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// A guest that runs.
+    Guest,
+    /// The same with a port of the host's, so that there can be only one.
+    GuestWithPort,
+    /// A machine that is off and never ran.
+    Cold,
+}
+
+/// An act that is about to be done.
+pub(super) struct Plan {
+    pub(super) words: String,
+    /// The entry of the journal.
+    pub(super) kind: &'static str,
+    pub(super) old: View,
+    pub(super) new: View,
+    /// A snapshot to go to afterwards, whatever happened, besides what is new.
+    pub(super) also: Option<String>,
+}
+
+impl Act {
+    /// Where it is played.
+    pub fn stage(self) -> Stage {
+        match self {
+            Act::GotoInPlace => Stage::GuestWithPort,
+            _ if self < Act::TakeOff => Stage::Guest,
+            _ => Stage::Cold,
+        }
+    }
+
+    /// A snapshot of a guest that runs is made of here.
+    pub(super) fn takes(self) -> bool {
+        matches!(self, Act::TakeStopCopy | Act::TakePreCopy | Act::TakeLive | Act::TakeDiskOnly)
+    }
+
+    /// Here becomes another state.
+    pub(super) fn goes(self) -> bool {
+        matches!(
+            self,
+            Act::Goto
+                | Act::GotoDiscard
+                | Act::GotoToOff
+                | Act::GotoFromOff
+                | Act::GotoInPlace
+                | Act::UndoGoto
+        )
+    }
+
+    /// It is about whether there is a process at all.
+    pub(super) fn switches(self) -> bool {
+        matches!(self, Act::Start | Act::Stop | Act::Kill)
+    }
+
+    /// Brings about what has to be there before, and says what comes.
+    pub(super) fn prepare(self, scene: &mut Scene) -> Result<Plan, Violation> {
+        scene.number += 1;
+        let (m, number) = (scene.machine(), scene.number);
+        let fresh = format!("t{number}");
+        match self {
+            Act::UndoGoto => {
+                scene.ok(&format!("goto {m}@{BASE}"))?;
+                scene.keep_undo_point()?;
+            }
+            Act::Gc => scene.make_garbage()?,
+            Act::Start | Act::GotoFromOff => {
+                scene.ok(&format!("kill {m}"))?;
+                scene.here.running = false;
+            }
+            Act::UndoTake => drop(scene.ok(&format!("take {m} {fresh}"))?),
+            Act::UndoRm => drop(scene.ok(&format!("rm {m}@c2"))?),
+            Act::UndoEdit => drop(scene.ok(&format!("edit {m}@c2 --name {fresh}"))?),
+            _ => {}
+        }
+        let (old, _) = View::read(&scene.spinney)?;
+        let was = || old.clone();
+        let point = |here: &str| was().with(UNDO_POINT).at(here);
+        let take = |mode: &str| (format!("take {m} {fresh}{mode}"), "take", was().with(&fresh).at(&fresh));
+        let mut also = None;
+        let (words, kind, new) = match self {
+            Act::TakeStopCopy => take(" --mode stop-copy"),
+            Act::TakePreCopy => take(" --mode pre-copy"),
+            Act::TakeLive => take(" --mode live"),
+            Act::TakeDiskOnly => take(" --disk-only"),
+            Act::TakeOff => take(""),
+            Act::TakeCancelled => (format!("take {m} {fresh} --mode pre-copy"), "take", was()),
+            Act::Goto | Act::GotoInPlace | Act::GotoFromOff => {
+                (format!("goto {m}@{BASE}"), "goto", point(BASE))
+            }
+            Act::GotoDiscard => (format!("goto {m}@{BASE} --discard --yes"), "goto", was().at(BASE)),
+            Act::GotoToOff => (format!("goto {m}@{BASE} --off"), "goto", point(BASE)),
+            Act::UndoGoto => {
+                also = scene.kept.clone();
+                ("undo".to_owned(), "undo", point(BASE))
+            }
+            Act::Gc => {
+                also = Some("gb".to_owned());
+                ("gc --now".to_owned(), "gc", was())
+            }
+            Act::Start => (format!("start {m}"), "start", was()),
+            Act::Stop => (format!("stop {m}"), "stop", was()),
+            Act::Kill => (format!("kill {m}"), "kill", was()),
+            Act::Rm => (format!("rm {m}@c2"), "rm", was().without("c2")),
+            Act::RmTree => (format!("rm {m}@c2 --tree --yes"), "rm", was().without("c3").without("c2")),
+            Act::RmMachine => (format!("rm {m} --yes"), "rm", View::default()),
+            Act::Edit => (format!("edit {m}@c2 --name {fresh} -m note"), "edit", was().renamed("c2", &fresh)),
+            Act::Rename => {
+                (format!("edit {m} --name {fresh}"), "edit", View { machine: fresh.clone(), ..was() })
+            }
+            Act::UndoTake => ("undo".to_owned(), "undo", was().without(&fresh)),
+            Act::UndoRm | Act::UndoEdit => ("undo".to_owned(), "undo", scene.canon.clone()),
+        };
+        Ok(Plan { words, kind, old, new, also })
+    }
+}

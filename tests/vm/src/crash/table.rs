@@ -1,0 +1,118 @@
+//! Which act has which steps. Every step that the sources name is struck in `make test`; a test compares the two.
+
+use super::act::Act;
+
+/// The steps of one act.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// The act.
+    pub act: Act,
+    /// Steps that are struck in every test.
+    pub steps: &'static [&'static str],
+    /// Steps that it has too, and that the soak strikes: another act of the same kind stands for it in the test.
+    pub more: &'static [&'static str],
+}
+
+const fn row(act: Act, steps: &'static [&'static str], more: &'static [&'static str]) -> Row {
+    Row { act, steps, more }
+}
+
+/// All acts.
+pub const ROWS: &[Row] = &[
+    row(
+        Act::TakeStopCopy,
+        &[
+            "journal.begun",
+            "take.overlays",
+            "take.opened",
+            "take.announced",
+            "take.memory",
+            "take.read",
+            "take.switched",
+            "take.resumed",
+            "pack.sealed",
+            "pack.named",
+            "take.durable",
+            "take.written",
+        ],
+        &["take.saved"],
+    ),
+    row(
+        Act::TakeLive,
+        &["take.read", "take.switched", "take.resumed", "take.memory", "take.saved", "take.durable"],
+        &["journal.begun", "take.overlays", "take.announced", "pack.sealed", "pack.named", "take.written"],
+    ),
+    row(
+        Act::TakePreCopy,
+        &["take.memory", "take.switched"],
+        &[
+            "take.announced",
+            "take.read",
+            "take.resumed",
+            "take.saved",
+            "pack.named",
+            "take.durable",
+            "take.written",
+        ],
+    ),
+    row(Act::TakeDiskOnly, &["take.switched"], &["take.announced", "take.written"]),
+    row(Act::TakeCancelled, &["take.taken-back"], &[]),
+    row(
+        Act::Goto,
+        &[
+            "goto.overlays",
+            "goto.started",
+            "goto.noted",
+            "goto.memory",
+            "goto.loaded",
+            "goto.still",
+            "goto.held",
+            "goto.decided",
+            "goto.ended",
+            "goto.runs",
+            "goto.trimmed",
+        ],
+        &["journal.begun", "pack.sealed", "pack.named"],
+    ),
+    row(
+        Act::GotoDiscard,
+        &["goto.decided"],
+        &["goto.overlays", "goto.loaded", "goto.held", "goto.ended", "goto.runs"],
+    ),
+    row(Act::GotoToOff, &["goto.decided"], &["goto.overlays", "goto.still", "goto.held", "goto.ended"]),
+    row(Act::GotoFromOff, &["goto.decided"], &["goto.overlays", "goto.loaded", "goto.held", "goto.runs"]),
+    row(Act::UndoGoto, &["goto.decided"], &["goto.loaded", "goto.still", "goto.ended", "goto.runs"]),
+    row(
+        Act::Gc,
+        &["gc.purged", "gc.layer", "gc.planned", "gc.copied", "gc.removed", "gc.freed", "gc.written"],
+        &["journal.begun"],
+    ),
+    row(Act::Start, &["start.launched", "start.kept"], &["journal.begun"]),
+    row(Act::Stop, &["stop.ended"], &["journal.begun"]),
+    row(Act::Kill, &["kill.ended"], &["journal.begun"]),
+    row(
+        Act::GotoInPlace,
+        &["in-place.overlays", "in-place.kept", "in-place.ended", "goto.loaded", "goto.decided"],
+        &["goto.still", "goto.noted", "goto.memory", "goto.held", "goto.runs", "goto.trimmed"],
+    ),
+    row(Act::TakeOff, &["journal.begun", "take.overlays", "take.written"], &[]),
+    row(Act::Rm, &["journal.begun", "rm.written"], &[]),
+    row(Act::RmTree, &["rm.written"], &["journal.begun"]),
+    row(Act::RmMachine, &["rm.written"], &["journal.begun"]),
+    row(Act::Edit, &["journal.begun", "edit.written"], &[]),
+    row(Act::Rename, &["edit.written"], &["journal.begun"]),
+    row(Act::UndoTake, &["journal.begun", "undo.written"], &[]),
+    row(Act::UndoRm, &["undo.written"], &["journal.begun"]),
+    row(Act::UndoEdit, &["undo.written"], &["journal.begun"]),
+];
+
+/// The daemon dies at the first step, and the next one at the second: recovery can be interrupted too.
+pub const RECOVERY: &[(Act, &str, &str)] = &[
+    (Act::TakeStopCopy, "take.switched", "recover.mended"),
+    (Act::Goto, "goto.decided", "recover.mended"),
+    (Act::Goto, "goto.loaded", "recover.cleared"),
+    (Act::TakeLive, "take.resumed", "recover.closed"),
+    (Act::GotoInPlace, "in-place.ended", "in-place.back"),
+    (Act::GotoInPlace, "in-place.ended", "recover.closed"),
+    (Act::GotoInPlace, "in-place.kept", "goto.loaded"),
+];
