@@ -1,7 +1,7 @@
 //! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use qemu::load::load;
 use qemu::save::settle;
@@ -243,7 +243,14 @@ impl Engine {
         }
         cx.check()?;
         loaded.map_err(|error| {
-            Error::new(Code::Failed, format!("{} could not be loaded", snapshot.full_name())).because(error)
+            let name = snapshot.full_name();
+            // A pipe that broke is only how we came to hear of it.
+            let ended = new.process.wait(Duration::from_millis(200));
+            let sentence = match ended {
+                true => format!("QEMU ended while {name} was being loaded"),
+                false => format!("{name} could not be loaded"),
+            };
+            Error::new(Code::Failed, sentence).because(error)
         })
     }
 

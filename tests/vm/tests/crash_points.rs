@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use vm_tests::crash::ticks_somewhere;
 use vm_tests::harness::Spinney;
 use vm_tests::underway::Underway;
-use vm_tests::walk::{Card, NAME, Violation, Walk};
+use vm_tests::walk::{Card, NAME, Walk};
 
 const TAKE: &[&str] = &[
     "take.overlays",
