@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# What takes too long for `make test`: long random walks over real guests, each with a seed of its own, and every fuzz target
-# for ten minutes where cargo-fuzz is installed. What was run and how it ended is printed and written, raw, to
-# benches/results/soak-DATE.json, and the end of each fuzz target to soak-DATE.fuzz.txt. Fails if anything did.
+# What takes too long for `make test`: long random walks over real guests, each with a seed of its own; somebody killed at every
+# step of every act, round after round; and every fuzz target for ten minutes where cargo-fuzz is installed. What was run and how
+# it ended is printed and written, raw, to benches/results/soak-DATE.json and crash-DATE.json, and the end of each fuzz target to
+# soak-DATE.fuzz.txt. Fails if anything did.
 #
-# SPINNEY_BIN:  the executable to test, with the feature `faults` or without
-# SOAK_WALKS:   how many walks (default 10)       SOAK_STEPS: steps in each (default 100)
+# SPINNEY_BIN:  the executable to test, with the feature `faults`: it is what can be killed at a step
+# SOAK_WALKS:   how many walks (default 10; 0: none)      SOAK_STEPS: steps in each (default 100)
 # SOAK_MINUTES: begin no walk later than this     SOAK_SEED:  what the walks' seeds are drawn from (default: the time)
+# SOAK_CRASH_MINUTES: for how long somebody is killed (default 60; 0 leaves that out)
 # SOAK_FUZZ:    seconds for each fuzz target (default 600; 0 leaves them out)
 #
 # One walk is repeated by the line that it prints:
@@ -24,7 +26,13 @@ SOAK_COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 export SOAK_COMMIT SOAK_FILE=$out.json
 
 failed=0
-cargo run --locked -q -p spinney-vm-tests --bin soak || failed=1
+if [ "${SOAK_WALKS:-10}" -gt 0 ]; then
+    cargo run --locked -q -p spinney-vm-tests --bin soak || failed=1
+fi
+
+if [ "${SOAK_CRASH_MINUTES:-60}" -gt 0 ]; then
+    SOAK_CRASH_FILE=${out/soak-/crash-}.json cargo run --locked -q -p spinney-vm-tests --bin crash || failed=1
+fi
 
 seconds=${SOAK_FUZZ:-600}
 if [ "$seconds" -eq 0 ] || ! command -v cargo-fuzz >/dev/null; then

@@ -140,6 +140,11 @@ impl Engine {
         let Swap { row, snapshot, wanted, old, .. } = *swap;
         let point = undo_point.map(|point| &point.row);
         let process = standby.new.as_ref().map(|new| new.row.clone());
+        // What is here now is not given up for a machine that is gone already.
+        if standby.new.as_ref().is_some_and(|new| !new.process.is_alive()) {
+            let name = snapshot.full_name();
+            return Err(Error::new(Code::Failed, format!("the QEMU that {name} was loaded into has ended")));
+        }
         self.catalog.write(|tx| {
             if let Some(point) = point {
                 point.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
@@ -167,8 +172,9 @@ impl Engine {
             if wanted == Power::Running
                 && let Err(error) = settle(&new.qmp, "running")
             {
-                tracing::error!(%error, target = row.name, "the machine stands where it should and is paused");
-                power = Power::Paused;
+                tracing::error!(%error, target = row.name, "the machine stands where it should and does not run");
+                let ended = new.process.wait(Duration::from_millis(200));
+                power = if ended { Power::LostPower } else { Power::Paused };
             }
             step("goto.runs");
         }

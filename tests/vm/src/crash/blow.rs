@@ -148,7 +148,11 @@ impl Scene {
         }
         self.say("")?;
         struck?;
-        self.after(act, plan, victim, &ended, &layers, &taken)
+        let happened = self.after(act, plan, victim, &ended, &layers, &taken)?;
+        if happened && victim == Victim::Incoming && step != "goto.decided" {
+            return Err(Violation::Wrong("a machine was given up for one that was gone already".to_owned()));
+        }
+        Ok(happened)
     }
 
     fn deal(&mut self, victim: Victim, act: Act, marker: &Path, old: &[u32]) -> Result<(), Violation> {
