@@ -24,7 +24,8 @@ const TAKE: &[&str] = &[
 /// Those of a live take that differ: the guest is stopped, then runs on and waits for us where it writes.
 const LIVE: &[&str] =
     &["take.read", "take.switched", "take.resumed", "take.memory", "take.saved", "take.written"];
-const GOTO: &[&str] = &["goto.memory", "goto.loaded", "goto.still", "goto.decided", "goto.ended"];
+const GOTO: &[&str] =
+    &["goto.memory", "goto.loaded", "goto.still", "goto.held", "goto.decided", "goto.ended"];
 
 /// How soon a guest ticks whose daemon is gone.
 const DEAD: Duration = Duration::from_secs(4);

@@ -16,6 +16,7 @@ use vm_tests::walk::Random;
 /// Everybody who is killed at a step.
 const VICTIMS: &[Victim] = &[
     Victim::Daemon,
+    Victim::Stopped,
     Victim::Warden,
     Victim::WardenThenDaemon,
     Victim::Both,
@@ -106,7 +107,6 @@ impl Report {
             "schema": "spinney.crash/1",
             "begun": first("date", &["-u", "+%FT%TZ"]),
             "commit": text("SOAK_COMMIT"),
-            "program": text("SPINNEY_BIN"),
             "version": first(&text("SPINNEY_BIN"), &["--version"]),
             "qemu": first("qemu-system-x86_64", &["--version"]),
             "host": first("uname", &["-srm"]),

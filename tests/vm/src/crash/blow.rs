@@ -27,6 +27,8 @@ const REACHED: Duration = Duration::from_secs(60);
 pub enum Victim {
     /// The daemon.
     Daemon,
+    /// Nobody: the daemon is stopped, as by SIGSTOP, until the guest ticks.
+    Stopped,
     /// The daemon, and the next one at this step of its recovery.
     Successor(&'static str),
     /// The warden.
@@ -50,7 +52,7 @@ impl Victim {
         match self {
             Victim::Daemon | Victim::Power => true,
             Victim::Successor(_) => false,
-            Victim::Warden => guest && !act.switches(),
+            Victim::Warden | Victim::Stopped => guest && !act.switches(),
             Victim::Both => act.takes() || act.goes(),
             Victim::WardenThenDaemon => {
                 matches!(step, "take.read" | "take.switched" | "goto.still" | "goto.held") && guest
@@ -101,7 +103,11 @@ impl Scene {
         let layers = self.spinney.layers();
         let taken = self.here.clone();
         let marker = self.spinney.folder().join(format!("at-{}", self.number));
-        let how = if matches!(victim, Victim::Daemon | Victim::Successor(_)) { "kill" } else { "wait" };
+        let how = match victim {
+            Victim::Daemon | Victim::Successor(_) => "kill",
+            Victim::Stopped => "stop",
+            _ => "wait",
+        };
         let mut words = format!("{step} {how} {}\n", marker.display());
         if let Victim::Successor(then) = victim {
             words.push_str(&format!("{then} kill {}-then\n", marker.display()));
@@ -156,18 +162,22 @@ impl Scene {
     }
 
     fn deal(&mut self, victim: Victim, act: Act, marker: &Path, old: &[u32]) -> Result<(), Violation> {
-        if !matches!(victim, Victim::Daemon | Victim::Successor(_)) {
+        let daemon = self.spinney.daemon();
+        if !matches!(victim, Victim::Daemon | Victim::Stopped | Victim::Successor(_)) {
             self.sample();
         }
+        // Without any new command.
+        let has_guest = self.here.running && self.stage != Stage::Cold;
+        let ticks = has_guest && !act.switches() && act != Act::GotoToOff;
         match victim {
-            Victim::Daemon => {
-                // Without any new command.
-                if self.here.running && !act.switches() && act != Act::GotoToOff && self.stage != Stage::Cold
-                {
-                    ticks_somewhere(&self.spinney, DEAD)?;
-                }
+            Victim::Daemon if ticks => ticks_somewhere(&self.spinney, DEAD)?,
+            Victim::Stopped => {
+                let ticked = if ticks { ticks_somewhere(&self.spinney, STOPPED) } else { Ok(()) };
+                // One that was ended meanwhile does not hear it.
+                daemon.into_iter().for_each(|pid| signal(pid, Signal::CONT));
+                ticked?;
             }
-            Victim::Successor(_) => {}
+            Victim::Daemon | Victim::Successor(_) => {}
             Victim::Warden => {
                 self.spinney.warden().into_iter().for_each(kill);
                 self.release(marker)?;
