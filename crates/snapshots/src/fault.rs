@@ -27,6 +27,7 @@ pub(crate) enum Fault {
     /// The same, and a live `take` has none: QEMU waits.
     NoSpill,
     /// The page store syncs neither packs nor their folder.
+    #[cfg(feature = "faults")]
     NoSync,
     /// An overlay's file is not synced before the catalog speaks of it.
     OverlayUnsynced,

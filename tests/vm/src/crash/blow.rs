@@ -59,10 +59,13 @@ impl Victim {
             }
             // Where there is one.
             Victim::Qemu => {
-                let ended = matches!(step, "stop.ended" | "kill.ended" | "in-place.ended");
-                let to_off = act == Act::GotoToOff && matches!(step, "goto.ended");
-                let from_off = act == Act::GotoFromOff && step == "goto.overlays";
-                guest && !ended && !to_off && !from_off && !(act == Act::Start && step == "journal.begun")
+                let none = match act {
+                    Act::Start => step == "journal.begun",
+                    Act::GotoFromOff => step == "goto.overlays",
+                    Act::GotoToOff => step == "goto.ended",
+                    _ => matches!(step, "stop.ended" | "kill.ended" | "in-place.ended"),
+                };
+                guest && !none
             }
             Victim::Incoming => {
                 let both = [
