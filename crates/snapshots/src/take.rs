@@ -355,9 +355,7 @@ impl Engine {
         let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
         drop(blocks);
         row.created = instant.get();
-        let saved = session.commit()?;
-        step("take.durable");
-        Ok(Captured { memory: Some(memory), pause_us, saved, still: None, saving })
+        Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None, saving })
     }
 
     /// The guest runs on: from here on the snapshot is shown, and whoever does not want to wait for the rest may go.

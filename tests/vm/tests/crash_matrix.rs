@@ -159,7 +159,7 @@ fn what_is_not_synced_is_missed() {
         // Of a machine that is off: a QEMU that opens it past the page cache has the kernel write it.
         ("overlay-unsynced", Act::TakeOff, "take.written", "damaged"),
         ("catalog-unsynced", Act::TakeStopCopy, "take.resumed", "the journal's entry should be closed"),
-        ("roll-back-overlay", Act::TakeStopCopy, "take.durable", "were synced"),
+        ("roll-back-overlay", Act::TakeStopCopy, "take.stored", "were synced"),
     ];
     for (fault, act, step, words) in faults {
         let Some(mut spinney) = on_a_disk() else { return };

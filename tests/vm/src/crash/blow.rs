@@ -63,7 +63,7 @@ impl Victim {
                     Act::Start => step == "journal.begun",
                     Act::GotoFromOff => step == "goto.overlays",
                     Act::GotoToOff => step == "goto.ended",
-                    _ => matches!(step, "stop.ended" | "kill.ended" | "in-place.ended"),
+                    _ => matches!(step, "stop.ended" | "kill.ended" | "goto.alone"),
                 };
                 guest && !none
             }
