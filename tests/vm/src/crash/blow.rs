@@ -55,7 +55,9 @@ impl Victim {
             Victim::Warden | Victim::Stopped => guest && !act.switches(),
             Victim::Both => act.takes() || act.goes(),
             Victim::WardenThenDaemon => {
-                matches!(step, "take.read" | "take.switched" | "goto.still" | "goto.held") && guest
+                let held = matches!(step, "take.read" | "take.switched" | "goto.still" | "goto.held");
+                // Where nothing of the guest's memory is taken nobody waits.
+                held && guest && act != Act::TakeDiskOnly
             }
             // Where there is one.
             Victim::Qemu => {
@@ -143,6 +145,10 @@ impl Scene {
             thread::sleep(Duration::from_millis(2));
         }
         let struck = self.deal(victim, act, &marker, &old);
+        if struck.is_err() {
+            // Whoever waits there still would wait for ever.
+            let _ = self.release(&marker);
+        }
         let ended = command.end();
         if let Victim::Successor(_) = victim {
             // Whoever started it, the next daemon dies on its way; the one after that does not.
@@ -223,7 +229,8 @@ impl Scene {
         thread::sleep(Duration::from_millis(300));
         let daemon = self.spinney.daemon().unwrap_or_default();
         signal(daemon, Signal::STOP);
-        let ticked = ticks_somewhere(&self.spinney, STOPPED);
+        // A goto from a machine that was off is taken back to that.
+        let ticked = if self.here.running { ticks_somewhere(&self.spinney, STOPPED) } else { Ok(()) };
         // One that was ended meanwhile does not hear it.
         signal(daemon, Signal::CONT);
         self.release(marker)?;
