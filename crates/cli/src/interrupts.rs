@@ -73,8 +73,9 @@ impl Interrupts {
         Self { watched, client, thread: Some((handle, thread)) }
     }
 
-    /// For an operation that is done: what to say to somebody who had wanted it rolled back.
-    pub(crate) fn too_late(&self) -> Option<String> {
+    /// The operation is done, and signals are what they were before. What to say to somebody who had wanted it rolled back.
+    pub(crate) fn end(&mut self) -> Option<String> {
+        self.stop();
         let watched = lock(&self.watched);
         let view = watched.operation.as_ref().filter(|_| watched.signalled)?;
         Some(done_before(view))
@@ -93,6 +94,13 @@ impl Interrupts {
 
 impl Drop for Interrupts {
     fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Interrupts {
+    /// Every signal that came is dealt with, and none is waited for any more.
+    fn stop(&mut self) {
         if let Some((handle, thread)) = self.thread.take() {
             handle.close();
             let _ = thread.join();

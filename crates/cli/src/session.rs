@@ -86,7 +86,8 @@ impl Session {
         body: Option<&impl Serialize>,
     ) -> Result<T, Problem> {
         let progress = Progress::new(self.out);
-        let watch = Interrupts::watch(client.clone(), self.ended.clone(), progress.voice());
+        let mut watch = Interrupts::watch(client.clone(), self.ended.clone(), progress.voice());
+        let mut too_late = None;
         let result = client.ask(method, path, body).and_then(|started: OperationView| {
             watch.follow(&started);
             let (kind, subject) = (started.kind.clone(), started.subject.clone());
@@ -104,15 +105,15 @@ impl Session {
                 })
             };
             let mut followed = follow(until)?;
-            if until == Until::Result && watch.too_late().is_some() {
+            // From here on a signal ends this program alone.
+            too_late = watch.end();
+            if until == Until::Result && too_late.is_some() {
                 // It is being cancelled: only its end says whether it was.
                 followed = follow(Until::Ended)?;
             }
             Ok((followed, warnings))
         });
         progress.clear();
-        let too_late = watch.too_late();
-        drop(watch);
         let (result, warnings) = result?;
         if let Some(words) = too_late {
             self.out.note(words);

@@ -30,8 +30,8 @@ pub(crate) trait DiskFile: Send + Sync {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all parts one behind the other.
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()>;
-    /// Has the system begin to write back what was just written there, without waiting for it: what is left for [`DiskFile::sync`]
-    /// is less then. A hint.
+    /// Has the system begin to write back what was just written there, without waiting for its end: what is left for
+    /// [`DiskFile::sync`] is less then. A hint, not for every page: it costs the processors a moment each time.
     fn write_back(&self, offset: u64, len: u64);
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;

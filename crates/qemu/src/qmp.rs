@@ -15,7 +15,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
+};
 use serde_json::{Value, json};
 
 /// How long an ordinary command may take. Those that do work name their own limit.
@@ -129,7 +132,7 @@ impl Qmp {
     pub fn connect(path: &Path, oob: bool, limit: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + limit;
         let socket = loop {
-            match UnixStream::connect(path) {
+            match connect_at_once(path) {
                 Ok(socket) => break socket,
                 Err(source) if Instant::now() >= deadline => {
                     return Err(QmpError::Connect { path: path.to_owned(), source });
@@ -294,6 +297,17 @@ impl Drop for Qmp {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Connects, or fails: a QEMU that is stopped accepts nobody, and once its queue is full the system would have us wait without end.
+fn connect_at_once(path: &Path) -> std::io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 fn write_with_fd(mut socket: &UnixStream, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {

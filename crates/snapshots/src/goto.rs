@@ -213,7 +213,7 @@ impl Engine {
             // Until the next machine is there, our death is for the next daemon to mend, at once.
             let still = point.still.take().map_or_else(|| self.arm(old, false), Ok)?;
             still.hold(STILL_LIMIT).map_err(too_late)?;
-            still.during(STILL_LIMIT, || {
+            let exchanged = still.during(STILL_LIMIT, || {
                 // A page that it shares with others may have been damaged long ago.
                 check(&point.row)?;
                 let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
@@ -228,7 +228,9 @@ impl Engine {
                 self.replace_process(&row.id, old);
                 step("goto.alone");
                 Ok(self.exchange(swap, purpose, &point.row, &plan, &why))
-            })
+            });
+            rescue_if_lost(&still, exchanged.is_err(), Some(old));
+            exchanged
         });
         // The outer error is one from before the commit: nobody speaks of them yet.
         swapped.inspect_err(|_| self.remove_overlays(&spare))?
@@ -268,8 +270,11 @@ impl Engine {
                 Ok(()) => Err(error),
                 Err(second) => {
                     tracing::error!(error = %second, causes = ?second.causes(), "a machine could not be brought back");
-                    Err(error
-                        .hint(format!("{} is off: `spinney goto {name}` brings it back as it was", row.name)))
+                    // Whatever was the reason, a cancellation too: nothing is as it was.
+                    let sentence = format!("{} is off: it could not be brought back as it was", row.name);
+                    Err(Error::new(Code::Failed, sentence)
+                        .because(second)
+                        .hint(format!("`spinney goto {name}` brings it back as it was")))
                 }
             },
         }

@@ -35,8 +35,13 @@ const BATCH_PLACES: usize = 4096;
 const BATCHES: usize = 8;
 /// Threads that hash and write while the guest stands still. More than two wait for each other and for the stream.
 const THREADS: usize = 2;
-/// The spill may take this part of the host's free memory.
+/// All spills together may take this part of the host's free memory.
 const SPILL_PART: u64 = 4;
+/// More than all blocks of a machine's but its memory: a stream that announces more is not believed.
+const OTHER_BLOCKS: u64 = 4 << 30;
+
+/// What all live takes of this process have spilled, in bytes.
+static SPILLED: AtomicU64 = AtomicU64::new(0);
 
 /// How far the stream may be ahead of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +65,16 @@ impl Lead {
     }
 }
 
+/// How the pages are taken in.
+#[derive(Clone, Copy)]
+pub(crate) struct Intake<'a> {
+    pub(crate) lead: Lead,
+    /// Bytes of memory that the machine has; its other blocks (video memory, ROMs) are less than [`OTHER_BLOCKS`].
+    pub(crate) memory: u64,
+    /// Called after each batch that was stored.
+    pub(crate) stored: &'a (dyn Fn() + Sync),
+}
+
 /// A RAM block with the names of its pages.
 #[derive(Debug)]
 pub(crate) struct BlockPages {
@@ -75,6 +90,13 @@ struct Place {
     zero: bool,
 }
 
+impl Batch {
+    /// Bytes of memory that it takes.
+    fn weight(&self) -> u64 {
+        (self.bytes.len() + self.places.len() * size_of::<Place>()) as u64
+    }
+}
+
 #[derive(Debug, Default)]
 struct Batch {
     /// Batches are numbered as they come.
@@ -86,10 +108,9 @@ struct Batch {
 }
 
 /// What the threads of one ingest share.
-#[derive(Debug)]
-struct Shared {
-    lead: Lead,
-    /// Bytes of pages on the way to the store.
+struct Shared<'a> {
+    intake: Intake<'a>,
+    /// Bytes of this one's batches that are on the way to the store, all in [`SPILLED`] too.
     ahead: AtomicU64,
     /// A storing thread has failed: nobody needs to go on.
     failed: AtomicBool,
@@ -111,13 +132,14 @@ struct Named {
 pub(crate) fn ingest<T>(
     session: &dyn Session,
     cx: &Context,
-    lead: Lead,
+    intake: Intake<'_>,
     body: impl FnOnce(&mut (dyn Sink + Send)) -> Result<T>,
 ) -> Result<(T, Vec<BlockPages>)> {
+    let lead = intake.lead;
     let (full, batches) = if lead == Lead::Short { bounded(BATCHES) } else { unbounded() };
     let (empty, spares) = bounded(BATCHES);
     let shared =
-        Shared { lead, ahead: AtomicU64::new(0), failed: AtomicBool::new(false), named: Mutex::default() };
+        Shared { intake, ahead: AtomicU64::new(0), failed: AtomicBool::new(false), named: Mutex::default() };
     let shared = &shared;
     // A guest that runs on has better use for the second core.
     let threads = if lead == Lead::Short { THREADS } else { 1 };
@@ -130,9 +152,13 @@ pub(crate) fn ingest<T>(
         // Theirs are the only ends: when all have failed, a sink that waits for room must hear of it.
         drop((batches, empty));
         let skip = planted(Fault::SkipPage);
-        let mut sink = BatchSink { batch: Batch::default(), number: 0, full, spares, shared, skip };
+        let mut sink = BatchSink { batch: Batch::default(), full, spares, shared, skip };
         let done = body(&mut sink);
         let flushed = sink.flush();
+        if done.is_err() {
+            // What waits to be stored is worth nothing any more.
+            shared.failed.store(true, Ordering::Relaxed);
+        }
         drop(sink);
         for worker in workers {
             // If the store failed, that is why the stream failed too.
@@ -149,16 +175,34 @@ pub(crate) fn ingest<T>(
     done.map(|value| (value, named.blocks))
 }
 
-impl Shared {
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        SPILLED.fetch_sub(self.ahead.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
+/// Tells the others if a thread that stores ends in a panic.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Shared<'_> {
     fn store_batches(
         &self,
         session: &dyn Session,
         cx: &Context,
         batches: &Receiver<Batch>,
-        empty: &Sender<Batch>,
+        empty: &Sender<Vec<u8>>,
     ) -> Result<()> {
         let slow = planted(Fault::SlowStore) || planted(Fault::LittleSpill) || planted(Fault::NoSpill);
-        for batch in batches {
+        let _ending = Ending(&self.failed);
+        for mut batch in batches {
             if self.failed.load(Ordering::Relaxed) {
                 break;
             }
@@ -170,26 +214,28 @@ impl Shared {
             }
             cx.advance((batch.places.len() * PAGE_SIZE) as u64);
             step("take.memory");
-            self.ahead.fetch_sub(batch.bytes.len() as u64, Ordering::Relaxed);
-            for mut spare in self.write_down(batch, names) {
-                spare.bytes.clear();
-                spare.places.clear();
-                let _ = empty.try_send(spare);
-            }
+            (self.intake.stored)();
+            let weight = batch.weight();
+            self.ahead.fetch_sub(weight, Ordering::Relaxed);
+            SPILLED.fetch_sub(weight, Ordering::Relaxed);
+            // Its turn may come much later.
+            let mut bytes = std::mem::take(&mut batch.bytes);
+            bytes.clear();
+            let _ = empty.try_send(bytes);
+            self.write_down(batch, names);
         }
         Ok(())
     }
 
-    /// Writes down where the pages of a batch belong, once those before it are; returns the batches that are done with.
-    fn write_down(&self, batch: Batch, names: Vec<PageHash>) -> Vec<Batch> {
+    /// Writes down where the pages of a batch belong, once those before it are.
+    fn write_down(&self, batch: Batch, names: Vec<PageHash>) {
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         named.early.insert(batch.number, (batch, names));
-        let mut done = Vec::new();
         loop {
             let turn = named.turn;
-            let Some((mut batch, names)) = named.early.remove(&turn) else { return done };
+            let Some((batch, names)) = named.early.remove(&turn) else { return };
             named.turn += 1;
-            for block in batch.blocks.drain(..) {
+            for block in batch.blocks {
                 let count = usize::try_from(block.length).unwrap_or(usize::MAX) / PAGE_SIZE;
                 named.blocks.push(BlockPages { name: block.name, pages: vec![PageHash::ZERO; count] });
             }
@@ -199,17 +245,15 @@ impl Shared {
                 // The reader has checked that the page lies in its block.
                 named.blocks[place.block].pages[place.page] = name;
             }
-            done.push(batch);
         }
     }
 }
 
 struct BatchSink<'a> {
     batch: Batch,
-    number: u64,
     full: Sender<Batch>,
-    spares: Receiver<Batch>,
-    shared: &'a Shared,
+    spares: Receiver<Vec<u8>>,
+    shared: &'a Shared<'a>,
     /// The planted fault that loses one page.
     skip: bool,
 }
@@ -219,21 +263,22 @@ impl BatchSink<'_> {
         if self.shared.failed.load(Ordering::Relaxed) {
             return Err("the page store does not take pages any more".into());
         }
-        let bytes = self.batch.bytes.len() as u64;
-        let ahead = self.shared.ahead.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if let Lead::Spill(limit) = self.shared.lead
-            && ahead > limit
+        let weight = self.batch.weight();
+        self.shared.ahead.fetch_add(weight, Ordering::Relaxed);
+        let spilled = SPILLED.fetch_add(weight, Ordering::Relaxed) + weight;
+        if let Lead::Spill(limit) = self.shared.intake.lead
+            && spilled > limit
         {
             return Err(Box::new(StoreTooSlow { limit }));
         }
-        let next = self.spares.try_recv().unwrap_or_else(|_| Batch {
-            number: 0,
+        let spare = self.spares.try_recv();
+        let next = Batch {
+            number: self.batch.number + 1,
             blocks: Vec::new(),
-            bytes: Vec::with_capacity(BATCH_PAGES * PAGE_SIZE),
-            places: Vec::with_capacity(BATCH_PLACES),
-        });
-        let batch = std::mem::replace(&mut self.batch, Batch { number: self.number + 1, ..next });
-        self.number += 1;
+            bytes: spare.unwrap_or_else(|_| Vec::with_capacity(BATCH_PAGES * PAGE_SIZE)),
+            places: Vec::new(),
+        };
+        let batch = std::mem::replace(&mut self.batch, next);
         self.full.send(batch).map_err(|_| "the page store does not take pages any more".into())
     }
 
@@ -249,6 +294,13 @@ impl BatchSink<'_> {
 
 impl Sink for BatchSink<'_> {
     fn blocks(&mut self, blocks: &[RamBlock]) -> Result<(), SinkError> {
+        let limit = self.shared.intake.memory.saturating_add(OTHER_BLOCKS);
+        let sum = blocks.iter().fold(0_u64, |sum, block| sum.saturating_add(block.length));
+        if sum > limit {
+            return Err(
+                format!("QEMU announces {sum} bytes of memory, the machine has at most {limit}").into()
+            );
+        }
         self.batch.blocks = blocks.to_vec();
         Ok(())
     }

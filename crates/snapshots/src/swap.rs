@@ -8,6 +8,7 @@ use qemu::save::settle;
 use rusqlite::Transaction;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use warden::Armed;
 
 use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
@@ -96,6 +97,13 @@ impl Drop for Standby<'_> {
     }
 }
 
+/// After a failure the old guest goes on, and we have told it so: unless it does not hear us. Then the warden does.
+pub(crate) fn rescue_if_lost(still: &Armed<'_>, failed: bool, old: Option<&Running>) {
+    if failed && old.is_some_and(|old| old.qmp.is_closed() && old.process.is_alive()) {
+        still.rescue();
+    }
+}
+
 /// Ends a process that did not become the machine's.
 fn abandon(new: &Running) {
     new.process.kill();
@@ -126,7 +134,9 @@ impl Engine {
         let Some(still) = still else { return self.decide(swap, standby, undo_point.as_ref(), end) };
         still.hold(STILL_LIMIT).map_err(too_late)?;
         step("goto.held");
-        still.during(STILL_LIMIT, || self.decide(swap, standby, undo_point.as_ref(), end))
+        let decided = still.during(STILL_LIMIT, || self.decide(swap, standby, undo_point.as_ref(), end));
+        rescue_if_lost(&still, decided.is_err(), old);
+        decided
     }
 
     /// Steps 5 to 7.

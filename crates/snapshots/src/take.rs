@@ -10,7 +10,10 @@
 //!   7  pages durable (data, footer, folder)
 //!   8  catalog: the snapshot exists, here is its child, journal: "done"
 //! ```
-//! A failure before 5 takes 3 back, as long as it is certain that QEMU did not switch. After 5 disks only roll forward: the
+//! A live take has 5 and 6 before 4: the guest stands still while the disks switch and its memory is protected, and runs on while that
+//! streams (`qemu/src/live.rs`).
+//!
+//! A failure before the switch takes 3 back, as long as it is certain that QEMU did not switch. After it disks only roll forward: the
 //! guest has written to the overlays, so they stay, with or without a snapshot. A machine that is off skips 4 to 7.
 
 use std::cell::Cell;
@@ -19,7 +22,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use pages::{PageStore, Saved};
 use qemu::live::{self, Live};
-use qemu::qmp::QmpError;
+use qemu::qmp::{Qmp, QmpError};
 use qemu::save::{self, CopyMode, SaveError, run_state, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -32,7 +35,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
-use crate::ingest::{Lead, StoreTooSlow, ingest, store_maps};
+use crate::ingest::{Intake, Lead, StoreTooSlow, ingest, store_maps};
 use crate::memory::memory_bytes;
 use crate::name::{check_note, check_snapshot_name};
 use crate::running::Running;
@@ -288,7 +291,8 @@ impl Engine {
         let progress = || armed.renew(STILL_LIMIT);
         if job.stands_still {
             // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
-            let (held, blocks) = ingest(session.as_ref(), cx, Lead::Short, |sink| {
+            let intake = Intake { lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
+            let (held, blocks) = ingest(session.as_ref(), cx, intake, |sink| {
                 let held = save::read(&running.qmp, mode, None, sink, &cx.cancel, &progress);
                 if held.is_err() {
                     return over(&armed, running, held);
@@ -301,7 +305,11 @@ impl Engine {
                 drop(blocks);
                 Ok((memory, session.commit()?))
             })?;
-            held.stand_still().map_err(save_error)?;
+            // From the verdict on only we can let it go on.
+            if let Err(error) = held.stand_still() {
+                armed.rescue();
+                return Err(save_failed(running, error));
+            }
             step("goto.still");
             return Ok(Captured { memory: Some(memory), saved, still: Some(armed), ..Captured::default() });
         }
@@ -311,8 +319,11 @@ impl Engine {
             saving = self.show_saving(cx, row, overlays, instant.get(), pause_us);
             step("take.resumed");
         };
-        let lead = if job.mode == Mode::Live { Lead::spill() } else { Lead::Short };
-        let read = ingest(session.as_ref(), cx, lead, |sink| {
+        // What a live take waits for is the stream; the store has all the time it needs.
+        let (lead, stored): (_, &(dyn Fn() + Sync)) =
+            if job.mode == Mode::Live { (Lead::spill(), &|| {}) } else { (Lead::Short, &progress) };
+        let intake = Intake { lead, memory: job.target.config.memory, stored };
+        let read = ingest(session.as_ref(), cx, intake, |sink| {
             let mut switch = || {
                 step("take.read");
                 switch_disks(running, overlays)?;
@@ -336,9 +347,10 @@ impl Engine {
                     max_pause: job.max_pause,
                     cancel: &cx.cancel,
                     progress: &progress,
-                    before_stop: &|| armed.renew(still_limit(job.max_pause)),
+                    before_stop: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
                     at_stop: &mut switch,
-                    runs_on: &mut |pause_us| runs_on(Some(pause_us)),
+                    // The catalog may have others to serve first, on a disk that is busy.
+                    runs_on: &mut |pause_us| armed.during(STILL_LIMIT, || runs_on(Some(pause_us))),
                 };
                 return over(&armed, running, live.save(sink));
             }
@@ -487,13 +499,30 @@ pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
 fn over<T>(armed: &Armed<'_>, running: &Running, saved: Result<T, SaveError>) -> Result<T> {
     match saved {
         Err(error @ (SaveError::Stuck { .. } | SaveError::Qmp(_))) => {
-            armed.rescue();
-            Err(save_failed(running, error))
+            let failed = save_failed(running, error);
+            if running.process.is_alive() {
+                armed.rescue();
+                wait_until_free(running);
+            }
+            Err(failed)
         }
         saved => {
             armed.release().map_err(too_late)?;
             saved.map_err(save_error)
         }
+    }
+}
+
+/// The warden needs a moment for that; what comes next would only break into it.
+fn wait_until_free(running: &Running) {
+    let deadline = Instant::now() + STILL_LIMIT;
+    let moment = Duration::from_millis(100);
+    while Instant::now() < deadline && running.process.is_alive() {
+        let state = Qmp::connect(&running.run.monitor(), false, moment).and_then(|qmp| run_state(&qmp));
+        if state.is_ok_and(|state| state == "running") {
+            return;
+        }
+        std::thread::sleep(moment);
     }
 }
 

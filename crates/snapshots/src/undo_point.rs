@@ -89,7 +89,7 @@ pub(crate) fn brought_back_by(tx: &Transaction<'_>, target: &str) -> Result<Opti
         if went && matches!(op.state, OpState::Done | OpState::Undone) {
             return Ok(None);
         }
-        if op.state == OpState::Failed
+        if matches!(op.state, OpState::Failed | OpState::Cancelled)
             && let Some(id) =
                 serde_json::from_value::<GotoPlan>(op.plan).ok().and_then(|plan| plan.brought_back_by)
         {

@@ -1,23 +1,32 @@
 //! The daemon's side: it starts the warden, arms deadlines and hears whether they were kept.
+//!
+//! Many machines share one warden. So nobody holds the line while waiting for an answer: a thread reads the answers, and who asked
+//! finds his own. A warden that ends, or does not answer, is replaced at once by one that is told what is armed.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::protocol::{Answer, Request, Watch};
 
-/// How long the warden may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How long the warden may take to answer: it has nothing else to do.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// The same for arming, for which it waits for QEMU.
+const ARM_LIMIT: Duration = Duration::from_secs(6);
+/// How long the warden may take to take our words: longer than it ever sleeps with them unread.
+const WRITE_LIMIT: Duration = Duration::from_secs(1);
 
 /// A deadline has passed: the warden has let the guest go on, and what was being done to the machine is void.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,8 +36,16 @@ pub struct TooLate;
 /// Keeps the warden alive and talks to it.
 #[derive(Debug)]
 pub struct Keeper {
-    how: Option<How>,
-    line: Arc<Mutex<Line>>,
+    line: Option<Arc<Line>>,
+}
+
+/// The line to the warden, whichever it is by now.
+#[derive(Debug)]
+struct Line {
+    how: How,
+    state: Mutex<State>,
+    /// Answers have come, or another warden.
+    news: Condvar,
 }
 
 /// How a warden is started.
@@ -40,15 +57,16 @@ struct How {
 }
 
 #[derive(Debug, Default)]
-struct Line {
-    connection: Option<Connection>,
-    last: u64,
+struct State {
+    warden: Option<Warden>,
     /// Wardens that were started so far.
     wardens: u64,
+    /// Deadlines and questions are numbered from 1.
+    last: u64,
     /// What is armed, for a warden that takes over.
     armed: HashMap<u64, Standing>,
-    /// The line itself, for whoever waits for the end of a warden.
-    own: Weak<Mutex<Line>>,
+    /// Answers that nobody has picked up yet.
+    answers: HashMap<u64, bool>,
 }
 
 /// A deadline that a warden has been told of.
@@ -60,19 +78,19 @@ struct Standing {
     held: bool,
 }
 
+/// A warden that runs.
 #[derive(Debug)]
-struct Connection {
-    /// The warden's number.
-    warden: u64,
+struct Warden {
+    number: u64,
     socket: UnixStream,
-    answers: BufReader<UnixStream>,
+    pidfd: OwnedFd,
 }
 
 /// A deadline that is armed. Dropped, it is disarmed.
 #[derive(Debug)]
 pub struct Armed<'a> {
-    keeper: &'a Keeper,
-    /// 0 once it is released, or without a warden.
+    line: Option<&'a Arc<Line>>,
+    /// 0 once it is released.
     id: AtomicU64,
 }
 
@@ -80,17 +98,12 @@ impl Keeper {
     /// A keeper whose warden is `executable --state STATE warden`, started at the first need. It logs to the file `log`.
     pub fn new(executable: &Path, state: &Path, log: &Path) -> Self {
         let how = How { executable: executable.into(), state: state.into(), log: log.into() };
-        Self::with(Some(how))
+        Self { line: Some(Arc::new(Line { how, state: Mutex::default(), news: Condvar::new() })) }
     }
 
     /// A keeper without a warden: deadlines are not kept.
     pub fn none() -> Self {
-        Self::with(None)
-    }
-
-    fn with(how: Option<How>) -> Self {
-        let line = Arc::new_cyclic(|own| Mutex::new(Line { own: own.clone(), ..Line::default() }));
-        Self { how, line }
+        Self { line: None }
     }
 
     /// Arms a deadline for the machine behind this second monitor: unless it is renewed or disarmed `within` that time, or when we
@@ -99,57 +112,56 @@ impl Keeper {
     /// # Errors
     /// No warden can be had: then nothing should be begun that needs one.
     pub fn arm(&self, monitor: &Path, running: bool, within: Duration) -> io::Result<Armed<'_>> {
-        let Some(how) = &self.how else { return Ok(Armed { keeper: self, id: AtomicU64::new(0) }) };
+        let Some(line) = &self.line else { return Ok(Armed { line: None, id: AtomicU64::new(0) }) };
         let watch = Watch { monitor: monitor.to_owned(), running };
-        let mut line = self.line();
-        line.last += 1;
-        let id = line.last;
-        let request = Request::Arm { id, watch: watch.clone(), within: millis(within) };
-        match line.ask(how, id, &request) {
-            Ok(answer) if answer.in_time => {
+        let id = line.lock().next();
+        let armed = Armed { line: Some(line), id: AtomicU64::new(id) };
+        let arm = |question| Request::Arm { question, id, watch: watch.clone(), within: millis(within) };
+        match line.ask(ARM_LIMIT, &arm)? {
+            true => {
                 // Not before: a warden that is started for it would be told twice, and a monitor serves one client.
-                line.armed.insert(id, Standing { watch, within, held: false });
-                Ok(Armed { keeper: self, id: AtomicU64::new(id) })
+                line.lock().armed.insert(id, Standing { watch, within, held: false });
+                Ok(armed)
             }
-            refused => {
-                let _ = line.ask(how, id, &Request::Disarm { id });
-                Err(refused
-                    .err()
-                    .unwrap_or_else(|| io::Error::other("the guest's second monitor does not answer")))
-            }
+            false => Err(io::Error::other("the guest's second monitor does not answer")),
         }
     }
 
     /// Ends the warden: the daemon ends in order.
     pub fn close(&self) {
-        let mut line = self.line();
-        if let Some(connection) = &mut line.connection {
-            let _ = connection.say(&Request::Bye);
+        if let Some(line) = &self.line {
+            // Says goodbye when dropped.
+            line.lock().warden = None;
         }
-        line.connection = None;
-    }
-
-    fn line(&self) -> MutexGuard<'_, Line> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Armed<'_> {
     /// It goes on: the deadline is so far from now.
     pub fn renew(&self, within: Duration) {
-        let (Some(id), Some(how)) = (self.id(), &self.keeper.how) else { return };
-        let mut line = self.keeper.line();
-        // One that died is replaced, so that the deadline is kept from now on.
-        let _ = line.tell(how, &Request::Renew { id, within: millis(within) });
+        if let Some((line, id)) = self.standing() {
+            line.tell(&Request::Renew { id, within: millis(within) });
+        }
     }
 
-    /// Renews for as long as `work` takes, which cannot say how it gets on: what is watched is that we are alive.
+    /// The same for a moment that must not begin without a deadline: the guest is about to stand still.
+    ///
+    /// # Errors
+    /// The deadline has passed.
+    pub fn confirm(&self, within: Duration) -> Result<(), TooLate> {
+        self.ask(|id, question| Request::Confirm { question, id, within: millis(within) })
+    }
+
+    /// Renews at once and for as long as `work` takes, which cannot say how it gets on: what is watched is that we are alive.
     pub fn during<T>(&self, within: Duration, work: impl FnOnce() -> T) -> T {
         let (working, over) = channel::<()>();
         thread::scope(|scope| {
             scope.spawn(move || {
-                while over.recv_timeout(within / 4) == Err(RecvTimeoutError::Timeout) {
+                loop {
                     self.renew(within);
+                    if over.recv_timeout(within / 4) != Err(RecvTimeoutError::Timeout) {
+                        return;
+                    }
                 }
             });
             let done = work();
@@ -164,12 +176,13 @@ impl Armed<'_> {
     /// # Errors
     /// The deadline has passed.
     pub fn hold(&self, within: Duration) -> Result<(), TooLate> {
-        self.ask(|id| Request::Hold { id, within: millis(within) })?;
-        let id = self.id().unwrap_or_default();
-        if let Some(standing) = self.keeper.line().armed.get_mut(&id) {
+        if let Some((line, id)) = self.standing()
+            && let Some(standing) = line.lock().armed.get_mut(&id)
+        {
+            // Before it is asked for: a warden that takes over must not let the wrong guest go on.
             standing.held = true;
         }
-        Ok(())
+        self.ask(|id, question| Request::Hold { question, id, within: millis(within) })
     }
 
     /// The guest goes on; asked again, nothing is left to be done.
@@ -177,33 +190,38 @@ impl Armed<'_> {
     /// # Errors
     /// The deadline had passed.
     pub fn release(&self) -> Result<(), TooLate> {
-        let done = self.ask(|id| Request::Disarm { id });
+        let done = self.ask(|id, question| Request::Disarm { question, id });
         self.forget();
         done
     }
 
     /// Has the warden let the guest go on, because we cannot: QEMU does not hear us. What was being done to the machine is void.
     pub fn rescue(&self) {
-        let _ = self.ask(|id| Request::Rescue { id });
+        if let Some((line, id)) = self.standing() {
+            line.tell(&Request::Rescue { id });
+        }
         self.forget();
     }
 
-    fn ask(&self, request: impl FnOnce(u64) -> Request) -> Result<(), TooLate> {
-        let (Some(id), Some(how)) = (self.id(), &self.keeper.how) else { return Ok(()) };
-        match self.keeper.line().ask(how, id, &request(id)) {
-            Ok(answer) if !answer.in_time => Err(TooLate),
+    fn ask(&self, request: impl Fn(u64, u64) -> Request) -> Result<(), TooLate> {
+        let Some((line, id)) = self.standing() else { return Ok(()) };
+        match line.ask(ANSWER_LIMIT, &|question| request(id, question)) {
+            Ok(false) => Err(TooLate),
             // Without a warden nobody has let the guest go.
-            Ok(_) | Err(_) => Ok(()),
+            Ok(true) | Err(_) => Ok(()),
         }
     }
 
     fn forget(&self) {
         let id = self.id.swap(0, Ordering::Relaxed);
-        self.keeper.line().armed.remove(&id);
+        if let Some(line) = self.line {
+            line.lock().armed.remove(&id);
+        }
     }
 
-    fn id(&self) -> Option<u64> {
-        Some(self.id.load(Ordering::Relaxed)).filter(|id| *id != 0)
+    fn standing(&self) -> Option<(&Arc<Line>, u64)> {
+        let id = self.id.load(Ordering::Relaxed);
+        self.line.filter(|_| id != 0).map(|line| (line, id))
     }
 }
 
@@ -214,111 +232,153 @@ impl Drop for Armed<'_> {
 }
 
 impl Line {
-    /// Says something and waits for the answer. A warden that is gone is replaced once.
-    fn ask(&mut self, how: &How, id: u64, request: &Request) -> io::Result<Answer> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says something and waits for the answer. Of a warden that is gone its successor is asked; one that does not answer is ended, and
+    /// so is gone.
+    fn ask(self: &Arc<Self>, limit: Duration, request: &dyn Fn(u64) -> Request) -> io::Result<bool> {
+        let mut state = self.lock();
         for _ in 0..2 {
-            let fresh = self.connection.is_none();
-            let asked = self.connect(how).and_then(|connection| {
-                connection.say(request)?;
-                connection.hear(id)
-            });
-            match asked {
-                Ok(answer) => return Ok(answer),
-                Err(error) if fresh => return Err(error),
-                Err(error) => tracing::warn!(%error, "the warden is gone"),
+            let question = state.next();
+            let number = self.say(&mut state, &request(question))?;
+            let deadline = Instant::now() + limit;
+            loop {
+                if let Some(in_time) = state.answers.remove(&question) {
+                    return Ok(in_time);
+                }
+                if state.warden.as_ref().is_none_or(|warden| warden.number != number) {
+                    break;
+                }
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    tracing::warn!("the warden does not answer, and is ended");
+                    state.end_warden();
+                    break;
+                }
+                let waited = self.news.wait_timeout(state, left);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            self.connection = None;
         }
         Err(io::Error::other("the warden does not stay"))
     }
 
     /// Says something that has no answer.
-    fn tell(&mut self, how: &How, request: &Request) -> io::Result<()> {
-        let said = self.connect(how).and_then(|connection| connection.say(request));
-        if said.is_err() {
-            self.connection = None;
-            return self.connect(how).map(drop);
+    fn tell(self: &Arc<Self>, request: &Request) {
+        let mut state = self.lock();
+        if let Err(error) = self.say(&mut state, request) {
+            tracing::error!(%error, "the warden cannot be told");
         }
-        said
     }
 
-    /// The warden, started if there is none; a new one hears what is armed.
-    fn connect(&mut self, how: &How) -> io::Result<&mut Connection> {
-        if self.connection.is_none() {
-            self.wardens += 1;
-            let mut connection = how.start(self.wardens, self.own.clone())?;
-            for (id, Standing { watch, within, held }) in &self.armed {
-                let (id, within) = (*id, millis(*within));
-                connection.say(&Request::Arm { id, watch: watch.clone(), within })?;
-                connection.hear(id)?;
-                if *held {
-                    connection.say(&Request::Hold { id, within })?;
-                    connection.hear(id)?;
-                }
+    /// Says something to the warden, started if there is none; returns its number. One that does not take it is replaced once.
+    fn say(self: &Arc<Self>, state: &mut State, request: &Request) -> io::Result<u64> {
+        let mut failed = None;
+        for _ in 0..2 {
+            if state.warden.is_none() {
+                self.start(state)?;
             }
-            self.connection = Some(connection);
+            let Some(warden) = &state.warden else { continue };
+            match say(&warden.socket, request) {
+                Ok(()) => return Ok(warden.number),
+                Err(error) => failed = Some(error),
+            }
+            state.end_warden();
+            self.news.notify_all();
         }
-        self.connection.as_mut().ok_or_else(|| io::Error::other("there is no warden"))
+        Err(failed.unwrap_or_else(|| io::Error::other("there is no warden")))
     }
-}
 
-impl How {
-    /// Starts a warden. When it ends and guests depend on it, the next one is started at once.
-    fn start(&self, number: u64, line: Weak<Mutex<Line>>) -> io::Result<Connection> {
+    /// Starts a warden and tells it what is armed. What it answers to that nobody waits for: should it not get at a guest, there is no
+    /// better one.
+    fn start(self: &Arc<Self>, state: &mut State) -> io::Result<()> {
         let (ours, theirs) = UnixStream::pair()?;
-        let log = File::options().create(true).append(true).open(&self.log)?;
-        let mut child = Command::new(&self.executable)
+        let How { executable, state: folder, log } = &self.how;
+        let log = File::options().create(true).append(true).open(log)?;
+        let mut child = Command::new(executable)
             .arg0("spinney")
             .arg("--state")
-            .arg(&self.state)
+            .arg(folder)
             .arg("warden")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(log)
             .current_dir("/")
             .spawn()?;
-        let how = self.clone();
-        thread::Builder::new().name("wait-warden".into()).spawn(move || {
+        ours.set_write_timeout(Some(WRITE_LIMIT))?;
+        state.wardens += 1;
+        let number = state.wardens;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pidfd = pidfd_open(pid.ok_or_else(|| io::Error::other("no process id"))?, PidfdFlags::empty())?;
+        for (id, Standing { watch, within, held }) in &state.armed {
+            let (question, id, within) = (0, *id, millis(*within));
+            say(&ours, &Request::Arm { question, id, watch: watch.clone(), within })?;
+            if *held {
+                say(&ours, &Request::Hold { question, id, within })?;
+            }
+        }
+        let (line, answers) = (Arc::clone(self), BufReader::new(ours.try_clone()?));
+        thread::Builder::new().name("warden".into()).spawn(move || {
+            line.listen(number, answers);
             let _ = child.wait();
-            let Some(line) = line.upgrade() else { return };
-            let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
-            // Unless somebody has noticed before us.
-            if line.connection.as_ref().is_none_or(|connection| connection.warden != number) {
-                return;
-            }
-            line.connection = None;
-            if !line.armed.is_empty()
-                && let Err(error) = line.connect(&how)
-            {
-                tracing::error!(%error, "the warden is gone and no other can be started");
-            }
         })?;
-        ours.set_read_timeout(Some(ANSWER_LIMIT))?;
-        ours.set_write_timeout(Some(ANSWER_LIMIT))?;
-        Ok(Connection { warden: number, answers: BufReader::new(ours.try_clone()?), socket: ours })
+        state.warden = Some(Warden { number, socket: ours, pidfd });
+        Ok(())
+    }
+
+    /// Hears a warden's answers until it ends. If guests depend on it then, the next one is started at once.
+    fn listen(self: &Arc<Self>, number: u64, mut answers: BufReader<UnixStream>) {
+        let mut words = String::new();
+        while answers.read_line(&mut words).is_ok_and(|read| read > 0) {
+            match serde_json::from_str::<Answer>(&words) {
+                Ok(answer) => drop(self.lock().answers.insert(answer.question, answer.in_time)),
+                Err(error) => tracing::error!(%error, "not the warden's words"),
+            }
+            self.news.notify_all();
+            words.clear();
+        }
+        let mut state = self.lock();
+        // Unless somebody has noticed before us.
+        if state.warden.as_ref().is_some_and(|warden| warden.number == number) {
+            tracing::warn!("the warden is gone");
+            state.warden = None;
+            if !state.armed.is_empty()
+                && let Err(error) = self.start(&mut state)
+            {
+                tracing::error!(%error, "no other warden can be started");
+            }
+        }
+        drop(state);
+        self.news.notify_all();
     }
 }
 
-impl Connection {
-    fn say(&mut self, request: &Request) -> io::Result<()> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        self.socket.write_all(&line)
+impl State {
+    fn next(&mut self) -> u64 {
+        self.last += 1;
+        self.last
     }
 
-    /// Reads answers until the one to `id`; those before it are to questions that nobody waits for any more.
-    fn hear(&mut self, id: u64) -> io::Result<Answer> {
-        loop {
-            let mut line = String::new();
-            if self.answers.read_line(&mut line)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            let answer: Answer = serde_json::from_str(&line)?;
-            if answer.id == id {
-                return Ok(answer);
-            }
+    /// Ends a warden that does not do its work.
+    fn end_warden(&mut self) {
+        if let Some(warden) = self.warden.take() {
+            let _ = pidfd_send_signal(warden.pidfd.as_fd(), Signal::KILL);
         }
     }
+}
+
+impl Drop for Warden {
+    /// The end of the line without a word would be our death.
+    fn drop(&mut self) {
+        let _ = say(&self.socket, &Request::Bye);
+    }
+}
+
+fn say(mut socket: &UnixStream, request: &Request) -> io::Result<()> {
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    socket.write_all(&line)
 }
 
 fn millis(duration: Duration) -> u64 {

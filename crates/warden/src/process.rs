@@ -26,8 +26,8 @@ const SLEEP: Duration = Duration::from_secs(3600);
 enum News {
     /// The daemon's words.
     Said(Request),
-    /// The monitor of a guest that is to be watched; none if it cannot be had.
-    Connected(u64, Option<Qmp>),
+    /// The monitor of a guest that is to be watched, none if it cannot be had; and the question that waits for it.
+    Connected { question: u64, id: u64, monitor: Option<Qmp> },
     /// The daemon's words have ended.
     Gone,
 }
@@ -50,7 +50,7 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
     let mut deadlines = Deadlines::default();
     let mut rescues = Rescues::default();
     // A daemon that is gone does not hear an answer; the end of its words comes next.
-    let answer = |id, in_time| drop(answer_to(&socket, Answer { id, in_time }));
+    let answer = |question, in_time| drop(answer_to(&socket, Answer { question, in_time }));
     let needed = loop {
         let wait = deadlines.next(Instant::now()).unwrap_or(SLEEP);
         let heard = news.recv_timeout(wait);
@@ -58,12 +58,13 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
         rescues.begin(deadlines.due(Instant::now()), &daemon);
         match heard {
             Ok(News::Said(Request::Bye)) => break false,
-            Ok(News::Said(Request::Arm { id, watch, within })) => {
-                connect_beside(id, &watch, &tell)?;
+            Ok(News::Said(Request::Arm { question, id, watch, within })) => {
+                connect_beside(question, id, &watch, &tell)?;
                 deadlines.arm(Instant::now(), id, watch, Duration::from_millis(within));
             }
-            Ok(News::Connected(id, monitor)) => {
-                answer(id, monitor.is_some());
+            Ok(News::Connected { question, id, monitor }) => {
+                // A deadline that has passed while we connected is no longer there to rely on.
+                answer(question, monitor.is_some() && deadlines.has(id));
                 if deadlines.has(id) {
                     rescues.monitors.extend(monitor.map(|monitor| (id, monitor)));
                 }
@@ -71,16 +72,21 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
             Ok(News::Said(Request::Renew { id, within })) => {
                 deadlines.renew(Instant::now(), id, Duration::from_millis(within));
             }
-            Ok(News::Said(Request::Hold { id, within })) => {
-                answer(id, deadlines.hold(Instant::now(), id, Duration::from_millis(within)));
+            Ok(News::Said(Request::Confirm { question, id, within })) => {
+                deadlines.renew(Instant::now(), id, Duration::from_millis(within));
+                answer(question, deadlines.has(id));
             }
-            Ok(News::Said(Request::Rescue { id })) => match deadlines.take(id) {
-                Some(watch) => rescues.see_to(id, watch, Some(socket.try_clone()?)),
-                None => answer(id, false),
-            },
-            Ok(News::Said(Request::Disarm { id })) => {
+            Ok(News::Said(Request::Hold { question, id, within })) => {
+                answer(question, deadlines.hold(Instant::now(), id, Duration::from_millis(within)));
+            }
+            Ok(News::Said(Request::Rescue { id })) => {
+                if let Some(watch) = deadlines.take(id) {
+                    rescues.see_to(id, watch);
+                }
+            }
+            Ok(News::Said(Request::Disarm { question, id })) => {
                 rescues.monitors.remove(&id);
-                answer(id, deadlines.disarm(id));
+                answer(question, deadlines.disarm(id));
             }
             Err(RecvTimeoutError::Timeout) => {}
             Ok(News::Gone) | Err(RecvTimeoutError::Disconnected) => {
@@ -123,18 +129,21 @@ fn listen(mut reader: impl BufRead, said: &Sender<News>) {
 
 /// Connects to a guest's monitor in a thread of its own: other deadlines do not wait for it. The connection is needed before the
 /// guest stands still, because a QEMU whose main loop waits for us greets nobody.
-fn connect_beside(id: u64, watch: &Watch, tell: &Sender<News>) -> io::Result<()> {
+fn connect_beside(question: u64, id: u64, watch: &Watch, tell: &Sender<News>) -> io::Result<()> {
     let (watch, tell) = (watch.clone(), tell.clone());
     let connecting = move || {
         let monitor = connect(&watch).inspect_err(|error| {
             tracing::warn!(%error, monitor = %watch.monitor.display(), "a guest cannot be watched");
         });
-        let _ = tell.send(News::Connected(id, monitor.ok()));
+        let _ = tell.send(News::Connected { question, id, monitor: monitor.ok() });
     };
     thread::Builder::new().name("connect".into()).spawn(connecting).map(drop)
 }
 
 fn answer_to(mut socket: &UnixStream, answer: Answer) -> io::Result<()> {
+    if answer.question == 0 {
+        return Ok(());
+    }
     let mut line = serde_json::to_vec(&answer)?;
     line.push(b'\n');
     socket.write_all(&line)
@@ -174,22 +183,18 @@ impl Rescues {
                     let _ = pidfd_send_signal(daemon.pidfd.as_fd(), Signal::KILL);
                     self.ended_daemon = true;
                 }
-                Due::Release { id, watch } => self.see_to(id, watch, None),
+                Due::Release { id, watch } => self.see_to(id, watch),
             }
         }
     }
 
-    /// Lets a guest go on, in a thread of its own; tells the daemon when that is done, if it waits for it.
-    fn see_to(&mut self, id: u64, watch: Watch, tell: Option<UnixStream>) {
+    /// Lets a guest go on, in a thread of its own.
+    fn see_to(&mut self, id: u64, watch: Watch) {
         tracing::warn!(monitor = %watch.monitor.display(), "a guest is let go on");
         let monitor = self.monitors.remove(&id);
         self.threads.push(thread::spawn(move || {
-            let done = rescue(&watch, monitor);
-            if let Err(error) = &done {
+            if let Err(error) = rescue(&watch, monitor) {
                 tracing::error!(%error, monitor = %watch.monitor.display(), "it could not be");
-            }
-            if let Some(socket) = tell {
-                let _ = answer_to(&socket, Answer { id, in_time: done.is_ok() });
             }
         }));
     }

@@ -36,8 +36,8 @@ pub(crate) struct Slots {
     write_back: Option<(u64, u64)>,
 }
 
-/// The disk is given so many pages at a time, 8 MiB, while more come: at the end there is less to wait for.
-const WRITE_BACK_PAGES: u32 = 2048;
+/// The disk is given so many pages at a time, 32 MiB, while more come: at the end there is less to wait for.
+const WRITE_BACK_PAGES: u32 = 8192;
 
 impl Slots {
     /// Writes the pages of these slots, given in parts of any length.
