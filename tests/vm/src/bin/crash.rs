@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
-use vm_tests::crash::{Act, RECOVERY, ROWS, Scene, Stage, Victim};
+use vm_tests::crash::{Act, RECOVERY, ROWS, Scene, Stage, Stroke, Victim};
 use vm_tests::harness::{Spinney, tool};
 use vm_tests::walk::Random;
 
@@ -62,7 +62,7 @@ fn main() -> ExitCode {
             let share = if stage == Stage::Guest { limit } else { limit / 6 };
             let until = (Instant::now() + share).min(begun + limit);
             while !blows.is_empty() && Instant::now() < until {
-                report.strike(stage, &mut blows, until);
+                report.strike(stage, &mut blows, begun, until);
                 report.write(begun.elapsed());
             }
         }
@@ -118,7 +118,7 @@ impl Report {
     }
 
     /// Deals the blows on one machine, until one of them goes wrong.
-    fn strike(&mut self, stage: Stage, blows: &mut Vec<Blow>, until: Instant) {
+    fn strike(&mut self, stage: Stage, blows: &mut Vec<Blow>, begun: Instant, until: Instant) {
         let spinney = if self.power { Spinney::on_a_disk().unwrap_or_default() } else { Spinney::new() };
         let mut scene = match Scene::begin(spinney, stage) {
             Ok(scene) => scene,
@@ -134,13 +134,16 @@ impl Report {
                 let blow = format!("{act:?}, {victim:?} at {step}");
                 self.wrong
                     .push(json!({ "blow": blow, "violation": violation.to_string(), "daemon_log": log }));
-                break;
+                return;
             }
+            for Stroke { act, victim, step, happened } in scene.strokes.drain(..) {
+                let (done, back) = self.counts.entry((act, victim, step)).or_default();
+                *(if happened { done } else { back }) += 1;
+            }
+            self.write(begun.elapsed());
         }
-        for stroke in &scene.strokes {
-            let key = (stroke.act.clone(), stroke.victim.clone(), stroke.step.clone());
-            let (happened, back) = self.counts.entry(key).or_default();
-            *(if stroke.happened { happened } else { back }) += 1;
+        if let Err(violation) = scene.end() {
+            self.wrong.push(json!({ "blow": "the end", "violation": violation.to_string() }));
         }
     }
 
