@@ -73,7 +73,7 @@ impl Interrupts {
         Self { watched, client, thread: Some((handle, thread)) }
     }
 
-    /// The operation is done, and signals are what they were before. What to say to somebody who had wanted it rolled back.
+    /// The operation is done, and signals are not heeded from here on. What to say to somebody who had wanted it rolled back.
     pub(crate) fn end(&mut self) -> Option<String> {
         self.stop();
         let watched = lock(&self.watched);

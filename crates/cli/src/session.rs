@@ -105,7 +105,7 @@ impl Session {
                 })
             };
             let mut followed = follow(until)?;
-            // From here on a signal ends this program alone.
+            // No signal can change anything from here on.
             too_late = watch.end();
             if until == Until::Result && too_late.is_some() {
                 // It is being cancelled: only its end says whether it was.

@@ -32,7 +32,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::memory::check_readable;
 use crate::running::{Running, check_host_memory};
-use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped};
+use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped, rescue_if_lost};
 use crate::take::{STILL_LIMIT, micros, point_here_at, too_late};
 use crate::tree::view_by_id;
 use crate::types::{GotoPower, GotoReport, Power};

@@ -44,7 +44,7 @@ use crate::tree::{view_at, view_by_id};
 use crate::types::{Mode, Power, Snapshot, SnapshotState, TakeOptions};
 
 /// How long a guest stands still for us without anything getting on, or any sign of life.
-pub(crate) const STILL_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const STILL_LIMIT: Duration = Duration::from_secs(2);
 
 /// What recovery has to know of a take.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

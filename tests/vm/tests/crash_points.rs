@@ -29,8 +29,8 @@ const GOTO: &[&str] =
 
 /// How soon a guest ticks whose daemon is gone.
 const DEAD: Duration = Duration::from_secs(4);
-/// How soon a guest ticks whose daemon is stopped: three seconds without a sign of life, and what it takes to mend.
-const STOPPED: Duration = Duration::from_secs(8);
+/// How soon a guest ticks whose daemon is stopped: twice the pause that is allowed, two seconds, after which the warden acts.
+const STOPPED: Duration = Duration::from_secs(4);
 
 #[test]
 fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_take() {

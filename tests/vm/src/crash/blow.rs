@@ -15,7 +15,7 @@ use crate::walk::Violation;
 
 /// How soon a guest ticks whose daemon is gone.
 const DEAD: Duration = Duration::from_secs(6);
-/// How soon a guest ticks whose daemon is stopped: three seconds without a sign of life, and what it takes to mend.
+/// How soon a guest ticks whose daemon is stopped: two seconds without a sign of life, and what it takes to mend.
 const STOPPED: Duration = Duration::from_secs(10);
 /// How long the guest may take to add an entry to its log at a step: it may stand still there.
 const QUICK: Duration = Duration::from_millis(250);
