@@ -98,7 +98,7 @@ fn save(machine: &Machine, source: Source) -> Result<u64, SaveError> {
                 max_pause: None,
                 cancel: &cancel,
                 progress: &|| {},
-                before_stop: &|| Ok(()),
+                confirm: &|| Ok(()),
                 at_stop,
                 runs_on,
             };

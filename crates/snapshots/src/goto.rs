@@ -272,7 +272,8 @@ impl Engine {
                     tracing::error!(error = %second, causes = ?second.causes(), "a machine could not be brought back");
                     // Whatever was the reason, a cancellation too: nothing is as it was.
                     let sentence = format!("{} is off: it could not be brought back as it was", row.name);
-                    Err(Error::new(Code::Failed, sentence)
+                    let code = if error.code() == Code::Interrupted { Code::Failed } else { error.code() };
+                    Err(Error::new(code, sentence)
                         .because(second)
                         .hint(format!("`spinney goto {name}` brings it back as it was")))
                 }

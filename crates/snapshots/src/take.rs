@@ -347,7 +347,7 @@ impl Engine {
                     max_pause: job.max_pause,
                     cancel: &cx.cancel,
                     progress: &progress,
-                    before_stop: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
+                    confirm: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
                     at_stop: &mut switch,
                     // The catalog may have others to serve first, on a disk that is busy.
                     runs_on: &mut |pause_us| armed.during(STILL_LIMIT, || runs_on(Some(pause_us))),
