@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use pages::{PageStore, Saved};
+use qemu::command::device_of;
 use qemu::live::{self, Live};
 use qemu::qmp::{Qmp, QmpError};
 use qemu::save::{self, CopyMode, SaveError, run_state, settle};
@@ -226,6 +227,11 @@ impl Engine {
         let captured = match running {
             Some(running) if job.mode != Mode::Off => {
                 self.capture_running(cx, job, running, overlays, &mut row)?
+            }
+            // What is kept of it already.
+            None if job.mode == Mode::Suspended => {
+                let memory = target.suspended.as_ref().map(|kept| kept.memory.clone());
+                Captured { memory, ..Captured::default() }
             }
             _ => Captured::default(),
         };
@@ -570,6 +576,9 @@ fn choose_mode(
     if options.disk_only {
         return Ok(Mode::DiskOnly);
     }
+    if power == Power::Suspended {
+        return Ok(Mode::Suspended);
+    }
     if !target.config.memory_snapshots {
         return Err(Error::new(
             Code::Precondition,
@@ -631,7 +640,7 @@ fn active_node(running: &Running, disk: &str) -> Result<Option<String>> {
     let devices = running.qmp.execute("query-block", json!({}))?;
     let node = devices.as_array().into_iter().flatten().find_map(|device| {
         let path = device.get("qdev")?.as_str()?;
-        let ours = path == disk || path.split('/').any(|part| part == disk);
+        let ours = path.split('/').any(|part| part == device_of(disk));
         ours.then(|| device.get("inserted")?.get("node-name")?.as_str().map(str::to_owned)).flatten()
     });
     Ok(node)
