@@ -30,6 +30,7 @@ use serde_json::json;
 use warden::{Armed, TooLate};
 
 use crate::catalog::{Act, Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
+use crate::config::Firmware;
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
@@ -590,7 +591,13 @@ fn choose_mode(
     if power == Power::Paused && !matches!(options.mode, Some(Mode::Off | Mode::DiskOnly)) {
         return Ok(Mode::StopCopy);
     }
-    let live = || running.map_or(Ok(()), |running| live::check(&running.qmp));
+    let live = || {
+        // QEMU protects no flash: its variables would be those of a later instant than all else.
+        if target.config.firmware == Firmware::Uefi {
+            return Err(SaveError::NotLive { reason: "UEFI's variables may change meanwhile".into() });
+        }
+        running.map_or(Ok(()), |running| live::check(&running.qmp))
+    };
     match options.mode {
         None => match live() {
             Ok(()) => Ok(Mode::Live),
