@@ -60,7 +60,7 @@ impl Shell {
 
     fn has(&mut self, name: &str) -> bool {
         let said = self.run(&format!("setvar {name} -guid {GUID}"));
-        let (there, gone) = (said.contains("4A"), said.to_lowercase().contains("not found"));
+        let (there, gone) = (said.contains("4A"), said.contains("Unable to get"));
         assert!(there != gone, "{name}: {said:?}");
         there
     }
