@@ -1,4 +1,4 @@
-//! Machines that start with the daemon (docs/decisions/0010-machines.md says which and why).
+//! Machines that start with the daemon (docs/decisions/0011-machines.md says which and why).
 
 use std::fs;
 
