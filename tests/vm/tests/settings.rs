@@ -111,7 +111,6 @@ fn forwards_open_and_close_at_once_and_goto_stays_beside() {
     refused(&spinney, "goto m@one", 4, &[&a.to_string()]);
     drop(taken);
 
-    // The daemon dies after it decided and before it opened the port: the next one opens it.
     let report = spinney.ok("goto m@one").unwrap();
     assert!(report["in_place"].is_null(), "{report}");
     assert!(open(a) && !open(b));
