@@ -17,6 +17,7 @@ PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing+=(e2fsprog
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v strip >/dev/null || missing+=(binutils)
 command -v xz >/dev/null || missing+=(xz-utils)
+[ -f /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
 
 need_kernel=false
 need_busybox=false

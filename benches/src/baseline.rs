@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use qemu::binary::Version;
-use qemu::command::{Disk, Layer, MachineSpec, RunFolder};
+use qemu::command::{BootFirst, Disk, Layer, MachineSpec, RunFolder};
 use qemu::image::QemuImg;
 use qemu::process::Process;
 use qemu::qmp::Qmp;
@@ -178,7 +178,16 @@ fn spawn(
         cpus: 1,
         uuid: "5914e700-0000-4000-8000-00000000000b".into(),
         generation: "5914e700-0000-4000-8000-00000000000c".into(),
-        disks: vec![Disk { id: "disk0".into(), layers: layers.iter().enumerate().map(layer).collect() }],
+        disks: vec![Disk {
+            id: "disk0".into(),
+            layers: layers.iter().enumerate().map(layer).collect(),
+            place: 0,
+            read_only: false,
+        }],
+        cdrom: None,
+        boot: BootFirst::Disk,
+        uefi: None,
+        vnc: false,
         cards: Vec::new(),
         kernel: Some((guest("vmlinuz"), Some(guest("initrd.img")), Some(bench.cmdline()?))),
         only_migratable: true,

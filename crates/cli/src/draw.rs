@@ -177,6 +177,7 @@ pub(crate) fn power(power: Power) -> &'static str {
         Power::Paused => "paused",
         Power::Running => "running",
         Power::LostPower => "lost power",
+        Power::Suspended => "suspended",
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::accel::Accel;
+use crate::disc;
 
 /// Id of the memory backend, and so the name of the RAM block in every stream.
 pub const RAM_ID: &str = "ram0";
@@ -33,6 +34,39 @@ pub struct Disk {
     pub id: String,
     /// The chain, base first, never empty.
     pub layers: Vec<Layer>,
+    /// Its place on the bus, from 0: below [`MAX_DISKS`], and the same for as long as there is the disk.
+    pub place: usize,
+    /// The guest cannot write to it, and neither does anybody else.
+    pub read_only: bool,
+}
+
+/// A CD drive.
+#[derive(Clone, Debug)]
+pub struct CdDrive {
+    /// The image in it; none if it is empty.
+    pub image: Option<PathBuf>,
+    /// Read it past the host's page cache.
+    pub direct: bool,
+}
+
+/// UEFI in place of the BIOS.
+#[derive(Clone, Debug)]
+pub struct Uefi {
+    /// The firmware, never written.
+    pub code: PathBuf,
+    /// The variable store, its layers from the base up; the last one is written to.
+    pub variables: Vec<Layer>,
+}
+
+/// What firmware tries first. After it come disks and then the CD drive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootFirst {
+    /// The CD drive.
+    Cd,
+    /// The first disk.
+    Disk,
+    /// The first card.
+    Net,
 }
 
 /// A network card.
@@ -63,6 +97,14 @@ pub struct MachineSpec {
     pub generation: String,
     /// Disks.
     pub disks: Vec<Disk>,
+    /// CD drive.
+    pub cdrom: Option<CdDrive>,
+    /// What is booted from first.
+    pub boot: BootFirst,
+    /// UEFI; else the BIOS.
+    pub uefi: Option<Uefi>,
+    /// A graphics card, with its screen on a VNC socket.
+    pub vnc: bool,
     /// Cards on QEMU's user-mode network.
     pub cards: Vec<Card>,
     /// Linux kernel, initial file system, command line.
@@ -97,6 +139,11 @@ impl RunFolder {
     /// The serial console.
     pub fn console(&self) -> PathBuf {
         self.0.join("console")
+    }
+
+    /// The screen, if there is one.
+    pub fn vnc(&self) -> PathBuf {
+        self.0.join("vnc")
     }
 
     /// Holds the process id; QEMU removes it when it ends in an orderly way, and only then.
@@ -155,10 +202,20 @@ impl MachineSpec {
         args.pair("-pidfile", run.pid_file().display());
         args.pair("-display", "none");
         args.pair("-vga", "none");
+        if self.vnc {
+            args.pair("-device", "VGA,id=video0,addr=0x02");
+            args.pair("-vnc", format!("unix:{}", comma(&run.vnc().to_string_lossy())));
+        }
         let mebibytes = self.memory >> 20;
         args.pair("-object", format!("memory-backend-ram,id={RAM_ID},size={}", self.memory));
         args.pair("-m", format!("{mebibytes}M"));
-        args.pair("-machine", format!("{},accel={},memory-backend={RAM_ID}", self.machine, self.accel));
+        let mut machine = format!("{},accel={},memory-backend={RAM_ID}", self.machine, self.accel);
+        if let Some(uefi) = &self.uefi {
+            let variables = self.chain(&mut args, &uefi.variables, true);
+            args.pair("-blockdev", uefi.blockdev());
+            machine += &format!(",pflash0={CODE_NODE},pflash1={variables}");
+        }
+        args.pair("-machine", machine);
         args.pair("-cpu", "max");
         args.pair("-smp", self.cpus.to_string());
         args.pair("-uuid", &self.uuid);
@@ -171,16 +228,15 @@ impl MachineSpec {
         args.pair("-serial", "chardev:serial0");
         args.pair("-device", "virtio-rng-pci,id=rng0,addr=0x1d");
         self.disk_arguments(&mut args);
+        self.cd_arguments(&mut args);
         for (index, card) in self.cards.iter().enumerate() {
             let slot = 0x18 + index;
             args.pair("-netdev", format!("user,id={}", card.id));
-            args.pair(
-                "-device",
-                format!(
-                    "virtio-net-pci,id={0},netdev={0},mac={1},romfile=,addr={slot:#x}",
-                    card.id, card.mac
-                ),
-            );
+            // Its boot ROM would be in every snapshot: it has one only to boot from.
+            let rom =
+                if self.boots_from_net() && index == 0 { self.boot_index(0) } else { ",romfile=".into() };
+            let address = format!("mac={},addr={slot:#x}{rom}", card.mac);
+            args.pair("-device", format!("virtio-net-pci,id={0},netdev={0},{address}", card.id));
         }
         if let Some((kernel, initrd, append)) = &self.kernel {
             args.pair("-kernel", kernel.display());
@@ -205,22 +261,66 @@ impl MachineSpec {
         args.0
     }
 
+    /// Names the nodes of a chain; returns the name of its top.
+    fn chain(&self, args: &mut Arguments, layers: &[Layer], writable: bool) -> String {
+        let mut below: Option<String> = None;
+        for (depth, layer) in layers.iter().enumerate() {
+            let top = depth + 1 == layers.len();
+            args.pair("-blockdev", layer.blockdev(below.as_deref(), top && writable, self.direct));
+            below = Some(layer.node());
+        }
+        below.unwrap_or_default()
+    }
+
     fn disk_arguments(&self, args: &mut Arguments) {
         for (index, disk) in self.disks.iter().enumerate() {
-            let mut below: Option<String> = None;
-            for (depth, layer) in disk.layers.iter().enumerate() {
-                let top = depth + 1 == disk.layers.len();
-                args.pair("-blockdev", layer.blockdev(below.as_deref(), top, self.direct));
-                below = Some(layer.node());
-            }
-            let slot = 0x08 + index;
-            let drive = below.unwrap_or_default();
-            // A kernel that is booted directly has QEMU's boot index 0 for itself.
-            let boot = if self.kernel.is_some() { String::new() } else { format!(",bootindex={index}") };
+            let drive = self.chain(args, &disk.layers, !disk.read_only);
+            let slot = 0x08 + disk.place;
+            let boot = self.boot_index(index + usize::from(self.boot != BootFirst::Disk));
             let address = format!("drive={drive},addr={slot:#x}{boot}");
             args.pair("-device", format!("virtio-blk-pci,id={0},serial={0},{address}", disk.id));
         }
     }
+
+    fn cd_arguments(&self, args: &mut Arguments) {
+        let Some(drive) = &self.cdrom else { return };
+        let mut disc = String::new();
+        if let Some(image) = &drive.image {
+            args.pair("-blockdev", disc::blockdev(disc::FIRST_NODE, image, drive.direct));
+            disc = format!(",drive={}", disc::FIRST_NODE);
+        }
+        let after_disks = self.disks.len() + usize::from(self.boots_from_net());
+        let boot = self.boot_index(if self.boot == BootFirst::Cd { 0 } else { after_disks });
+        args.pair("-device", format!("ide-cd,id={},bus=ide.1,unit=0{disc}{boot}", disc::DRIVE));
+    }
+
+    fn boots_from_net(&self) -> bool {
+        self.boot == BootFirst::Net
+    }
+
+    /// A device's place in the order in which firmware tries them. A kernel that is booted directly has QEMU's first place for
+    /// itself.
+    fn boot_index(&self, index: usize) -> String {
+        if self.kernel.is_some() { String::new() } else { format!(",bootindex={index}") }
+    }
+}
+
+impl Uefi {
+    fn blockdev(&self) -> Value {
+        let file = json!({ "driver": "file", "filename": self.code, "read-only": true });
+        json!({ "driver": "raw", "node-name": CODE_NODE, "read-only": true, "file": file })
+    }
+}
+
+/// Node of the UEFI firmware.
+const CODE_NODE: &str = "uefi-code";
+
+/// Id of the disk that is UEFI's variable store.
+pub const UEFI_DISK: &str = "uefi";
+
+/// What QEMU calls the device of a disk: its id, or a part of its path.
+pub fn device_of(disk: &str) -> &str {
+    if disk == UEFI_DISK { "system.flash1" } else { disk }
 }
 
 /// Most disks that a machine can have: the PCI slots 0x08 to 0x17.
@@ -270,7 +370,16 @@ mod tests {
             cpus: 2,
             uuid: "u".into(),
             generation: "g".into(),
-            disks: vec![Disk { id: "disk0".into(), layers: vec![layer("a", "raw"), layer("b", "qcow2")] }],
+            disks: vec![Disk {
+                id: "disk0".into(),
+                layers: vec![layer("a", "raw"), layer("b", "qcow2")],
+                place: 0,
+                read_only: false,
+            }],
+            cdrom: None,
+            boot: BootFirst::Disk,
+            uefi: None,
+            vnc: false,
             cards: vec![Card { id: "net0".into(), mac: "52:54:00:00:00:01".into() }],
             kernel: None,
             only_migratable: true,
@@ -281,15 +390,57 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_chain_is_spelt_out_and_only_its_top_is_written() {
-        let args = spec().arguments(&RunFolder("/run".into()));
-        let nodes: Vec<Value> = args
-            .iter()
+    fn nodes(spec: &MachineSpec) -> Vec<Value> {
+        let args = spec.arguments(&RunFolder("/run".into()));
+        args.iter()
             .zip(args.iter().skip(1))
             .filter(|(option, _)| *option == "-blockdev")
             .map(|(_, value)| serde_json::from_str(value).unwrap())
-            .collect();
+            .collect()
+    }
+
+    fn devices(spec: &MachineSpec) -> Vec<String> {
+        let args = spec.arguments(&RunFolder("/run".into()));
+        let device = |(option, value): (&String, &String)| (option == "-device").then(|| value.clone());
+        args.iter().zip(args.iter().skip(1)).filter_map(device).collect()
+    }
+
+    #[test]
+    fn a_read_only_disk_is_nowhere_opened_for_writing_and_keeps_its_place() {
+        let mut spec = spec();
+        spec.disks.push(Disk {
+            id: "disk5".into(),
+            layers: vec![Layer { id: "c".into(), file: "/c.img".into(), format: "raw".into() }],
+            place: 5,
+            read_only: true,
+        });
+        let node = nodes(&spec).pop().unwrap();
+        assert_eq!((&node["read-only"], &node["file"]["read-only"]), (&json!(true), &json!(true)));
+        assert_eq!(node["cache"]["direct"], true);
+        assert!(devices(&spec).iter().any(|d| d.contains("id=disk5,serial=disk5,drive=l-c,addr=0xd")));
+    }
+
+    #[test]
+    fn what_is_booted_from_first_has_the_first_place() {
+        let order = |boot: BootFirst| {
+            let cdrom = Some(CdDrive { image: Some("/cd.iso".into()), direct: true });
+            let devices = devices(&MachineSpec { boot, cdrom, ..spec() });
+            let place = |device: &str| {
+                let words = devices.iter().find(|d| d.contains(device)).unwrap().split(',');
+                words.filter_map(|w| w.strip_prefix("bootindex=")).next().map(str::to_owned)
+            };
+            ["virtio-blk", "ide-cd", "virtio-net"].map(place)
+        };
+        let places = |words: [&str; 3]| words.map(|w| (w != "-").then(|| w.to_owned()));
+        assert_eq!(order(BootFirst::Disk), places(["0", "1", "-"]));
+        assert_eq!(order(BootFirst::Cd), places(["1", "0", "-"]));
+        assert_eq!(order(BootFirst::Net), places(["1", "2", "0"]));
+    }
+
+    #[test]
+    fn the_chain_is_spelt_out_and_only_its_top_is_written() {
+        let args = spec().arguments(&RunFolder("/run".into()));
+        let nodes = nodes(&spec());
         assert_eq!(nodes.len(), 2);
         assert_eq!((&nodes[0]["read-only"], nodes[0].get("backing")), (&json!(true), None));
         assert_eq!((&nodes[1]["read-only"], &nodes[1]["backing"]), (&json!(false), &json!("l-a")));

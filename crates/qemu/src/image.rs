@@ -172,11 +172,16 @@ impl QemuImg {
                 }
             }
         }
-        let sync = |path: &Path| {
-            File::open(path)
-                .and_then(|file| file.sync_all())
-                .map_err(|source| ImageError::Sync { path: path.to_owned(), source })
-        };
+        sync(image)?;
+        image.parent().map_or(Ok(()), sync)
+    }
+
+    /// Makes a qcow2 image with the content of the raw image `source`, durable.
+    pub fn import(&self, source: &Path, image: &Path) -> Result<(), ImageError> {
+        let mut args: Vec<OsString> =
+            ["-q", "-f", "raw", "-O", "qcow2", "-o", "lazy_refcounts=off,compat=1.1"].map(Into::into).into();
+        args.extend(["--".into(), source.into(), image.into()]);
+        self.run("convert", image, &args, SLOW)?;
         sync(image)?;
         image.parent().map_or(Ok(()), sync)
     }
@@ -267,6 +272,11 @@ impl Template {
         }
         written
     }
+}
+
+fn sync(path: &Path) -> Result<(), ImageError> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(|source| ImageError::Sync { path: path.to_owned(), source })
 }
 
 /// `Failed to get "write" lock`, `Failed to get shared "write" lock`.

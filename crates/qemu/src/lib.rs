@@ -8,6 +8,9 @@
 pub mod accel;
 pub mod binary;
 pub mod command;
+pub mod disc;
+pub mod firmware;
+pub mod forward;
 pub mod image;
 pub mod live;
 pub mod load;

@@ -50,6 +50,11 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     for note in &notes {
         tracing::warn!("{note}");
     }
+    let starter = Arc::clone(&engine);
+    std::thread::Builder::new()
+        .name("autostart".into())
+        .spawn(move || starter.autostart())
+        .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     collect_in_background(&engine)
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -100,7 +100,7 @@ impl Engine {
 
     /// Maps that the catalog refers to at this moment.
     fn live_roots(&self) -> Result<Vec<pages::MapRoot>, Error> {
-        self.catalog.read(|tx| Ok(roots_of(&SnapshotRow::all(tx)?)))
+        self.catalog.read(|tx| Ok(roots_of(&SnapshotRow::all(tx)?, &TargetRow::all(tx, true)?)))
     }
 
     fn report(&self, plan: &CatalogPlan, dry_run: bool, packs: usize, page_bytes: u64) -> GcReport {
@@ -147,8 +147,9 @@ fn is_loss(op: &OpRow) -> bool {
     matches!(op.undo.as_ref().map(|inverse| &inverse.act), Some(Act::Restore(_) | Act::Goto(_)))
 }
 
-fn roots_of(snapshots: &[SnapshotRow]) -> Vec<pages::MapRoot> {
-    snapshots.iter().filter_map(|s| s.memory.as_ref()).flat_map(|m| m.roots()).collect()
+fn roots_of(snapshots: &[SnapshotRow], targets: &[TargetRow]) -> Vec<pages::MapRoot> {
+    let of_snapshots = snapshots.iter().filter_map(|s| s.memory.as_ref()).flat_map(|m| m.roots());
+    of_snapshots.chain(targets.iter().flat_map(TargetRow::roots)).collect()
 }
 
 fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> bool) -> Result<CatalogPlan> {
@@ -165,7 +166,6 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> 
             kept.push(snapshot);
         }
     }
-    plan.roots = roots_of(&kept);
     let layers = LayerRow::all(tx)?;
     let below: HashMap<&str, Option<&str>> =
         layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
@@ -182,14 +182,16 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> 
     for snapshot in &kept {
         reach(SnapshotRow::disks(tx, &snapshot.id)?);
     }
-    for target in targets {
-        // A machine goes only after its snapshots, so that no snapshot is ever without its machine.
-        if old(target.removed) && !busy(&target.id) && !kept.iter().any(|s| s.target == target.id) {
-            plan.targets.push(target.id);
-        } else {
-            reach(TargetRow::disks(tx, &target.id)?);
-        }
+    // A machine goes only after its snapshots, so that no snapshot is ever without its machine.
+    let goes = |target: &TargetRow| {
+        old(target.removed) && !busy(&target.id) && !kept.iter().any(|s| s.target == target.id)
+    };
+    let (gone, staying): (Vec<TargetRow>, Vec<TargetRow>) = targets.into_iter().partition(goes);
+    for target in &staying {
+        reach(TargetRow::disks(tx, &target.id)?);
     }
+    plan.targets = gone.into_iter().map(|target| target.id).collect();
+    plan.roots = roots_of(&kept, &staying);
     plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
     plan.ends_undo_of = OpRow::undoable(tx)?;
     plan.ends_undo_of.retain(|op| {

@@ -41,12 +41,18 @@ impl Engine {
 
     /// What QEMU is told of a machine's disks.
     pub(crate) fn disk_specs(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<Disk>> {
-        let spec = |(disk, layer): &(String, String)| {
-            let chain = LayerRow::chain(tx, layer)?;
-            let layers = chain.iter().map(|row| self.layer_spec(row)).collect();
-            Ok(Disk { id: disk.clone(), layers })
-        };
-        disks.iter().map(spec).collect()
+        disks.iter().map(|(disk, layer)| Ok(self.disk_spec(disk, &LayerRow::chain(tx, layer)?))).collect()
+    }
+
+    /// A disk by its chain, base first.
+    pub(crate) fn disk_spec(&self, id: &str, chain: &[LayerRow]) -> Disk {
+        Disk {
+            id: id.to_owned(),
+            layers: chain.iter().map(|row| self.layer_spec(row)).collect(),
+            // UEFI's variables have none.
+            place: id.strip_prefix("disk").and_then(|number| number.parse().ok()).unwrap_or(0),
+            read_only: chain.last().is_some_and(LayerRow::is_users),
+        }
     }
 
     pub(crate) fn layer_spec(&self, row: &LayerRow) -> Layer {
@@ -133,7 +139,7 @@ impl Engine {
         Ok(since)
     }
 
-    /// Rows for one overlay over the layer of each disk. Fails if a chain is as deep as may be.
+    /// Rows for one overlay over the layer of each disk that is written to. Fails if a chain is as deep as may be.
     pub(crate) fn plan_overlays(
         &self,
         tx: &Transaction<'_>,
@@ -141,8 +147,12 @@ impl Engine {
         disks: &[(String, String)],
         limit: u32,
     ) -> Result<Vec<NewOverlay>> {
-        let plan = |(disk, layer): &(String, String)| {
+        let mut overlays = Vec::new();
+        for (disk, layer) in disks {
             let below = LayerRow::by_id(tx, layer)?;
+            if below.is_users() {
+                continue;
+            }
             if below.depth >= limit {
                 return Err(Error::new(
                     Code::Refused,
@@ -164,9 +174,9 @@ impl Engine {
                 depth: below.depth + 1,
                 stamp: None,
             };
-            Ok(NewOverlay { disk: disk.clone(), row, below })
-        };
-        disks.iter().map(plan).collect()
+            overlays.push(NewOverlay { disk: disk.clone(), row, below });
+        }
+        Ok(overlays)
     }
 
     /// Makes the files of planned overlays, durable. On an error none is left.
@@ -212,6 +222,20 @@ impl Engine {
         }
     }
 
+    /// Those of these disks that are a user's image as it is: read-only ones.
+    pub(crate) fn read_only_disks(
+        tx: &Transaction<'_>,
+        disks: &[(String, String)],
+    ) -> Result<Vec<(String, String)>> {
+        let mut found = Vec::new();
+        for (disk, layer) in disks {
+            if LayerRow::by_id(tx, layer)?.is_users() {
+                found.push((disk.clone(), layer.clone()));
+            }
+        }
+        Ok(found)
+    }
+
     /// True if the layers' file system takes reads and writes past the page cache.
     pub(crate) fn direct_io(&self) -> bool {
         let path = self.layers_folder().join(format!(".direct-{}", new_id()));
@@ -220,6 +244,12 @@ impl Engine {
         let _ = fs::remove_file(&path);
         opened.is_ok()
     }
+}
+
+/// True if this file can be read past the page cache.
+pub(crate) fn takes_direct_io(path: &Path) -> bool {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).is_ok()
 }
 
 /// Removes a file that may already be gone.

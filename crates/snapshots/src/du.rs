@@ -79,12 +79,12 @@ impl Ledger {
             for row in TargetRow::all(tx, true)? {
                 entries.push(Entry {
                     layers: chains(TargetRow::disks(tx, &row.id)?),
+                    roots: row.roots().collect(),
                     holder: Holder::Here(row.id),
                     target: row.name,
                     name: String::new(),
                     undo_point: false,
                     removed: row.removed,
-                    roots: Vec::new(),
                     saved: Saved::default(),
                 });
             }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
-use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
+use crate::catalog::{LayerRow, Memory, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::stamp;
 use crate::engine::Engine;
@@ -16,7 +16,7 @@ impl Engine {
     /// nothing.
     pub fn fsck(&self, cx: &Context) -> Result<FsckReport> {
         let _alone = self.housekeep(cx)?;
-        let (snapshots, layers, users, written) = self.catalog.read(|tx| {
+        let (snapshots, targets, layers, users, written) = self.catalog.read(|tx| {
             let snapshots = SnapshotRow::all(tx)?;
             let layers = LayerRow::all(tx)?;
             let mut users: HashMap<String, Vec<String>> = HashMap::new();
@@ -31,19 +31,24 @@ impl Engine {
                 note(SnapshotRow::disks(tx, &snapshot.id)?, &snapshot.full_name());
             }
             let mut written = HashSet::new();
-            for target in TargetRow::all(tx, true)? {
+            let targets = TargetRow::all(tx, true)?;
+            for target in &targets {
                 if target.process.is_some() {
                     written.extend(TargetRow::disks(tx, &target.id)?.into_iter().map(|(_, layer)| layer));
                 }
-                note(TargetRow::disks(tx, &target.id)?, &format!("{} (here)", target.name));
+                note(TargetRow::disks(tx, &target.id)?, &here(target));
             }
-            Ok((snapshots, layers, users, written))
+            Ok((snapshots, targets, layers, users, written))
         })?;
         let mut report = FsckReport::default();
         for problem in self.catalog.check()? {
             report.damage.push(Damage { what: "the catalog".into(), problem, snapshots: Vec::new() });
         }
-        self.check_pages(cx, &snapshots, &mut report)?;
+        let of_snapshots = snapshots.iter().filter_map(|s| Some((s.full_name(), s.memory.as_ref()?)));
+        let of_targets = targets.iter().filter_map(|t| Some((here(t), &t.suspended.as_ref()?.memory)));
+        let memories: Vec<_> = of_snapshots.chain(of_targets).collect();
+        report.snapshots = snapshots.len() as u64;
+        self.check_pages(cx, &memories, &mut report)?;
         cx.phase("checking disk layers", users.len() as u64);
         // A layer that nothing needs is the collector's business.
         for layer in &layers {
@@ -66,11 +71,17 @@ impl Engine {
         Ok(report)
     }
 
-    fn check_pages(&self, cx: &Context, snapshots: &[SnapshotRow], report: &mut FsckReport) -> Result<()> {
-        let roots: Vec<_> = snapshots
-            .iter()
-            .flat_map(|s| s.memory.iter().flat_map(|m| m.roots()).map(|root| (root, s.full_name())))
-            .collect();
+    /// Looks at memories, each with the name of whom it belongs to.
+    fn check_pages(
+        &self,
+        cx: &Context,
+        memories: &[(String, &Memory)],
+        report: &mut FsckReport,
+    ) -> Result<()> {
+        let of_memory = |(name, memory): &(String, &Memory)| {
+            memory.roots().map(|root| (root, name.clone())).collect::<Vec<_>>()
+        };
+        let roots: Vec<_> = memories.iter().flat_map(of_memory).collect();
         cx.phase("reading pages", 0);
         let pages = self.store.fsck(&roots, &|done, total| {
             cx.progress.total.store(total, Ordering::Relaxed);
@@ -80,17 +91,15 @@ impl Engine {
         cx.check()?;
         report.packs = pages.packs;
         report.pages = pages.pages;
-        report.snapshots = snapshots.len() as u64;
         let found = pages.damage.into_iter();
         report.damage.extend(found.map(|d| Damage { what: d.what, problem: d.problem, snapshots: d.labels }));
-        for snapshot in snapshots {
-            let Some(memory) = &snapshot.memory else { continue };
+        for (name, memory) in memories {
             if let Err(error) = read_state(self.store.as_ref(), memory) {
                 let causes = error.causes();
                 report.damage.push(Damage {
-                    what: format!("the device state of {}", snapshot.full_name()),
+                    what: format!("the device state of {name}"),
                     problem: causes.last().cloned().unwrap_or_else(|| error.to_string()),
-                    snapshots: vec![snapshot.full_name()],
+                    snapshots: vec![name.clone()],
                 });
             }
         }
@@ -109,4 +118,9 @@ impl Engine {
         }
         Ok(self.img()?.check(&path)?)
     }
+}
+
+/// What of a target is no snapshot, by name.
+fn here(target: &TargetRow) -> String {
+    format!("{} (here)", target.name)
 }

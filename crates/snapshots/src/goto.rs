@@ -89,6 +89,7 @@ impl Engine {
         let bytes = self.here_bytes(&row)?;
         let memory = match power {
             Power::Running | Power::Paused => " and everything in its memory",
+            Power::Suspended => " and its memory, which is kept",
             Power::Off | Power::LostPower => "",
         };
         Ok(Some(format!(
@@ -163,6 +164,7 @@ impl Engine {
             undo_point: swapped.undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
             took_us: swapped.took_us.unwrap_or_else(|| micros(began)),
             in_place: swapped.in_place,
+            warnings: swapped.warnings,
         })
     }
 
@@ -308,13 +310,17 @@ impl Engine {
 
 /// The overlays that here's disks are.
 fn here_overlays(tx: &Transaction<'_>, target: &str) -> Result<Vec<NewOverlay>> {
-    let overlay = |(disk, layer): (String, String)| {
+    let mut overlays = Vec::new();
+    for (disk, layer) in TargetRow::disks(tx, target)? {
         let row = LayerRow::by_id(tx, &layer)?;
+        if row.is_users() {
+            continue;
+        }
         let below =
             row.below.clone().ok_or_else(|| Error::new(Code::Damaged, format!("{disk} is no overlay")))?;
-        Ok(NewOverlay { disk, below: LayerRow::by_id(tx, &below)?, row })
-    };
-    TargetRow::disks(tx, target)?.into_iter().map(overlay).collect()
+        overlays.push(NewOverlay { disk, below: LayerRow::by_id(tx, &below)?, row });
+    }
+    Ok(overlays)
 }
 
 fn memory_would_go(name: &str, can_discard: bool) -> Error {
@@ -330,6 +336,9 @@ fn memory_would_go(name: &str, can_discard: bool) -> Error {
 
 fn wanted_power(snapshot: &SnapshotRow, power: GotoPower) -> Power {
     match power {
+        GotoPower::Recorded if snapshot.facts.power == Power::Suspended && snapshot.memory.is_none() => {
+            Power::Off
+        }
         GotoPower::Recorded => snapshot.facts.power,
         GotoPower::Off => Power::Off,
         GotoPower::Paused => Power::Paused,

@@ -6,8 +6,11 @@
 //! happens when either was cut short.
 
 mod address;
+mod autostart;
 mod catalog;
+mod check;
 mod collect;
+mod config;
 mod context;
 mod create;
 mod disks;
@@ -17,6 +20,7 @@ mod edit;
 mod engine;
 mod error;
 mod fault;
+mod forwards;
 mod fsck;
 mod goto;
 mod id;
@@ -24,11 +28,14 @@ mod ingest;
 mod locks;
 mod memory;
 mod name;
+mod new_disks;
 mod power;
 mod recover;
 mod remove;
 mod running;
 mod saving;
+mod set;
+mod suspend;
 mod swap;
 mod take;
 mod tree;
@@ -36,6 +43,7 @@ mod types;
 mod undo;
 mod undo_point;
 
+pub use config::*;
 pub use context::{Context, Progress};
 pub use engine::{Engine, Settings};
 pub use error::{Code, Error, Result};

@@ -7,10 +7,12 @@ use qemu::command::Disk;
 use serde_json::json;
 
 use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::config::Display;
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
+use crate::forwards::{check_ports, set_ports};
 use crate::running::{Begin, Running, check_host_memory};
 use crate::types::{Machine, Power};
 use crate::undo_point::brought_back_by;
@@ -48,6 +50,7 @@ impl Engine {
             Ok((parent.map(|s| s.name), SnapshotRow::count(tx, &row.id)?, back.map(|s| s.full_name())))
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
+        let vnc = row.config.display == Display::Vnc;
         Ok(Machine {
             id: row.id,
             name: row.name,
@@ -63,6 +66,7 @@ impl Engine {
             pid: running.as_ref().map(|r| r.process.id().pid),
             brought_back_by,
             console: running.as_ref().map(|r| r.run.console()),
+            vnc: running.as_ref().filter(|_| vnc).map(|r| r.run.vnc()),
             busy,
             accel: running.as_ref().map(|r| r.row.accel.clone()),
             qemu: running.as_ref().map(|r| r.row.version.clone()),
@@ -93,15 +97,16 @@ impl Engine {
     }
 
     /// A machine as it is now, by its row.
-    fn machine_by_id(&self, id: &str) -> Result<Machine> {
+    pub(crate) fn machine_by_id(&self, id: &str) -> Result<Machine> {
         self.machine_view(self.catalog.read(|tx| TargetRow::by_id(tx, id))?)
     }
 
-    /// Boots a machine that is off.
+    /// Boots a machine that is off, or goes on with one that is suspended.
     pub fn start(&self, cx: &Context, target: &str) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "start")?;
         match self.look(&row)? {
             (Power::Off | Power::LostPower, _) => {}
+            (Power::Suspended, _) => return self.wake(cx, &row),
             (Power::Running, _) => {
                 return Err(Error::new(Code::Refused, format!("{target} is running already")));
             }
@@ -123,10 +128,23 @@ impl Engine {
     pub(crate) fn boot(&self, row: &TargetRow, begin: Begin) -> Result<Arc<Running>> {
         let disks = self.here_specs(row)?;
         check_host_memory(row.config.memory, 0)?;
+        check_ports(&row.name, &row.config.forwards, &[])?;
         let running = self.launch(row, &row.config, &row.machine, disks, begin)?;
         step("start.launched");
+        if let Err(error) = self.open_ports(row, &running) {
+            self.end_process(&row.id, &running);
+            return Err(error);
+        }
         let power = if begin == Begin::Boot { Power::Running } else { Power::Paused };
         self.keep_process(row, running, power)
+    }
+
+    /// Opens the ports that lead into a machine.
+    pub(crate) fn open_ports(&self, row: &TargetRow, running: &Running) -> Result<()> {
+        if row.config.forwards.is_empty() {
+            return Ok(());
+        }
+        set_ports(&running.qmp, &row.name, &row.config.forwards)
     }
 
     /// What QEMU is told of the disks of here, after a look at their files.
@@ -155,7 +173,7 @@ impl Engine {
         Ok(running)
     }
 
-    fn write_off(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+    pub(crate) fn write_off(&self, cx: &Context, row: &TargetRow) -> Result<()> {
         self.catalog.write(|tx| {
             TargetRow::set_process(tx, &row.id, Power::Off, None)?;
             OpRow::finish(tx, &cx.id, None)
@@ -186,9 +204,12 @@ impl Engine {
         self.machine_by_id(&row.id)
     }
 
-    /// Cuts the power.
+    /// Cuts the power. Of a suspended machine the memory that is kept goes.
     pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "kill")?;
+        if self.look(&row)?.0 == Power::Suspended {
+            return self.drop_suspended(cx, &row);
+        }
         let running = self.needs_process(&row)?;
         self.journaled(cx, "kill", target, Some(&row.id), &json!({}), || {
             self.end_process(&row.id, &running);
@@ -235,11 +256,15 @@ impl Engine {
         self.machine_by_id(&row.id)
     }
 
-    fn needs_process(&self, row: &TargetRow) -> Result<Arc<Running>> {
-        let (_, running) = self.look(row)?;
-        running.ok_or_else(|| {
-            Error::new(Code::Refused, format!("{} is off", row.name))
-                .hint(format!("`spinney start {}` starts it", row.name))
+    pub(crate) fn needs_process(&self, row: &TargetRow) -> Result<Arc<Running>> {
+        let (power, running) = self.look(row)?;
+        let name = &row.name;
+        running.ok_or_else(|| match power {
+            Power::Suspended => Error::new(Code::Refused, format!("{name} is suspended")).hint(format!(
+                "`spinney start {name}` goes on where it was; `spinney kill {name}` gives that up"
+            )),
+            _ => Error::new(Code::Refused, format!("{name} is off"))
+                .hint(format!("`spinney start {name}` starts it")),
         })
     }
 }

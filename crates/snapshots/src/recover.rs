@@ -77,6 +77,9 @@ impl Engine {
             self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))?;
             step("recover.closed");
         }
+        for row in self.to_autostart()? {
+            notes.push(format!("{} starts with the daemon (autostart)", row.name));
+        }
         Ok(notes)
     }
 
@@ -169,6 +172,7 @@ impl Engine {
     fn mend_running(&self, target: &TargetRow, running: &Running, plan: Option<Plan>) -> Result<()> {
         let was_running = plan.as_ref().map_or(target.power == Power::Running, |plan| plan.was_running);
         let freed = free_guest(running, was_running);
+        self.mend_settings(target, running);
         if plan.is_some_and(|plan| plan.was_paused) {
             // It ran only to hear the power button.
             running.qmp.execute("stop", serde_json::json!({}))?;
@@ -199,6 +203,13 @@ impl Engine {
             }
             Ok(())
         })
+    }
+
+    /// Brings what can be changed on a running machine to what the catalog says.
+    fn mend_settings(&self, target: &TargetRow, running: &Running) {
+        if let Err(error) = self.apply_settings(target, running) {
+            tracing::warn!(%error, target = target.name, "a running machine is not as its settings say");
+        }
     }
 
     /// Ends every QEMU whose run folder no machine has: the old one of a goto that was cut short after its commit, or one that was

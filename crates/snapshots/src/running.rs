@@ -5,16 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use qemu::command::{Card, Disk, MachineSpec, RunFolder};
+use qemu::command::{BootFirst, Card, CdDrive, Disk, MachineSpec, RunFolder, UEFI_DISK, Uefi};
 use qemu::process::Process;
 use qemu::qmp::{Qmp, QmpError};
 
 use crate::catalog::{ProcessRow, TargetRow};
-use crate::create::size;
+use crate::check::{existing_file, size};
+use crate::config::{Boot, Display, Firmware, MachineConfig};
+use crate::disks::takes_direct_io;
 use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_uuid};
-use crate::types::{MachineConfig, Power};
+use crate::new_disks::uefi_files;
+use crate::types::Power;
 
 /// How long QEMU may take until its monitor answers.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -67,10 +70,12 @@ impl Engine {
         target: &TargetRow,
         config: &MachineConfig,
         machine: &str,
-        disks: Vec<Disk>,
+        mut disks: Vec<Disk>,
         begin: Begin,
     ) -> Result<Running> {
         let Tools { qemu, accel, .. } = self.tools()?;
+        let cdrom = cd_spec(&target.name, config)?;
+        let uefi = uefi_spec(config, &mut disks)?;
         let name = new_id().chars().take(8).collect::<String>();
         let run = self.run_folder(&name);
         check_socket_path(&run.console())?;
@@ -86,6 +91,14 @@ impl Engine {
             uuid: target.uuid.clone(),
             generation: new_uuid(),
             disks,
+            cdrom,
+            boot: match config.boot {
+                None | Some(Boot::Disk) => BootFirst::Disk,
+                Some(Boot::Cd) => BootFirst::Cd,
+                Some(Boot::Net) => BootFirst::Net,
+            },
+            uefi,
+            vnc: config.display == Display::Vnc,
             cards: cards.map(|(i, mac)| Card { id: format!("net{i}"), mac: mac.clone() }).collect(),
             kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
             only_migratable: config.memory_snapshots,
@@ -235,6 +248,29 @@ impl Engine {
     }
 }
 
+/// What QEMU is told of the CD drive, after a look at the disc.
+fn cd_spec(name: &str, config: &MachineConfig) -> Result<Option<CdDrive>> {
+    let Some(drive) = &config.cdrom else { return Ok(None) };
+    let Some(image) = &drive.image else { return Ok(Some(CdDrive { image: None, direct: false })) };
+    let image = existing_file("disc", image).map_err(|error| {
+        error.hint(format!("put it back where it was, or `spinney set {name} --cdrom none` takes it out"))
+    })?;
+    let direct = takes_direct_io(&image);
+    Ok(Some(CdDrive { image: Some(image), direct }))
+}
+
+/// Takes UEFI's variables out of the disks: they hang on the board.
+fn uefi_spec(config: &MachineConfig, disks: &mut Vec<Disk>) -> Result<Option<Uefi>> {
+    let (variables, others): (Vec<Disk>, Vec<Disk>) = disks.drain(..).partition(|disk| disk.id == UEFI_DISK);
+    *disks = others;
+    if config.firmware == Firmware::Bios {
+        return Ok(None);
+    }
+    let missing = || Error::new(Code::Damaged, "the machine has no store for UEFI's variables");
+    let variables = variables.into_iter().next().ok_or_else(missing)?.layers;
+    Ok(Some(Uefi { code: uefi_files()?.code, variables }))
+}
+
 /// QEMU removes its pid file when it ends in order. That is also so when somebody ended it with a signal, which the guest had no
 /// say in; then its log says so.
 fn power_after_end(run: &RunFolder) -> Power {
@@ -299,6 +335,10 @@ fn start_error(name: &str, error: QmpError, words: &str) -> Error {
     if taken.iter().any(|taken| words.contains(taken)) {
         return failed(Code::Refused, format!("something of the host's that {name} needs is in use"))
             .in_the_way();
+    }
+    if words.contains("failed to find romfile") {
+        return failed(Code::Precondition, format!("{name} has a card without a boot ROM"))
+            .hint("install it (Debian: apt install ipxe-qemu), or do not boot from the network");
     }
     failed(Code::Failed, format!("QEMU could not start {name}"))
         .hint("if --qemu-arg was used, look there first")

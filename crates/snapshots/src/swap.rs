@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use warden::Armed;
 
-use crate::catalog::{OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::catalog::{Memory, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::NewOverlay;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
+use crate::forwards::{check_ports, set_ports};
 use crate::memory::{feed, read_state};
 use crate::running::{Begin, Running, check_host_memory, log_tail};
 use crate::take::{STILL_LIMIT, Unwritten, free_guest, micros, point_here_at, too_late};
@@ -66,6 +67,8 @@ pub(crate) struct Swapped {
     pub(crate) took_us: Option<u64>,
     /// Why the old process had to end before the new one could start, if it had to.
     pub(crate) in_place: Option<String>,
+    /// What did not come to be as it should.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Both machines while either may still be the one that stays. Dropped before the commit, by an error or a panic, it ends the new
@@ -160,11 +163,14 @@ impl Engine {
                 point.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
             }
             if swap.coming == Coming::New {
-                point_here_at(tx, &row.id, swap.overlays)?;
+                self.replace_disks(tx, &row.id, swap)?;
             }
             TargetRow::set_parent(tx, &row.id, swap.parent)?;
             TargetRow::set_config(tx, &row.id, &snapshot.config)?;
-            TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?;
+            match snapshot.memory.as_ref().filter(|_| wanted == Power::Suspended) {
+                Some(memory) => TargetRow::set_suspended(tx, &row.id, memory)?,
+                None => TargetRow::set_process(tx, &row.id, wanted, process.as_ref())?,
+            }
             end(tx, point)
         })?;
         step("goto.decided");
@@ -176,9 +182,18 @@ impl Engine {
             step("goto.ended");
         }
         let mut power = wanted;
+        let mut warnings = Vec::new();
         if let Some(new) = new {
             let new = Arc::new(new);
             self.running_map().insert(row.id.clone(), Arc::clone(&new));
+            // The old process had them until just now.
+            let ports = &snapshot.config.forwards;
+            if !ports.is_empty()
+                && let Err(error) = set_ports(&new.qmp, &row.name, ports)
+            {
+                tracing::error!(%error, target = row.name, "a port could not be opened");
+                warnings.push(error.to_string());
+            }
             if wanted == Power::Running
                 && let Err(error) = settle(&new.qmp, "running")
             {
@@ -189,21 +204,38 @@ impl Engine {
             step("goto.runs");
         }
         let took_us = old.map(|_| micros(ended));
-        Ok(Swapped { undo_point: point.map(|point| point.id.clone()), power, took_us, in_place: None })
+        let undo_point = point.map(|point| point.id.clone());
+        Ok(Swapped { undo_point, power, took_us, in_place: None, warnings })
+    }
+
+    /// Here's disks become the snapshot's: overlays over what it wrote to, what it only read as it is, and no others.
+    fn replace_disks(&self, tx: &Transaction<'_>, target: &str, swap: &Swap<'_>) -> Result<()> {
+        for (disk, _) in TargetRow::disks(tx, target)? {
+            TargetRow::remove_disk(tx, target, &disk)?;
+        }
+        for (disk, layer) in Self::read_only_disks(tx, &SnapshotRow::disks(tx, &swap.snapshot.id)?)? {
+            TargetRow::set_disk(tx, target, &disk, &layer)?;
+        }
+        point_here_at(tx, target, swap.overlays)
     }
 
     /// Step 3: a QEMU of its own, loaded and standing still. On an error nothing of it is left.
     fn load_beside(&self, swap: &Swap<'_>) -> Result<Running> {
         let Swap { cx, row, snapshot, .. } = *swap;
+        let held = swap.old.map_or(&[][..], |_| &row.config.forwards);
+        check_ports(&row.name, &snapshot.config.forwards, held)?;
         let disks = self.catalog.read(|tx| {
-            let mut disks = Vec::new();
+            let read_only = Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
+            let mut disks = self.disk_specs(tx, &read_only)?;
             for new in swap.overlays {
                 let below = [(new.disk.clone(), new.below.id.clone())];
                 for mut disk in self.disk_specs(tx, &below)? {
                     disk.layers.push(self.layer_spec(&new.row));
+                    disk.read_only = false;
                     disks.push(disk);
                 }
             }
+            disks.sort_by_key(|disk| disk.place);
             Ok(disks)
         })?;
         // What a machine had once it gets again, whatever the host has now: most of it was never touched.
@@ -222,7 +254,10 @@ impl Engine {
             })
             .and_then(|()| {
                 step("goto.noted");
-                self.load_memory(cx, snapshot, &new)
+                match &snapshot.memory {
+                    Some(memory) => self.load_memory(cx, &snapshot.full_name(), memory, &new),
+                    None => Ok(()),
+                }
             });
         if let Err(error) = loaded {
             let words = log_tail(&new.run);
@@ -233,11 +268,11 @@ impl Engine {
         Ok(new)
     }
 
-    fn load_memory(&self, cx: &Context, snapshot: &SnapshotRow, new: &Running) -> Result<()> {
-        let Some(memory) = &snapshot.memory else { return Ok(()) };
+    /// Puts the memory and devices of `name` into a QEMU that waits for them.
+    pub(crate) fn load_memory(&self, cx: &Context, name: &str, memory: &Memory, new: &Running) -> Result<()> {
         let mut state = read_state(self.store.as_ref(), memory)?;
         if planted(Fault::OtherDeviceState)
-            && let Some(other) = self.other_state(snapshot)?
+            && let Some(other) = self.other_state(memory)?
         {
             state.tail = other.tail;
         }
@@ -259,7 +294,6 @@ impl Engine {
         }
         cx.check()?;
         loaded.map_err(|error| {
-            let name = snapshot.full_name();
             // A pipe that broke is only how we came to hear of it.
             let ended = new.process.wait(Duration::from_millis(200));
             let sentence = match ended {
@@ -271,9 +305,12 @@ impl Engine {
     }
 
     /// For the planted fault: the device state of another snapshot of the same target.
-    fn other_state(&self, snapshot: &SnapshotRow) -> Result<Option<qemu::migration::DeviceState>> {
-        let all = self.catalog.read(|tx| SnapshotRow::of_target(tx, &snapshot.target))?;
-        let other = all.iter().find_map(|s| s.memory.as_ref().filter(|_| s.id != snapshot.id));
+    fn other_state(&self, memory: &Memory) -> Result<Option<qemu::migration::DeviceState>> {
+        let all = self.catalog.read(SnapshotRow::all)?;
+        let of = |s: &SnapshotRow| s.memory.as_ref().is_some_and(|m| m == memory).then(|| s.target.clone());
+        let target = all.iter().find_map(of);
+        let mut others = all.iter().filter(|s| Some(&s.target) == target.as_ref());
+        let other = others.find_map(|s| s.memory.as_ref().filter(|m| *m != memory));
         other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
     }
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use pages::{PageStore, Saved};
+use qemu::command::device_of;
 use qemu::live::{self, Live};
 use qemu::qmp::{Qmp, QmpError};
 use qemu::save::{self, CopyMode, SaveError, run_state, settle};
@@ -29,6 +30,7 @@ use serde_json::json;
 use warden::{Armed, TooLate};
 
 use crate::catalog::{Act, Facts, LayerRow, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
+use crate::config::Firmware;
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
@@ -226,6 +228,11 @@ impl Engine {
         let captured = match running {
             Some(running) if job.mode != Mode::Off => {
                 self.capture_running(cx, job, running, overlays, &mut row)?
+            }
+            // What is kept of it already.
+            None if job.mode == Mode::Suspended => {
+                let memory = target.suspended.as_ref().map(|kept| kept.memory.clone());
+                Captured { memory, ..Captured::default() }
             }
             _ => Captured::default(),
         };
@@ -570,6 +577,9 @@ fn choose_mode(
     if options.disk_only {
         return Ok(Mode::DiskOnly);
     }
+    if power == Power::Suspended {
+        return Ok(Mode::Suspended);
+    }
     if !target.config.memory_snapshots {
         return Err(Error::new(
             Code::Precondition,
@@ -581,7 +591,13 @@ fn choose_mode(
     if power == Power::Paused && !matches!(options.mode, Some(Mode::Off | Mode::DiskOnly)) {
         return Ok(Mode::StopCopy);
     }
-    let live = || running.map_or(Ok(()), |running| live::check(&running.qmp));
+    let live = || {
+        // QEMU protects no flash: its variables would be those of a later instant than all else.
+        if target.config.firmware == Firmware::Uefi {
+            return Err(SaveError::NotLive { reason: "UEFI's variables may change meanwhile".into() });
+        }
+        running.map_or(Ok(()), |running| live::check(&running.qmp))
+    };
     match options.mode {
         None => match live() {
             Ok(()) => Ok(Mode::Live),
@@ -631,7 +647,7 @@ fn active_node(running: &Running, disk: &str) -> Result<Option<String>> {
     let devices = running.qmp.execute("query-block", json!({}))?;
     let node = devices.as_array().into_iter().flatten().find_map(|device| {
         let path = device.get("qdev")?.as_str()?;
-        let ours = path == disk || path.split('/').any(|part| part == disk);
+        let ours = path.split('/').any(|part| part == device_of(disk));
         ours.then(|| device.get("inserted")?.get("node-name")?.as_str().map(str::to_owned)).flatten()
     });
     Ok(node)

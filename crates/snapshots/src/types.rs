@@ -5,43 +5,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// A disk at `create`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
-#[serde(rename_all = "snake_case")]
-pub enum DiskSource {
-    /// An existing image; never written, never removed.
-    #[cfg_attr(feature = "schema", schema(value_type = String))]
-    File(PathBuf),
-    /// A new empty disk of so many bytes.
-    Size(u64),
-}
-
-/// What `create` makes. Also stored in the catalog as the machine's settings.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
-pub struct MachineConfig {
-    /// Bytes of guest memory.
-    pub memory: u64,
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// Disks in order of their device: `disk0`, `disk1`, ...
-    pub disks: Vec<DiskSource>,
-    /// Linux kernel to boot directly.
-    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
-    pub kernel: Option<PathBuf>,
-    /// Its initial file system.
-    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
-    pub initrd: Option<PathBuf>,
-    /// Its command line.
-    pub append: Option<String>,
-    /// `user` for QEMU's user-mode network; each gives one card. Empty: no network.
-    pub networks: Vec<String>,
-    /// False: the machine may have devices that cannot be migrated, and is taken `disk_only` or off.
-    pub memory_snapshots: bool,
-    /// Words handed to QEMU as they are; `{run}` becomes the run folder of the process.
-    pub qemu_args: Vec<String>,
-}
+use crate::config::MachineConfig;
 
 /// Whether a machine has a process, and what that does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +20,8 @@ pub enum Power {
     Running,
     /// The process went away without our doing (host restart, crash).
     LostPower,
+    /// No process; its memory is kept, and `start` goes on from there.
+    Suspended,
 }
 
 /// One line of `ls`, one page of `show`.
@@ -92,6 +58,9 @@ pub struct Machine {
     /// Unix socket of the serial console while a process exists.
     #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub console: Option<PathBuf>,
+    /// Unix socket of its VNC screen while a process exists.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    pub vnc: Option<PathBuf>,
     /// Operation under way, if any: its kind ("take").
     pub busy: Option<String>,
     /// Accelerator of the running process ("kvm", "tcg").
@@ -113,6 +82,8 @@ pub enum Mode {
     Live,
     /// No memory was taken: the machine was off.
     Off,
+    /// Memory was there already: the machine was suspended.
+    Suspended,
     /// No memory was taken, though the machine ran (`--disk-only`).
     DiskOnly,
 }
@@ -222,6 +193,9 @@ pub struct GotoReport {
     pub took_us: u64,
     /// Why the old process had to end before the new one could start, which takes longer; none if it did not have to.
     pub in_place: Option<String>,
+    /// What did not come to be as it should: a port of the host that somebody else has by now.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// Changes of `edit`; what is `None` stays.

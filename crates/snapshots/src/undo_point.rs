@@ -27,14 +27,29 @@ impl Engine {
         was: Power,
         old: Option<&Running>,
     ) -> Result<Unwritten<'_>> {
+        self.capture_still(cx, row, was, old, self.undo_point_name(row)?)
+    }
+
+    /// Here as it is now, for whoever replaces it. A guest that ran stands still afterwards.
+    pub(crate) fn capture_still(
+        &self,
+        cx: &Context,
+        row: &TargetRow,
+        was: Power,
+        old: Option<&Running>,
+        name: String,
+    ) -> Result<Unwritten<'_>> {
         let began = Instant::now();
-        let mode = if old.is_some() { Mode::StopCopy } else { Mode::Off };
         // A paused guest stays so by itself, except on QEMU before 8.1, which lets it run for an instant.
         let stays = was == Power::Paused && old.is_some_and(|old| old.row.keeps_paused());
-        let power = if old.is_some() { was } else { Power::Off };
+        let (mode, power) = match (old, was) {
+            (Some(_), _) => (Mode::StopCopy, was),
+            (None, Power::Suspended) => (Mode::Suspended, was),
+            (None, _) => (Mode::Off, Power::Off),
+        };
         let job = TakeJob {
             target: row,
-            name: self.undo_point_name(row)?,
+            name,
             note: "before goto".into(),
             keep: false,
             undo_point: true,

@@ -123,6 +123,7 @@ fn ending(session: &Session, before: &Machine) -> String {
         };
         match now.power {
             Power::Off => return format!("{name} has powered off"),
+            Power::Suspended => return format!("{name} has been suspended"),
             Power::LostPower => return format!("{name} has lost power: its QEMU ended"),
             // Another process by now: a goto.
             _ if now.pid != before.pid => {

@@ -8,8 +8,9 @@ use serde::Deserialize;
 use server::Problem;
 use server::api::CreateRequest;
 use server::client::Method;
-use server::snapshots::{Code, DiskSource, Machine, MachineConfig};
+use server::snapshots::{Boot, Code, DiskConfig, DiskSource, Display, Firmware, Machine, MachineConfig};
 
+use super::set::{drive, forwards};
 use crate::errors::misuse;
 use crate::output::{bytes, count};
 use crate::session::Session;
@@ -18,12 +19,15 @@ use crate::size::{looks_like_size, parse_size};
 /// Create a machine
 ///
 /// A disk is a file, over which the machine writes to a layer of its own (the file itself is never written and never
-/// removed), or a size such as 10G for an empty one. A file whose name looks like a size is written ./10G.
+/// removed), or a size such as 10G for an empty one. A file whose name looks like a size is written ./10G. With `,ro` behind a file
+/// the guest reads the file itself and cannot write: no layer, and nothing of it in snapshots.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   spinney create web --memory 1G --disk debian.qcow2
   spinney create db --memory 2G --cpus 2 --disk debian.qcow2 --disk 20G
+  spinney create web --disk debian.qcow2 --forward 2222:22      ssh -p 2222 localhost
+  spinney create new --disk 20G --cdrom debian.iso --boot cd --display vnc
   spinney create tiny --kernel vmlinuz --initrd initrd.img --append console=ttyS0 --network none
   spinney create web --disk debian.qcow2 --qemu-arg=-device --qemu-arg=virtio-rng-pci
   spinney create --file machine.toml
@@ -34,6 +38,8 @@ machine.toml:
   cpus = 2
   disks = [\"debian.qcow2\", \"20G\"]        # relative to this file
   networks = [\"user\"]
+  forwards = [\"2222:22\"]
+  # cdrom = \"debian.iso\", boot = \"cd\", firmware = \"uefi\", display = \"vnc\", autostart = true
   # kernel, initrd, append, memory_snapshots = false, qemu_args = [\"-device\", \"virtio-rng-pci\"]")]
 pub(crate) struct Args {
     /// Name of the machine
@@ -46,8 +52,17 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
     /// A disk; may be given several times
-    #[arg(long = "disk", value_name = "FILE|SIZE", value_parser = parse_disk, add = ArgValueCompleter::new(PathCompleter::file()))]
-    disks: Vec<DiskSource>,
+    #[arg(long = "disk", value_name = "FILE[,ro]|SIZE", value_parser = parse_disk, add = ArgValueCompleter::new(PathCompleter::file()))]
+    disks: Vec<DiskConfig>,
+    /// A CD drive with this in it
+    #[arg(long, value_name = "ISO|none", add = ArgValueCompleter::new(PathCompleter::file()))]
+    cdrom: Option<PathBuf>,
+    /// What it boots from first [default: disk]
+    #[arg(long, value_name = "cd|disk|net")]
+    boot: Option<BootWord>,
+    /// Firmware
+    #[arg(long, value_name = "bios|uefi", default_value = "bios")]
+    firmware: FirmwareWord,
     /// Linux kernel to boot without a boot loader
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -60,6 +75,15 @@ pub(crate) struct Args {
     /// Network of a card; may be given several times [default: user]
     #[arg(long = "network", value_name = "user|none", value_parser = ["user", "none"])]
     networks: Vec<String>,
+    /// A port of the host that leads into the guest; may be given several times. HOST is a port of 127.0.0.1, or ADDRESS:PORT
+    #[arg(long = "forward", value_name = "[tcp|udp:]HOST:GUEST")]
+    forwards: Vec<String>,
+    /// Where its screen is seen: nowhere, or through VNC on a Unix socket that `show` names
+    #[arg(long, value_name = "none|vnc", default_value = "none")]
+    display: DisplayWord,
+    /// Start it with the daemon after the host was restarted
+    #[arg(long)]
+    autostart: bool,
     /// Allow devices that cannot be saved; snapshots are then taken off or --disk-only
     #[arg(long)]
     no_memory: bool,
@@ -67,7 +91,8 @@ pub(crate) struct Args {
     #[arg(long = "qemu-arg", value_name = "WORD", allow_hyphen_values = true)]
     qemu_args: Vec<String>,
     /// Read the machine from a file instead
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "cpus", "disks", "kernel", "initrd", "append", "networks", "no_memory", "qemu_args"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "cpus", "disks", "kernel", "initrd", "append", "networks", "no_memory", "qemu_args",
+        "cdrom", "boot", "firmware", "forwards", "display", "autostart"])]
     file: Option<PathBuf>,
 }
 
@@ -99,6 +124,12 @@ fn from_options(args: Args) -> Result<CreateRequest, Problem> {
         memory: args.memory,
         cpus: args.cpus,
         disks: args.disks,
+        cdrom: args.cdrom.map(|path| drive(&path, &here)),
+        boot: args.boot.map(Boot::from),
+        firmware: args.firmware.into(),
+        forwards: forwards(&args.forwards)?,
+        display: args.display.into(),
+        autostart: args.autostart,
         kernel: args.kernel,
         initrd: args.initrd,
         append: args.append,
@@ -120,6 +151,16 @@ struct MachineFile {
     cpus: u32,
     #[serde(default)]
     disks: Vec<String>,
+    cdrom: Option<PathBuf>,
+    boot: Option<Boot>,
+    #[serde(default)]
+    firmware: Firmware,
+    #[serde(default)]
+    forwards: Vec<String>,
+    #[serde(default)]
+    display: Display,
+    #[serde(default)]
+    autostart: bool,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     append: Option<String>,
@@ -164,7 +205,15 @@ fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem
         .or(file.name)
         .ok_or_else(|| misuse(format!("{shown} has no name")).hint("add name = \"...\""))?;
     let disk = |text: &String| parse_disk(text).map_err(|why| wrong(&format!("disk {text:?}"), why));
+    let folder = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
+    let folder = folder.unwrap_or_default();
     let config = MachineConfig {
+        cdrom: file.cdrom.map(|path| drive(&path, &folder)),
+        boot: file.boot,
+        firmware: file.firmware,
+        forwards: forwards(&file.forwards)?,
+        display: file.display,
+        autostart: file.autostart,
         memory: parse_size(&file.memory).map_err(|why| wrong(&format!("memory {:?}", file.memory), why))?,
         cpus: file.cpus,
         disks: file.disks.iter().map(disk).collect::<Result<_, _>>()?,
@@ -175,14 +224,13 @@ fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem
         memory_snapshots: file.memory_snapshots,
         qemu_args: file.qemu_args,
     };
-    let folder = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
-    request(name, config, &folder.unwrap_or_default())
+    request(name, config, &folder)
 }
 
 /// Makes paths absolute (the daemon has another folder) and settles the networks.
 fn request(name: String, mut config: MachineConfig, folder: &Path) -> Result<CreateRequest, Problem> {
     for disk in &mut config.disks {
-        if let DiskSource::File(path) = disk {
+        if let DiskSource::File(path) = &mut disk.source {
             *path = folder.join(&*path);
         }
     }
@@ -200,14 +248,68 @@ fn request(name: String, mut config: MachineConfig, folder: &Path) -> Result<Cre
     Ok(CreateRequest { name, config })
 }
 
-fn parse_disk(text: &str) -> Result<DiskSource, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     if looks_like_size(text) {
-        return parse_size(text).map(DiskSource::Size);
+        return parse_size(text).map(|size| DiskSource::Size(size).into());
     }
-    if text.is_empty() {
+    let (file, read_only) = text.strip_suffix(",ro").map_or((text, false), |file| (file, true));
+    if file.is_empty() {
         return Err("it is empty".to_owned());
     }
-    Ok(DiskSource::File(PathBuf::from(text)))
+    if read_only && looks_like_size(file) {
+        return Err("an empty disk cannot be read-only; a file of that name is written ./NAME,ro".to_owned());
+    }
+    Ok(DiskConfig { read_only, ..DiskSource::File(PathBuf::from(file)).into() })
+}
+
+/// Words for `--boot`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum BootWord {
+    Cd,
+    Disk,
+    Net,
+}
+
+impl From<BootWord> for Boot {
+    fn from(word: BootWord) -> Self {
+        match word {
+            BootWord::Cd => Self::Cd,
+            BootWord::Disk => Self::Disk,
+            BootWord::Net => Self::Net,
+        }
+    }
+}
+
+/// Words for `--firmware`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum FirmwareWord {
+    Bios,
+    Uefi,
+}
+
+impl From<FirmwareWord> for Firmware {
+    fn from(word: FirmwareWord) -> Self {
+        match word {
+            FirmwareWord::Bios => Self::Bios,
+            FirmwareWord::Uefi => Self::Uefi,
+        }
+    }
+}
+
+/// Words for `--display`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum DisplayWord {
+    None,
+    Vnc,
+}
+
+impl From<DisplayWord> for Display {
+    fn from(word: DisplayWord) -> Self {
+        match word {
+            DisplayWord::None => Self::None,
+            DisplayWord::Vnc => Self::Vnc,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -226,7 +328,8 @@ mod tests {
         let request = file("name = 'web'\nmemory = '512M'\ndisks = ['a.img', '/b.img', '10G']").unwrap();
         assert_eq!((request.name.as_str(), request.config.memory), ("web", 512 << 20));
         assert_eq!(request.config.networks, ["user"]);
-        match request.config.disks.as_slice() {
+        let sources: Vec<&DiskSource> = request.config.disks.iter().map(|disk| &disk.source).collect();
+        match sources.as_slice() {
             [DiskSource::File(a), DiskSource::File(b), DiskSource::Size(size)] => {
                 assert!(a.is_absolute() && a.ends_with("a.img"));
                 assert_eq!((b.as_path(), *size), (Path::new("/b.img"), 10 << 30));
@@ -251,6 +354,9 @@ mod tests {
             ("name = 'a'\nmemory = '16E'", "memory \"16E\""),
             ("name = 'a'\nmemry = '1G'", "memry"),
             ("name = 'a'\ndisks = ['0G']", "disk \"0G\""),
+            ("name = 'a'\ndisks = ['1G,ro']", "read-only"),
+            ("name = 'a'\nforwards = ['22']", "HOST:GUEST"),
+            ("name = 'a'\nboot = 'floppy'", "floppy"),
             ("name = 'a'\nnetworks = ['user', 'none']", "none"),
         ] {
             let problem = file(text).unwrap_err();

@@ -105,6 +105,9 @@ fn print(session: &Session, report: &GotoReport, took_us: u64, was_on: bool) {
     if let Some(why) = &report.in_place {
         session.out.note(format_args!("ended first, because it cannot be there twice: {why}"));
     }
+    for warning in &report.warnings {
+        session.out.note(format_args!("warning: {warning}"));
+    }
     if let Some(undo) = &report.undo_point {
         session.out.note(format_args!(
             "what was left is kept as {}@{}; `spinney undo` goes back to it",

@@ -21,9 +21,11 @@ mod protect;
 mod resume;
 mod rm;
 mod serve;
+mod set;
 mod show;
 mod start;
 mod stop;
+mod suspend;
 mod take;
 #[cfg(test)]
 mod tests;
@@ -88,6 +90,8 @@ pub(crate) enum Command {
     Kill(kill::Args),
     Pause(pause::Args),
     Resume(resume::Args),
+    Suspend(suspend::Args),
+    Set(set::Args),
     Ls(ls::Args),
     Show(show::Args),
     Console(console::Args),
@@ -129,6 +133,8 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Kill(args) => kill::run(session, &args),
         Command::Pause(args) => pause::run(session, &args),
         Command::Resume(args) => resume::run(session, &args),
+        Command::Suspend(args) => suspend::run(session, &args),
+        Command::Set(args) => set::run(session, args),
         Command::Ls(args) => ls::run(session, &args),
         Command::Show(args) => show::run(session, &args),
         Command::Console(args) => console::run(session, &args),

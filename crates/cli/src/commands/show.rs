@@ -4,7 +4,10 @@ use clap_complete::ArgValueCompleter;
 use jiff::Timestamp;
 use server::Problem;
 use server::client::Client;
-use server::snapshots::{DiskSource, Machine, MachineConfig, Mode, Snapshot, SnapshotState};
+use server::snapshots::{
+    Boot, CdDrive, DiskSource, Display, Firmware, Forward, Machine, MachineConfig, Mode, Snapshot,
+    SnapshotState,
+};
 
 use crate::draw::{power, state};
 use crate::output::{Style, ago, bytes, plain, room, span, wrap};
@@ -89,6 +92,7 @@ fn of_machine(m: &Machine) -> Rows {
     add("process", m.pid.map(|pid| pid.to_string()));
     add("QEMU", m.qemu.clone());
     add("accelerator", m.accel.clone());
+    add("screen (VNC)", m.vnc.as_ref().map(|path| format!("unix:{}", path.display())));
     add("console", m.console.as_ref().map(|path| path.display().to_string()));
     add("UUID", Some(m.uuid.clone()));
     add("MAC", (!m.macs.is_empty()).then(|| m.macs.join(", ")));
@@ -129,20 +133,42 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
 fn of_config(c: &MachineConfig) -> Rows {
     let mut rows = vec![("memory", bytes(c.memory)), ("CPUs", c.cpus.to_string())];
     for disk in &c.disks {
-        let text = match disk {
+        let text = match &disk.source {
+            DiskSource::File(path) if disk.read_only => format!("{}, read-only", path.display()),
             DiskSource::File(path) => format!("over {}", path.display()),
             DiskSource::Size(size) => format!("{}, empty at first", bytes(*size)),
         };
-        rows.push(("disk", text));
+        rows.push(("disk", format!("{}: {text}", disk.id)));
     }
     let mut add = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
+    let disc =
+        |drive: &CdDrive| drive.image.as_ref().map_or("empty".into(), |path| path.display().to_string());
+    add("CD drive", c.cdrom.as_ref().map(disc));
+    add("firmware", (c.firmware == Firmware::Uefi).then(|| "UEFI".to_owned()));
+    add("boots first from", c.boot.map(|boot| boot_word(boot).to_owned()));
     add("kernel", c.kernel.as_ref().map(|path| path.display().to_string()));
     add("initrd", c.initrd.as_ref().map(|path| path.display().to_string()));
     add("append", c.append.clone());
     add("network", (!c.networks.is_empty()).then(|| c.networks.join(", ")));
+    add("forwards", (!c.forwards.is_empty()).then(|| lines(&c.forwards)));
+    add("display", (c.display == Display::Vnc).then(|| "VNC".to_owned()));
+    add("autostart", c.autostart.then(|| "yes".to_owned()));
     add("memory in snapshots", (!c.memory_snapshots).then(|| "no".to_owned()));
     add("QEMU arguments", (!c.qemu_args.is_empty()).then(|| c.qemu_args.join(" ")));
     rows
+}
+
+/// Where firmware looks first, as people type it.
+fn boot_word(boot: Boot) -> &'static str {
+    match boot {
+        Boot::Cd => "cd",
+        Boot::Disk => "disk",
+        Boot::Net => "net",
+    }
+}
+
+fn lines(forwards: &[Forward]) -> String {
+    forwards.iter().map(Forward::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// `2026-03-01 09:30:00 UTC (2 h ago)`
@@ -157,6 +183,7 @@ pub(super) fn mode(mode: Mode) -> &'static str {
         Mode::PreCopy => "pre-copy",
         Mode::Live => "live",
         Mode::Off => "off: disks only",
+        Mode::Suspended => "suspended: its memory was kept already",
         Mode::DiskOnly => "disk-only",
     }
 }

@@ -153,6 +153,8 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(targets::kill))
         .routes(routes!(targets::pause))
         .routes(routes!(targets::resume))
+        .routes(routes!(targets::set))
+        .routes(routes!(targets::suspend))
         .routes(routes!(targets::take))
         .routes(routes!(targets::goto))
         .routes(routes!(targets::back))

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ::snapshots::{Edit, GotoPower, Machine, MachineConfig, RemovePlan, TakeOptions, Tree};
+use ::snapshots::{Edit, GotoPower, Machine, MachineConfig, RemovePlan, SetOptions, TakeOptions, Tree};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -58,7 +58,7 @@ fn recorded() -> GotoPower {
     GotoPower::Recorded
 }
 
-/// Plan of `goto` with `discard`.
+/// Plan of `goto` with `discard`, and of `set` with disks that go.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct DiscardPlan {
     /// What would be lost, in words; none if nothing.
@@ -201,6 +201,41 @@ pub(super) async fn resume(
     key: Key,
 ) -> Result<Accepted, Problem> {
     app.run("resume", target.clone(), key, (), move |engine, cx| engine.resume(cx, &target))
+}
+
+/// Change settings; the operation's result is the machine
+#[utoipa::path(post, path = "/v1/targets/{target}/set", tag = "targets", operation_id = "set",
+    params(("target" = String, Path, description = "Name"), DryRun), request_body = SetOptions,
+    responses((status = 200, description = "Dry run: what would be discarded", body = DiscardPlan),
+        (status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn set(
+    State(app): Shared,
+    Segment(target): Segment,
+    Parameters(query): Parameters<DryRun>,
+    key: Key,
+    Body(options): Body<SetOptions>,
+) -> Result<Response, Problem> {
+    if query.dry_run {
+        let plan = app
+            .read(move |engine| Ok(DiscardPlan { discards: engine.set_plan(&target, &options.rm_disks)? }));
+        return Ok(plan.await?.into_response());
+    }
+    let started = app.run("set", target.clone(), key, options.clone(), move |engine, cx| {
+        engine.set(cx, &target, options)
+    })?;
+    Ok(started.into_response())
+}
+
+/// Keep a machine's memory on the disk and end its process; the operation's result is the machine
+#[utoipa::path(post, path = "/v1/targets/{target}/suspend", tag = "targets", operation_id = "suspend",
+    params(("target" = String, Path, description = "Name")),
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn suspend(
+    State(app): Shared,
+    Segment(target): Segment,
+    key: Key,
+) -> Result<Accepted, Problem> {
+    app.run("suspend", target.clone(), key, (), move |engine, cx| engine.suspend(cx, &target))
 }
 
 /// Take a snapshot; the operation's result is the snapshot

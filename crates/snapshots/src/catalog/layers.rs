@@ -43,6 +43,11 @@ impl LayerRow {
         })
     }
 
+    /// True if it is a user's own image. As a disk's only layer it makes that disk read-only.
+    pub(crate) fn is_users(&self) -> bool {
+        self.stamp.is_some()
+    }
+
     /// Writes a new one.
     pub(crate) fn insert(&self, tx: &Transaction<'_>) -> Result<()> {
         tx.execute(

@@ -17,17 +17,20 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 
 pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
-pub(crate) use targets::{ProcessRow, TargetRow};
+pub(crate) use targets::{ProcessRow, Suspended, TargetRow};
 
 const SCHEMA: &str = include_str!("schema.sql");
 /// `PRAGMA user_version` of this schema. A catalog with a higher one was written by a later Spinney, and is refused.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
+/// What makes a catalog of each earlier version, from 1 on, one of the next.
+const UPGRADES: [&str; 1] = ["ALTER TABLE targets ADD COLUMN suspended TEXT"];
 
 /// The open catalog.
 #[derive(Debug)]
@@ -57,6 +60,15 @@ impl Catalog {
             0 => {
                 let transaction = connection.transaction().map_err(broken)?;
                 transaction.execute_batch(SCHEMA).map_err(broken)?;
+                transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
+                transaction.commit().map_err(broken)?;
+            }
+            older @ 1..VERSION => {
+                let transaction = connection.transaction().map_err(broken)?;
+                let first = usize::try_from(older - 1).unwrap_or_default();
+                for upgrade in UPGRADES.iter().skip(first) {
+                    transaction.execute_batch(upgrade).map_err(broken)?;
+                }
                 transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
                 transaction.commit().map_err(broken)?;
             }
@@ -127,6 +139,13 @@ fn json_column<T: DeserializeOwned>(row: &Row<'_>, name: &str) -> rusqlite::Resu
     })
 }
 
+/// Settings, whatever version wrote them.
+fn config_column(row: &Row<'_>) -> rusqlite::Result<MachineConfig> {
+    let mut config: MachineConfig = json_column(row, "config")?;
+    config.number_disks();
+    Ok(config)
+}
+
 fn optional_json<T: DeserializeOwned>(row: &Row<'_>, name: &str) -> rusqlite::Result<Option<T>> {
     match row.get::<_, Option<String>>(name)? {
         None => Ok(None),
@@ -148,4 +167,32 @@ fn time_column(row: &Row<'_>, name: &str) -> rusqlite::Result<Timestamp> {
 pub(crate) fn now() -> Timestamp {
     let now = Timestamp::now().as_millisecond();
     Timestamp::from_millisecond(now).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first version's tables, as far as the upgrades touch them.
+    const FIRST: &str = "CREATE TABLE targets (id TEXT PRIMARY KEY, power TEXT NOT NULL) STRICT;
+        INSERT INTO targets VALUES ('a', '\"off\"'); PRAGMA user_version = 1;";
+
+    #[test]
+    fn a_catalog_of_the_first_version_is_upgraded_and_a_later_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.db");
+        Connection::open(&path).unwrap().execute_batch(FIRST).unwrap();
+        let catalog = Catalog::open(&path).unwrap();
+        let row: (String, Option<String>) = catalog
+            .read(|tx| {
+                let sql = "SELECT power, suspended FROM targets";
+                Ok(tx.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))?)
+            })
+            .unwrap();
+        assert_eq!(row, ("\"off\"".to_owned(), None));
+        drop(catalog);
+        Catalog::open(&path).expect("it has this version now");
+        Connection::open(&path).unwrap().pragma_update(None, "user_version", VERSION + 1).unwrap();
+        assert_eq!(Catalog::open(&path).unwrap_err().code(), Code::Precondition);
+    }
 }

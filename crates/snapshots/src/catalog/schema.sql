@@ -1,4 +1,4 @@
--- The catalog, version 1. What each table means is in docs/formats/catalog.md.
+-- The catalog, version 2. What each table means is in docs/formats/catalog.md.
 
 CREATE TABLE groups (
     id      TEXT PRIMARY KEY,
@@ -21,7 +21,8 @@ CREATE TABLE targets (
     protected INTEGER NOT NULL DEFAULT 0,
     counter   INTEGER NOT NULL DEFAULT 0,
     created   INTEGER NOT NULL,
-    removed   INTEGER
+    removed   INTEGER,
+    suspended TEXT
 ) STRICT;
 CREATE UNIQUE INDEX target_names ON targets (name) WHERE removed IS NULL;
 

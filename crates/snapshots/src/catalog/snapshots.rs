@@ -5,9 +5,10 @@ use pages::{MapRoot, Saved};
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{json_column, one, optional_json, time_column, to_json};
+use super::{config_column, json_column, one, optional_json, time_column, to_json};
+use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
-use crate::types::{MachineConfig, Mode, Power};
+use crate::types::{Mode, Power};
 
 /// Where a snapshot's memory is in the page store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,7 +79,7 @@ impl SnapshotRow {
             keep: row.get("keep")?,
             protected: row.get("protected")?,
             machine: row.get("machine")?,
-            config: json_column(row, "config")?,
+            config: config_column(row)?,
             memory: optional_json(row, "memory")?,
             facts: json_column(row, "facts")?,
             removed: row.get("removed")?,

@@ -5,9 +5,10 @@ use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{json_column, now, one, optional_json, time_column, to_json};
+use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
+use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
-use crate::types::{MachineConfig, Power};
+use crate::types::Power;
 
 /// The QEMU that runs a machine, as it is found again after a restart of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,12 @@ impl ProcessRow {
     }
 }
 
+/// The memory of a suspended machine, which belongs to its disks as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Suspended {
+    pub(crate) memory: Memory,
+}
+
 /// A target.
 #[derive(Clone, Debug)]
 pub(crate) struct TargetRow {
@@ -47,6 +54,8 @@ pub(crate) struct TargetRow {
     pub(crate) parent: Option<String>,
     pub(crate) power: Power,
     pub(crate) process: Option<ProcessRow>,
+    /// Set exactly when the power state is [`Power::Suspended`].
+    pub(crate) suspended: Option<Suspended>,
     pub(crate) protected: bool,
     pub(crate) created: Timestamp,
     pub(crate) removed: Option<i64>,
@@ -61,13 +70,14 @@ impl TargetRow {
             name: row.get("name")?,
             group: row.get("grp")?,
             group_name: row.get("group_name")?,
-            config: json_column(row, "config")?,
+            config: config_column(row)?,
             machine: row.get("machine")?,
             uuid: row.get("uuid")?,
             macs: json_column(row, "macs")?,
             parent: row.get("parent")?,
             power: json_column(row, "power")?,
             process: optional_json(row, "process")?,
+            suspended: optional_json(row, "suspended")?,
             protected: row.get("protected")?,
             created: time_column(row, "created")?,
             removed: row.get("removed")?,
@@ -125,7 +135,7 @@ impl TargetRow {
         Ok(())
     }
 
-    /// Sets power state and process.
+    /// Sets power state and process. What was suspended is consumed, or dropped.
     pub(crate) fn set_process(
         tx: &Transaction<'_>,
         id: &str,
@@ -133,10 +143,25 @@ impl TargetRow {
         process: Option<&ProcessRow>,
     ) -> Result<()> {
         tx.execute(
-            "UPDATE targets SET power = ?2, process = ?3 WHERE id = ?1",
+            "UPDATE targets SET power = ?2, process = ?3, suspended = NULL WHERE id = ?1",
             params![id, to_json(&power)?, process.map(to_json).transpose()?],
         )?;
         Ok(())
+    }
+
+    /// Has no process any more and this memory to go on from.
+    pub(crate) fn set_suspended(tx: &Transaction<'_>, id: &str, memory: &Memory) -> Result<()> {
+        let suspended = Suspended { memory: memory.clone() };
+        tx.execute(
+            "UPDATE targets SET power = ?2, process = NULL, suspended = ?3 WHERE id = ?1",
+            params![id, to_json(&Power::Suspended)?, to_json(&suspended)?],
+        )?;
+        Ok(())
+    }
+
+    /// Every page map that here needs.
+    pub(crate) fn roots(&self) -> impl Iterator<Item = pages::MapRoot> + '_ {
+        self.suspended.iter().flat_map(|suspended| suspended.memory.roots())
     }
 
     /// Sets which snapshot here comes from, and the settings that came with it.
@@ -192,6 +217,12 @@ impl TargetRow {
              ON CONFLICT (target, disk) DO UPDATE SET layer = excluded.layer",
             params![id, disk, layer],
         )?;
+        Ok(())
+    }
+
+    /// Takes a disk away. Its layers stay for as long as a snapshot needs them.
+    pub(crate) fn remove_disk(tx: &Transaction<'_>, id: &str, disk: &str) -> Result<()> {
+        tx.execute("DELETE FROM here_disks WHERE target = ?1 AND disk = ?2", [id, disk])?;
         Ok(())
     }
 

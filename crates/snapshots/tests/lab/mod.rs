@@ -87,17 +87,7 @@ impl Lab {
 }
 
 pub(crate) fn config(disks: Vec<DiskSource>) -> MachineConfig {
-    MachineConfig {
-        memory: 64 << 20,
-        cpus: 1,
-        disks,
-        kernel: None,
-        initrd: None,
-        append: None,
-        networks: Vec::new(),
-        memory_snapshots: true,
-        qemu_args: Vec::new(),
-    }
+    MachineConfig { disks: disks.into_iter().map(Into::into).collect(), ..MachineConfig::bare(64 << 20) }
 }
 
 pub(crate) fn layers(dir: &Path) -> Vec<PathBuf> {
