@@ -38,7 +38,8 @@ fn interrupted(
     to: Option<usize>,
     step: &str,
 ) -> Result<(bool, Ended), Violation> {
-    let marker = walk.spinney.folder().join(step);
+    // A step is waited at once for each marker.
+    let marker = walk.spinney.folder().join(format!("{step}-{}", words.replace(' ', "-")));
     walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
     // The next command starts one that knows the step.
     walk.spinney.kill_daemon();

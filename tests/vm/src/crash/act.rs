@@ -37,6 +37,10 @@ pub enum Act {
     Stop,
     /// `kill`.
     Kill,
+    /// `suspend`.
+    Suspend,
+    /// `start` of a machine that is suspended.
+    Wake,
     /// `take` of a machine that is off.
     TakeOff,
     /// `rm` of a snapshot in the middle.
@@ -127,6 +131,7 @@ impl Act {
                 scene.ok(&format!("kill {m}"))?;
                 scene.here.running = false;
             }
+            Act::Wake => drop(scene.ok(&format!("suspend {m}"))?),
             Act::UndoTake => drop(scene.ok(&format!("take {m} {fresh}"))?),
             Act::UndoRm => drop(scene.ok(&format!("rm {m}@c2"))?),
             Act::UndoEdit => drop(scene.ok(&format!("edit {m}@c2 --name {fresh}"))?),
@@ -160,6 +165,8 @@ impl Act {
             Act::Start => (format!("start {m}"), "start", was()),
             Act::Stop => (format!("stop {m}"), "stop", was()),
             Act::Kill => (format!("kill {m}"), "kill", was()),
+            Act::Suspend => (format!("suspend {m}"), "suspend", was()),
+            Act::Wake => (format!("start {m}"), "start", was()),
             Act::Rm => (format!("rm {m}@c2"), "rm", was().without("c2")),
             Act::RmTree => (format!("rm {m}@c2 --tree --yes"), "rm", was().without("c3").without("c2")),
             Act::RmMachine => (format!("rm {m} --yes"), "rm", View::default()),

@@ -118,6 +118,10 @@ impl Scene {
             return self.check_disk(&expected);
         }
         match power {
+            "suspended" if matches!(act, Act::Suspend | Act::Wake) => {
+                self.ok(&format!("start {m}"))?;
+                self.check_guest(&expected)
+            }
             "running" if expected.running => self.check_guest(&expected),
             "off" | "lost_power" if !expected.running || victim.ends_the_machine() => {
                 self.check_disk(&expected)

@@ -65,6 +65,8 @@ impl Victim {
                     Act::Start => step == "journal.begun",
                     Act::GotoFromOff => step == "goto.overlays",
                     Act::GotoToOff => step == "goto.ended",
+                    Act::Suspend => step == "suspend.ended",
+                    Act::Wake => true,
                     _ => matches!(step, "stop.ended" | "kill.ended" | "goto.alone"),
                 };
                 guest && !none
@@ -79,7 +81,8 @@ impl Victim {
                     "goto.held",
                     "goto.decided",
                 ];
-                matches!(act, Act::Goto | Act::GotoDiscard | Act::UndoGoto) && both.contains(&step)
+                let goes = matches!(act, Act::Goto | Act::GotoDiscard | Act::UndoGoto);
+                goes && both.contains(&step) || step == "wake.loaded"
             }
         }
     }

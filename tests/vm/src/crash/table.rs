@@ -91,6 +91,12 @@ pub const ROWS: &[Row] = &[
     row(Act::Stop, &["stop.ended"], &["journal.begun"]),
     row(Act::Kill, &["kill.ended"], &["journal.begun"]),
     row(
+        Act::Suspend,
+        &["suspend.memory", "suspend.written", "suspend.ended"],
+        &["journal.begun", "pack.sealed"],
+    ),
+    row(Act::Wake, &["wake.loaded", "wake.decided"], &["journal.begun", "goto.memory"]),
+    row(
         Act::GotoInPlace,
         &["in-place.overlays", "in-place.kept", "goto.alone", "goto.loaded", "goto.decided"],
         &["goto.still", "goto.noted", "goto.memory", "goto.held", "goto.runs", "goto.trimmed"],
