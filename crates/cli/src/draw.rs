@@ -101,8 +101,14 @@ impl<'a> Drawing<'a> {
 
     fn line(&self, label: String, s: &Snapshot) -> Line {
         let saving = s.state == SnapshotState::Saving;
-        let words =
-            [(saving, "saving"), (s.undo_point, "undo point"), (s.protected, "protected"), (s.keep, "kept")];
+        let damaged = s.state == SnapshotState::Damaged;
+        let words = [
+            (saving, "saving"),
+            (damaged, "damaged"),
+            (s.undo_point, "undo point"),
+            (s.protected, "protected"),
+            (s.keep, "kept"),
+        ];
         Line {
             label,
             cells: vec![

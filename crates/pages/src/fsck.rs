@@ -8,6 +8,7 @@ use crate::index::Place;
 use crate::map::{Child, Forest};
 use crate::pack::{Entry, Pack, Refused, read_footer, read_layout};
 use crate::store::{Inner, Store};
+use crate::sync::read;
 use crate::{MapRoot, PAGE_SIZE, PageHash};
 
 /// What a check found.
@@ -61,9 +62,10 @@ impl Store {
             }
             before += pack.layout.len;
         }
-        report.packs += store.set_aside.len() as u64;
+        let aside = read(&store.set_aside).clone();
+        report.packs += aside.len() as u64;
         let lost = store.check_roots(roots, &mut found, &mut report)?;
-        for (name, problem) in &store.set_aside {
+        for (name, problem) in &aside {
             // Its footer is not to be trusted, so it may be what any root lacks.
             let labels = lost.iter().cloned().collect();
             report.damage.push(Damage { what: format!("pack {name}"), problem: problem.to_string(), labels });

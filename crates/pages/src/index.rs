@@ -160,6 +160,15 @@ impl Index {
         self.shards.iter().for_each(|shard| write(shard).retain(&keep));
     }
 
+    /// All names that lie in a pack, with their places.
+    pub(crate) fn in_pack(&self, pack: u32) -> Vec<(PageHash, Place)> {
+        let mut own = Vec::new();
+        for shard in &self.shards {
+            own.extend(read(shard).iter().filter(|(_, place)| place.pack == pack).copied());
+        }
+        own
+    }
+
     /// Number of names.
     pub(crate) fn len(&self) -> usize {
         self.shards.iter().map(|shard| read(shard).len()).sum()

@@ -39,6 +39,7 @@ mod index;
 mod map;
 mod pack;
 mod read;
+mod repair;
 mod session;
 mod store;
 mod sync;
@@ -59,6 +60,7 @@ pub use fsck::{Damage, Report};
 pub use gc::{GcDone, GcPlan, PackPlan};
 pub use group::GroupKey;
 pub use hold::Hold;
+pub use repair::{Repaired, Salvaged};
 pub use store::Store;
 pub use usage::Usage;
 

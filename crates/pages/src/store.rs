@@ -57,7 +57,7 @@ pub(crate) struct Inner {
     pub(crate) nodes: Index,
     pub(crate) packs: Packs,
     /// Packs that could not be used at open, by file name, and why.
-    pub(crate) set_aside: Vec<(String, Problem)>,
+    pub(crate) set_aside: RwLock<Vec<(String, Problem)>>,
     pub(crate) node_cache: NodeCache,
     pub(crate) clock: Arc<Clock>,
     /// Shared: look-ups that a session relies on. Alone: the collector decides that a pack goes.
@@ -113,7 +113,7 @@ impl Store {
         limits: Limits,
         lock: Option<File>,
     ) -> Result<Self> {
-        let mut inner = Inner {
+        let inner = Inner {
             packs: Packs::new(disk.clone()),
             disk,
             folder,
@@ -121,7 +121,7 @@ impl Store {
             limits,
             pages: Index::default(),
             nodes: Index::default(),
-            set_aside: Vec::new(),
+            set_aside: RwLock::default(),
             node_cache: NodeCache::default(),
             clock: Arc::default(),
             gate: RwLock::default(),
@@ -142,7 +142,7 @@ impl Store {
     pub fn allocated_bytes(&self) -> Result<u64> {
         let inner = &self.inner;
         let used = inner.packs.all().into_iter().map(|pack| pack.path.clone());
-        let aside = inner.set_aside.iter().map(|(name, _)| inner.folder.join(name));
+        let aside = inner.set_aside_names().into_iter().map(|name| inner.folder.join(name));
         let mut sum = 0;
         for path in used.chain(aside) {
             match inner.disk.open(&path).and_then(|file| file.allocated()) {
@@ -156,7 +156,7 @@ impl Store {
 
     /// Number of packs, those set aside included.
     pub fn pack_count(&self) -> usize {
-        self.inner.packs.all().len() + self.inner.set_aside.len()
+        self.inner.packs.all().len() + self.inner.set_aside_names().len()
     }
 
     /// Number of different pages held.
@@ -194,7 +194,7 @@ impl std::fmt::Debug for Store {
 
 impl Inner {
     /// Fills table and index from the packs in the folder.
-    fn load(&mut self) -> Result<()> {
+    fn load(&self) -> Result<()> {
         let mut ids = Vec::new();
         for name in self.disk.list(&self.folder).map_err(Error::io("list", &self.folder))? {
             let Some(name) = name.to_str() else { continue };
@@ -209,19 +209,21 @@ impl Inner {
             }
         }
         ids.sort_unstable();
+        let mut aside = Vec::new();
         for id in &ids {
             match self.load_pack(*id)? {
                 Ok(()) => {}
                 Err(problem) => {
                     tracing::warn!(pack = id.file_name(), %problem, "pack set aside");
-                    self.set_aside.push((id.file_name(), problem));
+                    aside.push((id.file_name(), problem));
                 }
             }
         }
-        let foreign = self.set_aside.iter().filter(|(_, problem)| *problem == Problem::OtherGroup).count();
+        let foreign = aside.iter().filter(|(_, problem)| *problem == Problem::OtherGroup).count();
         if foreign > 0 && foreign == ids.len() {
             return Err(Error::WrongKey { path: self.folder.clone() });
         }
+        *crate::sync::write(&self.set_aside) = aside;
         Ok(())
     }
 
@@ -262,7 +264,7 @@ impl Inner {
     }
 
     pub(crate) fn set_aside_names(&self) -> Vec<String> {
-        self.set_aside.iter().map(|(name, _)| name.clone()).collect()
+        crate::sync::read(&self.set_aside).iter().map(|(name, _)| name.clone()).collect()
     }
 
     /// Looks names up for a session that will rely on the answer: packs with a hit are safe from any collection that was

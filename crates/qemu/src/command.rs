@@ -278,7 +278,11 @@ impl MachineSpec {
             let slot = 0x08 + disk.place;
             let boot = self.boot_index(index + usize::from(self.boot != BootFirst::Disk));
             let address = format!("drive={drive},addr={slot:#x}{boot}");
-            args.pair("-device", format!("virtio-blk-pci,id={0},serial={0},{address}", disk.id));
+            // A full disk of the host's is no error of the guest's: it stands still until there is room.
+            args.pair(
+                "-device",
+                format!("virtio-blk-pci,id={0},serial={0},{address},werror=enospc", disk.id),
+            );
         }
     }
 

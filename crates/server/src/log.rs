@@ -30,7 +30,10 @@ pub(crate) fn open(state: &Path) -> io::Result<File> {
 /// syntax of `RUST_LOG`.
 pub(crate) fn start(file: File, stderr: bool) {
     let filter = EnvFilter::try_from_env("SPINNEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    // A log that cannot be written to, for want of room, is no reason for anything to fail: to say so on stderr, which is the same
+    // file, would end the thread that has something to say.
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).log_internal_errors(false);
     let file = Arc::new(file);
     // A second daemon in one process (tests) keeps the first one's log.
     let _ = if stderr {
@@ -43,8 +46,9 @@ pub(crate) fn start(file: File, stderr: bool) {
 /// Sends tracing's events to stderr, which is the daemon's log: for the daemon's helpers.
 pub fn start_helper() {
     let filter = EnvFilter::try_from_env("SPINNEY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(io::stderr).try_init();
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).log_internal_errors(false);
+    let _ = builder.with_writer(io::stderr).try_init();
 }
 
 /// What was written from byte `from` on, the last `lines` lines of it; empty if there is no log.

@@ -16,6 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often what nothing needs is looked for.
 const COLLECT_EVERY: Duration = Duration::from_secs(600);
 
+/// How often it is looked whether a guest that had no room has some.
+const RESUME_EVERY: Duration = Duration::from_secs(2);
+
 /// How often the daemon sees whether its socket is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -34,7 +37,7 @@ pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
     let path = socket::path(&settings.state)?;
     socket::make_folder(&settings.state)?;
     let file = log::open(&settings.state)
-        .map_err(|error| Problem::new(Code::Failed, "cannot open daemon.log").because(&error))?;
+        .map_err(|error| Problem::new(socket::class(&error), "cannot open daemon.log").because(&error))?;
     if options.detached {
         // Fails only for the leader of a process group, who has nothing to leave.
         let _ = rustix::process::setsid();
@@ -56,6 +59,7 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
         .spawn(move || starter.autostart())
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     collect_in_background(&engine)
+        .and_then(|()| resume_in_background(&engine))
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -83,6 +87,19 @@ fn collect_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
         }
     };
     std::thread::Builder::new().name("gc".into()).spawn(collect).map(drop)
+}
+
+/// Lets guests go on that the host had no room for, when it has some again.
+fn resume_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
+    let engine = Arc::downgrade(engine);
+    let resume = move || {
+        loop {
+            std::thread::sleep(RESUME_EVERY);
+            let Some(engine) = engine.upgrade() else { return };
+            engine.let_full_disks_go_on();
+        }
+    };
+    std::thread::Builder::new().name("resume".into()).spawn(resume).map(drop)
 }
 
 async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {

@@ -36,15 +36,18 @@ pub fn path(state: &Path) -> Result<PathBuf, Problem> {
 /// It cannot be made, is no folder, or others can write to it.
 pub fn make_folder(state: &Path) -> Result<(), Problem> {
     let cannot = |error: &io::Error| {
-        let code = match error.kind() {
-            io::ErrorKind::PermissionDenied => Code::NotPermitted,
-            io::ErrorKind::StorageFull => Code::NoSpace,
-            _ => Code::Failed,
-        };
-        Problem::new(code, format!("cannot make the state folder {}", state.display())).because(error)
+        Problem::new(class(error), format!("cannot make the state folder {}", state.display())).because(error)
     };
     DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(|error| cannot(&error))?;
     let metadata = state.metadata().map_err(|error| cannot(&error))?;
+    // Root, too: what it would put there its owner could not use any more.
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return Err(Problem::new(
+            Code::NotPermitted,
+            format!("the state folder {} belongs to another user (uid {})", state.display(), metadata.uid()),
+        )
+        .hint("work as that user, or choose another folder with --state or SPINNEY_STATE"));
+    }
     if metadata.mode() & 0o022 != 0 {
         return Err(Problem::new(
             Code::NotPermitted,
@@ -53,6 +56,16 @@ pub fn make_folder(state: &Path) -> Result<(), Problem> {
         .hint(format!("chmod 700 {}", state.display())));
     }
     Ok(())
+}
+
+/// The class that the system's reason stands for.
+pub(crate) fn class(error: &io::Error) -> Code {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match error.kind() {
+        PermissionDenied | ReadOnlyFilesystem => Code::NotPermitted,
+        StorageFull | QuotaExceeded => Code::NoSpace,
+        _ => Code::Failed,
+    }
 }
 
 /// Binds the socket, for its owner alone. The caller holds the lock of the state folder, so a socket that is there

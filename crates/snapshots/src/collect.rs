@@ -15,12 +15,12 @@ use jiff::Timestamp;
 use rusqlite::Transaction;
 use serde_json::json;
 
-use crate::catalog::{Act, LayerRow, OpRow, SnapshotRow, TargetRow, now};
+use crate::catalog::{Act, LayerRow, OpRow, SnapshotRow, TargetRow, last_jump, now};
 use crate::context::Context;
 use crate::disks::{allocated, remove_file};
 use crate::du::Ledger;
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::types::GcReport;
 
@@ -92,6 +92,13 @@ impl Engine {
             cx.check()?;
             report.packs = done.deleted + done.rewritten;
             report.bytes += done.freed_bytes;
+            if done.no_room > 0 && report.bytes == 0 {
+                return Err(Error::new(
+                    Code::NoSpace,
+                    "nothing could be freed: what could go shares its packs with what stays, and there is no room to write that anew",
+                )
+                .hint("make room on that disk by other means, or remove more snapshots and run `spinney gc --now` again"));
+            }
             self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))?;
             step("gc.written");
             Ok(report)
@@ -99,7 +106,7 @@ impl Engine {
     }
 
     /// Maps that the catalog refers to at this moment.
-    fn live_roots(&self) -> Result<Vec<pages::MapRoot>, Error> {
+    pub(crate) fn live_roots(&self) -> Result<Vec<pages::MapRoot>, Error> {
         self.catalog.read(|tx| Ok(roots_of(&SnapshotRow::all(tx)?, &TargetRow::all(tx, true)?)))
     }
 
@@ -119,7 +126,11 @@ impl Engine {
         if all {
             return Ok(Timestamp::MAX);
         }
-        let by_age = now().checked_sub(UNDO_AGE).unwrap_or(Timestamp::MIN);
+        let mut by_age = now().checked_sub(UNDO_AGE).unwrap_or(Timestamp::MIN);
+        // Seven days of a clock that was set in between are no seven days: they begin anew.
+        if self.catalog.write(last_jump)?.is_some_and(|jump| jump > by_age) {
+            by_age = Timestamp::MIN;
+        }
         let ledger = Ledger::read(self)?;
         let most =
             (self.store.allocated_bytes()? + ledger.layers_total()).div_euclid(UNDO_PART).max(UNDO_FLOOR);

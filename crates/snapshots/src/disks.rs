@@ -182,6 +182,7 @@ impl Engine {
     /// Makes the files of planned overlays, durable. On an error none is left.
     pub(crate) fn make_overlays(&self, overlays: &[NewOverlay]) -> Result<()> {
         let img = self.img()?;
+        self.check_room(overlays.len())?;
         let made = overlays.iter().try_for_each(|new| {
             // Ours are named relative to their folder, so that the state folder can be moved.
             let backing = if new.below.stamp.is_some() {

@@ -46,11 +46,11 @@ impl Engine {
                     note: edit.note.is_some().then(|| old.note.clone()),
                     keep: edit.keep.is_some().then_some(old.keep),
                 };
-                let name = edit.name.unwrap_or_else(|| old.name.clone());
+                let name = edit.name.clone().unwrap_or_else(|| old.name.clone());
                 if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
                     return Err(snapshot_name_taken(&target.name, &name));
                 }
-                let note = edit.note.unwrap_or_else(|| old.note.clone());
+                let note = edit.note.clone().unwrap_or_else(|| old.note.clone());
                 if name != old.name {
                     // Who gives it a name wants to keep it: no later goto takes it away.
                     SnapshotRow::promote(tx, &old.id)?;

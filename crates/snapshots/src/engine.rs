@@ -106,7 +106,20 @@ impl Engine {
             housekeeping: Mutex::default(),
             _lock: lock,
         };
-        let notes = engine.recover()?;
+        let old_copy = engine.catalog.is_old_copy()?;
+        let mut notes = engine.recover()?;
+        if old_copy {
+            engine.catalog.adopt_copy()?;
+            notes.push(
+                "the catalog is a copy from an earlier time: disk layers that it does not know are in the folder `lost` of \
+                 their group"
+                    .into(),
+            );
+        }
+        if let Err(error) = engine.catalog.keep_copy(&engine.settings.state.join("catalog.db")) {
+            tracing::warn!(%error, causes = ?error.causes(), "no copy of the catalog");
+        }
+        engine.catalog.write(crate::catalog::last_jump)?;
         Ok((Arc::new(engine), notes))
     }
 
@@ -275,14 +288,19 @@ fn lock_folder(state: &Path) -> Result<File> {
 
 impl From<pages::Error> for Error {
     fn from(error: pages::Error) -> Self {
-        let code = if error.is_no_space() {
-            Code::NoSpace
+        let (code, words) = if error.is_no_space() {
+            (Code::NoSpace, "there is no room for pages in the page store")
         } else if error.is_damage() {
-            Code::Damaged
+            (Code::Damaged, "pages in the page store are damaged or gone")
         } else {
-            Code::Failed
+            (Code::Failed, "the page store failed")
         };
-        Self::new(code, "the page store failed").because(error)
+        let damaged = code == Code::Damaged;
+        let error = Self::new(code, words).because(error);
+        match damaged {
+            true => error.hint("`spinney fsck` says which snapshots that touches; `spinney fsck --repair` mends what can be mended"),
+            false => error,
+        }
     }
 }
 
@@ -290,17 +308,9 @@ impl From<qemu::image::ImageError> for Error {
     fn from(error: qemu::image::ImageError) -> Self {
         let code = match &error {
             qemu::image::ImageError::InUse { .. } => Code::Refused,
-            qemu::image::ImageError::Failed { reason, .. } if reason.contains("No space left") => {
-                Code::NoSpace
-            }
-            qemu::image::ImageError::Copy { source, .. } | qemu::image::ImageError::Sync { source, .. }
-                if source.kind() == std::io::ErrorKind::StorageFull =>
-            {
-                Code::NoSpace
-            }
             _ => Code::Failed,
         };
-        Self::new(code, "a disk image cannot be used").because(error)
+        Self::new(code, "a disk image cannot be made or used").because(error)
     }
 }
 

@@ -35,6 +35,10 @@ pub(crate) enum Fault {
     CatalogUnsynced,
     /// Recovery rolls the disks of an unfinished take back.
     RollBackOverlay,
+    /// A clock that jumps is believed.
+    TrustClock,
+    /// The catalog has no room of its own on a full disk.
+    NoReserve,
 }
 
 #[cfg(feature = "faults")]
@@ -54,8 +58,23 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::OverlayUnsynced => "overlay-unsynced",
         Fault::CatalogUnsynced => "catalog-unsynced",
         Fault::RollBackOverlay => "roll-back-overlay",
+        Fault::TrustClock => "trust-clock",
+        Fault::NoReserve => "no-reserve",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
+}
+
+/// Seconds by which a test has the clock be wrong: they stand in the file that `SPINNEY_CLOCK` names.
+#[cfg(feature = "faults")]
+pub(crate) fn clock_is_off_by() -> i64 {
+    let file = std::env::var_os("SPINNEY_CLOCK");
+    let text = file.and_then(|file| std::fs::read_to_string(file).ok());
+    text.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(not(feature = "faults"))]
+pub(crate) const fn clock_is_off_by() -> i64 {
+    0
 }
 
 #[cfg(not(feature = "faults"))]

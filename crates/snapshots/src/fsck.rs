@@ -8,14 +8,69 @@ use crate::context::Context;
 use crate::disks::stamp;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::fault::step;
 use crate::memory::read_state;
 use crate::types::{Damage, FsckReport};
 
 impl Engine {
-    /// Reads every pack, map, device state and layer, and compares them with their names and with the catalog. Changes
-    /// nothing.
-    pub fn fsck(&self, cx: &Context) -> Result<FsckReport> {
+    /// Reads every pack, map, device state and layer, and compares them with their names and with the catalog. With `repair`, what
+    /// can be mended is mended first, and snapshots that cannot are marked. Without, nothing is changed.
+    pub fn fsck(&self, cx: &Context, repair: bool) -> Result<FsckReport> {
         let _alone = self.housekeep(cx)?;
+        let mended = if repair { self.mend_pages(cx)? } else { Vec::new() };
+        let report = FsckReport { mended, ..self.check_all(cx)? };
+        if repair {
+            self.mark_damaged(&report)?;
+        }
+        Ok(report)
+    }
+
+    /// Has the page store mend its packs; says what it did.
+    fn mend_pages(&self, cx: &Context) -> Result<Vec<String>> {
+        cx.phase("mending packs", 0);
+        let roots = self.live_roots()?;
+        let done = self.store.repair(&roots, &|| cx.check().is_ok())?;
+        step("fsck.mended");
+        cx.check()?;
+        let mut said: Vec<String> = done
+            .aside
+            .iter()
+            .map(|(pack, saved)| {
+                let aside = pack.replace(".pack", ".bad");
+                format!(
+                    "pack {pack}: {} pages and {} map nodes saved, put aside as {aside}",
+                    saved.pages, saved.nodes
+                )
+            })
+            .collect();
+        if done.elsewhere > 0 {
+            said.push(format!("{} pages or map nodes found whole in another pack", done.elsewhere));
+        }
+        if done.lost > 0 {
+            said.push(format!(
+                "{} damaged pages or map nodes forgotten: a take that meets them again stores them again",
+                done.lost
+            ));
+        }
+        Ok(said)
+    }
+
+    /// Writes down which snapshots cannot be relied on.
+    fn mark_damaged(&self, report: &FsckReport) -> Result<()> {
+        self.catalog.write(|tx| {
+            let mut damaged = Vec::new();
+            for snapshot in SnapshotRow::all(tx)? {
+                let label = label(&snapshot);
+                let found = report.damage.iter().find(|damage| damage.snapshots.contains(&label));
+                damaged.extend(
+                    found.map(|damage| (snapshot.id, format!("{}: {}", damage.what, damage.problem))),
+                );
+            }
+            SnapshotRow::set_damaged(tx, &damaged)
+        })
+    }
+
+    fn check_all(&self, cx: &Context) -> Result<FsckReport> {
         let (snapshots, targets, layers, users, written) = self.catalog.read(|tx| {
             let snapshots = SnapshotRow::all(tx)?;
             let layers = LayerRow::all(tx)?;
@@ -28,7 +83,7 @@ impl Engine {
                 }
             };
             for snapshot in &snapshots {
-                note(SnapshotRow::disks(tx, &snapshot.id)?, &snapshot.full_name());
+                note(SnapshotRow::disks(tx, &snapshot.id)?, &label(snapshot));
             }
             let mut written = HashSet::new();
             let targets = TargetRow::all(tx, true)?;
@@ -44,7 +99,7 @@ impl Engine {
         for problem in self.catalog.check()? {
             report.damage.push(Damage { what: "the catalog".into(), problem, snapshots: Vec::new() });
         }
-        let of_snapshots = snapshots.iter().filter_map(|s| Some((s.full_name(), s.memory.as_ref()?)));
+        let of_snapshots = snapshots.iter().filter_map(|s| Some((label(s), s.memory.as_ref()?)));
         let of_targets = targets.iter().filter_map(|t| Some((here(t), &t.suspended.as_ref()?.memory)));
         let memories: Vec<_> = of_snapshots.chain(of_targets).collect();
         report.snapshots = snapshots.len() as u64;
@@ -123,4 +178,10 @@ impl Engine {
 /// What of a target is no snapshot, by name.
 fn here(target: &TargetRow) -> String {
     format!("{} (here)", target.name)
+}
+
+/// What people call a snapshot. One that was removed may share its name with one that is there.
+fn label(snapshot: &SnapshotRow) -> String {
+    let name = snapshot.full_name();
+    if snapshot.removed.is_some() { format!("{name} (removed)") } else { name }
 }

@@ -121,6 +121,10 @@ impl Engine {
         if old.is_some() && !discard && !row.config.memory_snapshots {
             return Err(memory_would_go(&row.name, purpose.undoes.is_none()));
         }
+        self.check_room(row.config.disks.len())?;
+        if !discard {
+            self.check_not_full(row, old.as_deref())?;
+        }
         let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };
         let swapped =
             self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!(plan), || {

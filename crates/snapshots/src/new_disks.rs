@@ -120,6 +120,7 @@ impl Engine {
     /// Makes their files, durable. On an error none is left.
     pub(crate) fn make_new_disks(&self, disks: &NewDisks) -> Result<()> {
         let img = self.img()?;
+        self.check_room(disks.0.len())?;
         let make = |disk: &NewDisk| {
             let file = self.layer_file(&disk.top);
             match &disk.made {

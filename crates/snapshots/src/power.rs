@@ -51,10 +51,12 @@ impl Engine {
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
         let vnc = row.config.display == Display::Vnc;
+        let stopped = running.as_deref().filter(|_| power == Power::Paused);
         Ok(Machine {
             id: row.id,
             name: row.name,
             power,
+            stopped_because: stopped.and_then(|running| self.why_stopped(running)),
             group: row.group_name,
             config: row.config,
             uuid: row.uuid,
@@ -115,6 +117,7 @@ impl Engine {
                     .hint(format!("`spinney resume {target}` lets it run on")));
             }
         }
+        self.check_room(0)?;
         cx.phase("starting", 0);
         self.journaled(cx, "start", target, Some(&row.id), &json!({}), || {
             self.boot(&row, Begin::Boot)?;
@@ -242,6 +245,9 @@ impl Engine {
         if self.look(&row)?.0 == power {
             let state = if power == Power::Paused { "paused" } else { "running" };
             return Err(Error::new(Code::Refused, format!("{target} is {state} already")));
+        }
+        if power == Power::Running {
+            self.check_can_go_on(&row, &running)?;
         }
         self.journaled(cx, kind, target, Some(&row.id), &json!({}), || {
             running.qmp.execute(command, json!({}))?;

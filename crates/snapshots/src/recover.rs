@@ -25,7 +25,7 @@ use crate::catalog::{LayerRow, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::remove_file;
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
@@ -245,9 +245,24 @@ impl Engine {
         let (layers, targets) =
             self.catalog.read(|tx| Ok((LayerRow::all(tx)?, TargetRow::all(tx, true)?)))?;
         let files: HashSet<&str> = layers.iter().map(|l| l.file.as_str()).collect();
+        // An old copy of the catalog does not know all that was there: what it does not know is moved, not removed.
+        let lost = self.catalog.is_old_copy()?.then(|| self.layers_folder().with_file_name("lost"));
+        if let Some(lost) = &lost {
+            fs::create_dir_all(lost).map_err(|error| {
+                Error::new(Code::Failed, format!("{} cannot be made", lost.display())).because(error)
+            })?;
+        }
         for entry in fs::read_dir(self.layers_folder()).into_iter().flatten().flatten() {
             if !entry.file_name().to_str().is_some_and(|name| files.contains(name)) {
-                remove_file(&entry.path());
+                match &lost {
+                    Some(lost) => {
+                        fs::rename(entry.path(), lost.join(entry.file_name())).map_err(|error| {
+                            Error::new(Code::Failed, format!("{} cannot be moved", entry.path().display()))
+                                .because(error)
+                        })?
+                    }
+                    None => remove_file(&entry.path()),
+                }
             }
         }
         for run in self.unrecorded_runs(&targets) {

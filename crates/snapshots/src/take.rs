@@ -101,7 +101,9 @@ impl Engine {
         }
         let (row, guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
+        self.check_not_full(&row, running.as_deref())?;
         let mode = choose_mode(&row, power, running.as_deref(), &options)?;
+        self.check_room(row.config.disks.len())?;
         let name = self.choose_name(&row, options.name)?;
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {

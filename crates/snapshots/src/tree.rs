@@ -45,7 +45,8 @@ pub(crate) fn view(tx: &rusqlite::Transaction<'_>, row: &SnapshotRow) -> Result<
     for (_, layer) in SnapshotRow::disks(tx, &row.id)? {
         depth = depth.max(LayerRow::by_id(tx, &layer)?.depth);
     }
-    view_at(tx, row, depth, SnapshotState::Ready)
+    let damaged = SnapshotRow::damage(tx, &row.id)?.is_some();
+    view_at(tx, row, depth, if damaged { SnapshotState::Damaged } else { SnapshotState::Ready })
 }
 
 /// A row that need not be in the catalog, with the depth of its disks.
@@ -88,7 +89,7 @@ pub(crate) fn view_by_id(catalog: &Catalog, id: &str) -> Result<Snapshot> {
     })
 }
 
-/// Parents before children, siblings by time. A child can be older than its parent only if the clock jumped.
+/// Parents before children, siblings in the order in which they came.
 fn order(snapshots: &mut Vec<Snapshot>) {
     use std::collections::HashMap;
     let mut children: HashMap<Option<String>, Vec<Snapshot>> = HashMap::new();

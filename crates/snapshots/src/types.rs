@@ -34,6 +34,8 @@ pub struct Machine {
     pub name: String,
     /// Power state at this moment.
     pub power: Power,
+    /// Why QEMU has stopped the guest, if it has: "disk0 has no room on the host". Such a guest goes on by itself.
+    pub stopped_because: Option<String>,
     /// Name of the group.
     pub group: String,
     /// Settings.
@@ -97,6 +99,8 @@ pub enum SnapshotState {
     Saving,
     /// It is durable.
     Ready,
+    /// The last `fsck --repair` could not mend it: what it needs is damaged or gone. Its disks may be whole when its memory is not.
+    Damaged,
 }
 
 /// A snapshot as `tree` and `show` have it.
@@ -319,8 +323,10 @@ pub struct FsckReport {
     pub layers: u64,
     /// Snapshots walked.
     pub snapshots: u64,
-    /// What is wrong; empty if nothing is.
+    /// What is wrong; empty if nothing is. After a repair: what is still wrong.
     pub damage: Vec<Damage>,
+    /// What a repair did, in sentences.
+    pub mended: Vec<String>,
 }
 
 /// State of a journalled operation.

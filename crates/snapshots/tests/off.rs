@@ -72,7 +72,7 @@ fn rm_takes_the_name_and_gc_only_what_nobody_needs() {
     lab.engine().rm(&Context::new(), "m@leaf", false).unwrap();
     let report = lab.engine().gc(&Context::new(), true, false).unwrap();
     assert_eq!((report.layers, report.ends_undo_of.len()), (1, 1), "{report:?}");
-    assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
+    assert!(lab.engine().fsck(&Context::new(), false).unwrap().damage.is_empty());
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn an_image_of_the_users_is_not_written_and_a_change_is_noticed() {
     let error = lab.engine().start(&Context::new(), "m").unwrap_err();
     assert_eq!(error.code(), Code::Damaged);
     assert!(error.to_string().contains("base.raw"), "{error}");
-    let report = lab.engine().fsck(&Context::new()).unwrap();
+    let report = lab.engine().fsck(&Context::new(), false).unwrap();
     assert_eq!(report.damage.len(), 1);
     assert!(report.damage[0].snapshots.contains(&"m@one".to_owned()), "{report:?}");
 }
@@ -161,7 +161,7 @@ fn a_missing_layer_is_named_and_the_other_branch_is_usable() {
     lab.write(0, 2);
     lab.take("good");
     std::fs::remove_file(&lost).unwrap();
-    let report = lab.engine().fsck(&Context::new()).unwrap();
+    let report = lab.engine().fsck(&Context::new(), false).unwrap();
     assert_eq!(report.damage.len(), 1, "{report:?}");
     assert_eq!(report.damage[0].snapshots, ["m@bad"]);
     let gone = lab.engine().goto(&Context::new(), "m@bad", GotoPower::Recorded, false);

@@ -118,7 +118,7 @@ fn a_goto_swings_between_what_was_and_what_is() {
         assert!(lab.holds(0, 2));
         assert_eq!(here(&lab).as_deref(), Some("two"));
     }
-    assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
+    assert!(lab.engine().fsck(&Context::new(), false).unwrap().damage.is_empty());
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn undo_pins_a_tenth_of_the_store_at_most_and_a_gibibyte_in_any_case() {
     undo(&lab);
     assert_eq!(lab.names(), ["base", "second"]);
     assert_eq!(layers(lab.dir.path()).len(), 3, "of base, second, and here");
-    assert!(lab.engine().fsck(&Context::new()).unwrap().damage.is_empty());
+    assert!(lab.engine().fsck(&Context::new(), false).unwrap().damage.is_empty());
 }
 
 #[test]

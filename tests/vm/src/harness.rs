@@ -94,8 +94,16 @@ impl Spinney {
     /// # Panics
     /// There is no executable to test.
     pub fn with(variables: &[(&str, &str)]) -> Self {
+        Self::at(&std::env::temp_dir(), variables)
+    }
+
+    /// The same below another folder than the system's for temporary files.
+    ///
+    /// # Panics
+    /// There is no executable to test.
+    pub fn at(parent: &Path, variables: &[(&str, &str)]) -> Self {
         // Unix sockets lie in the state folder, and their paths are short.
-        let folder = tempfile::Builder::new().prefix("sp-").tempdir().expect("a temporary folder");
+        let folder = tempfile::Builder::new().prefix("sp-").tempdir_in(parent).expect("a temporary folder");
         let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         Self { disk: None, folder, program: program(), variables: variables.collect(), boots: 0 }
     }

@@ -5,5 +5,6 @@ pub mod disks;
 pub mod guest;
 pub mod harness;
 pub mod loop_disk;
+pub mod small_disk;
 pub mod underway;
 pub mod walk;

@@ -1,6 +1,7 @@
 //! `fsck`: read everything back and compare.
 
 use server::Problem;
+use server::api::FsckRequest;
 use server::client::Method;
 use server::snapshots::{Code, FsckReport};
 
@@ -9,13 +10,19 @@ use crate::session::Session;
 
 /// Read everything that is stored and compare it with its names
 ///
-/// Damage is listed with the snapshots that it touches, and the exit code is 6.
+/// Damage is listed with the snapshots that it touches, and the exit code is 6. A repair saves what is good in damaged packs, puts
+/// these aside (nothing is deleted), and marks the snapshots that it could not mend.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  spinney fsck")]
-pub(crate) struct Args {}
+#[command(after_help = "Examples:\n  spinney fsck\n  spinney fsck --repair")]
+pub(crate) struct Args {
+    /// Mend what can be mended first
+    #[arg(long)]
+    repair: bool,
+}
 
-pub(crate) fn run(session: &Session, _: &Args) -> Result<(), Problem> {
-    let report: FsckReport = session.change(Method::POST, "/v1/fsck", &serde_json::json!({}))?;
+pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
+    let body = FsckRequest { repair: args.repair };
+    let report: FsckReport = session.change(Method::POST, "/v1/fsck", &body)?;
     if session.out.json {
         session.out.document("spinney.fsck/1", &report);
     } else {
@@ -23,12 +30,23 @@ pub(crate) fn run(session: &Session, _: &Args) -> Result<(), Problem> {
     }
     match report.damage.len() as u64 {
         0 => Ok(()),
-        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing")))
-            .hint("snapshots that are not named are whole")),
+        n if args.repair => Err(Problem::new(
+            Code::Damaged,
+            format!("{} could not be mended", count(n, "thing")),
+        )
+        .hint(
+            "snapshots that are not named are whole; docs/failures.md says what can be done for the others",
+        )),
+        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing"))).hint(
+            "snapshots that are not named are whole; `spinney fsck --repair` mends what can be mended",
+        )),
     }
 }
 
 fn print(out: Output, report: &FsckReport) {
+    for mended in &report.mended {
+        out.line(mended);
+    }
     for damage in &report.damage {
         out.line(format_args!("{}: {}", out.paint(Style::Bad, &damage.what), damage.problem));
         for snapshot in &damage.snapshots {

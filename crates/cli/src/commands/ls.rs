@@ -49,8 +49,8 @@ fn machines(session: &Session) -> Result<(), Problem> {
         .filter_map(|machine| Some(lost_in_goto(&machine.name, machine.brought_back_by.as_ref()?)))
         .collect();
     for machine in machines {
-        let state = match &machine.busy {
-            Some(kind) => format!("{} ({kind})", power(machine.power)),
+        let state = match machine.busy.as_ref().or(machine.stopped_because.as_ref()) {
+            Some(why) => format!("{} ({why})", power(machine.power)),
             None => power(machine.power).to_owned(),
         };
         rows.push(vec![

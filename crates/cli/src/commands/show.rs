@@ -78,6 +78,10 @@ fn of_machine(m: &Machine) -> Rows {
     let mut rows =
         vec![("machine", m.name.clone()), ("id", m.id.clone()), ("state", power(m.power).to_owned())];
     let mut add = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
+    add(
+        "because",
+        m.stopped_because.as_ref().map(|why| format!("{why}; it goes on by itself when there is some")),
+    );
     add("busy", m.busy.clone());
     let back = m.brought_back_by.as_ref();
     add(
@@ -107,6 +111,7 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
     add("taken", Some(moment(Timestamp::now(), s.created)));
     add("state", Some(state(s).to_owned()));
     add("saving", (s.state == SnapshotState::Saving).then(|| "yes: it is on its way to the disk".to_owned()));
+    add("damaged", (s.state == SnapshotState::Damaged).then(|| "yes: `spinney fsck` says what".to_owned()));
     add("parent", parent);
     add("kind", s.undo_point.then(|| "undo point".to_owned()));
     add("protected", s.protected.then(|| "yes".to_owned()));

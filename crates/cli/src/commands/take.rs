@@ -108,7 +108,9 @@ fn line(s: &Snapshot) -> String {
     };
     let (address, state) = (format_args!("{}@{}", s.target, s.name), state(s));
     match s.state {
-        SnapshotState::Ready => format!("{address}  {state}, {size}{pause}, durable in {}", span(s.took_us)),
+        SnapshotState::Ready | SnapshotState::Damaged => {
+            format!("{address}  {state}, {size}{pause}, durable in {}", span(s.took_us))
+        }
         SnapshotState::Saving => {
             format!("{address}  {state}{pause}, saving; `spinney tree {}` shows when it is durable", s.target)
         }

@@ -22,6 +22,8 @@ pub struct GcDone {
     pub rewritten: u64,
     /// Packs left alone: a session has relied on them since the plan, or they are damaged, or gone already.
     pub skipped: u64,
+    /// Packs that could not be rewritten because the disk has no room for their copies; counted as skipped, too.
+    pub no_room: u64,
     /// Bytes by which the packs' files shrank.
     pub freed_bytes: u64,
     /// The caller stopped it before the plan's end; what was done is done.
@@ -102,14 +104,16 @@ impl Inner {
         if self.is_relied_on(&pack, since) {
             return Ok(());
         }
-        let mut building = Building::create(&*self.disk, &self.folder, self.names.fingerprint)?;
+        let mut building = match Building::create(&*self.disk, &self.folder, self.names.fingerprint) {
+            Ok(building) => building,
+            Err(e) => return not_rewritten(&pack, e, done),
+        };
         let copied = self.copy_live(&pack, &*file, &plan.live, &mut building);
         let copy = match copied.and_then(|copy| self.make_durable(&mut building, copy)) {
             Ok(copy) => copy,
             Err(e) => {
                 building.discard(&*self.disk);
-                tracing::warn!(pack = pack.name(), error = %e, "pack not rewritten");
-                return if e.is_damage() { Ok(()) } else { Err(e) };
+                return not_rewritten(&pack, e, done);
             }
         };
         step("gc.copied");
@@ -195,6 +199,13 @@ impl Inner {
         step("gc.removed");
         Ok(())
     }
+}
+
+/// A damaged pack is left for a check to name. One whose copy has no room is left for a day with more: others may be smaller.
+fn not_rewritten(pack: &Pack, error: Error, done: &mut GcDone) -> Result<()> {
+    tracing::warn!(pack = pack.name(), %error, "pack not rewritten");
+    done.no_room += u64::from(error.is_no_space());
+    if error.is_damage() || error.is_no_space() { Ok(()) } else { Err(error) }
 }
 
 /// What was copied out of a pack, and all that was in it.

@@ -67,7 +67,9 @@ impl Building {
             closed: None,
         };
         let header = Header::new(id, fingerprint).encode();
-        building.file.write_at(&[&header], 0).map_err(Error::io("write", &path))?;
+        building.file.write_at(&[&header], 0).map_err(Error::io("write", &path)).inspect_err(|_| {
+            building.discard(disk);
+        })?;
         Ok(building)
     }
 

@@ -65,6 +65,10 @@ impl CrashDisk {
         disk
     }
 
+    pub(crate) fn set_fault(&self, fault: Fault) {
+        lock(&self.0).fault = fault;
+    }
+
     /// Lets the power fail behind operation number `last`.
     pub(crate) fn crash_after(&self, last: u64) {
         lock(&self.0).last = Some(last);

@@ -6,6 +6,7 @@ mod crash_disk;
 mod damage;
 mod gc;
 mod model;
+mod repair;
 
 use crate::store::Limits;
 use crate::{MapRoot, PAGE_SIZE, PageHash, PageStore, Store};

@@ -33,7 +33,7 @@ use crate::{Problem, problem};
 
 pub use daemon::Version;
 pub use events::EVENT_OPERATION;
-pub use store::{GcRequest, UndoRequest};
+pub use store::{FsckRequest, GcRequest, UndoRequest};
 pub use targets::{CreateRequest, DiscardPlan, GotoRequest, Renamed, StopRequest};
 
 /// Largest request body in bytes.

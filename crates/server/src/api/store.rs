@@ -32,6 +32,14 @@ pub struct GcRequest {
     pub dry_run: bool,
 }
 
+/// Body of `fsck`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct FsckRequest {
+    /// Mend what can be mended first, and mark the snapshots that cannot.
+    pub repair: bool,
+}
+
 /// Body of `undo`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -71,10 +79,17 @@ pub(super) async fn gc(
 }
 
 /// Read everything back and compare; the operation's result is an `FsckReport`
-#[utoipa::path(post, path = "/v1/fsck", tag = "store", operation_id = "fsck",
+#[utoipa::path(post, path = "/v1/fsck", tag = "store", operation_id = "fsck", request_body = FsckRequest,
     responses((status = 202, description = "Started; the result is an `FsckReport`", body = OperationView)))]
-pub(super) async fn fsck(State(app): Shared, key: Key) -> Result<Accepted, Problem> {
-    app.run("fsck", "", key, (), move |engine, cx| -> ::snapshots::Result<FsckReport> { engine.fsck(cx) })
+pub(super) async fn fsck(
+    State(app): Shared,
+    key: Key,
+    Body(body): Body<FsckRequest>,
+) -> Result<Accepted, Problem> {
+    let repair = body.repair;
+    app.run("fsck", "", key, body, move |engine, cx| -> ::snapshots::Result<FsckReport> {
+        engine.fsck(cx, repair)
+    })
 }
 
 /// Take an operation back; the operation's result is an `Undone`

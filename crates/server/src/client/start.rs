@@ -29,13 +29,13 @@ const LINES: usize = 8;
 /// Starts the daemon and waits until it answers. Of several that try at once one starts it, and the others connect.
 pub(super) fn start(state: &Path, executable: &Path) -> Result<Client, Problem> {
     socket::make_folder(state)?;
-    let _lock = lock(state).map_err(|error| cannot(state).because(&error))?;
+    let _lock = lock(state).map_err(|error| refused(&error, cannot(state)))?;
     if let Some(client) = Client::existing(state)? {
         return Ok(Client { notes: Vec::new(), ..client });
     }
     let written = std::fs::metadata(log::path(state)).map_or(0, |metadata| metadata.len());
     let began = Instant::now();
-    let mut child = spawn(state, executable).map_err(|error| cannot(state).because(&error))?;
+    let mut child = spawn(state, executable).map_err(|error| refused(&error, cannot(state)))?;
     loop {
         if let Some(client) = Client::existing(state)? {
             return Ok(client);
@@ -44,7 +44,7 @@ pub(super) fn start(state: &Path, executable: &Path) -> Result<Client, Problem> 
             // A daemon that is ending still has the folder, or somebody started one by hand.
             Ok(Some(status)) if status.code() == Some(REFUSED) && began.elapsed() < LOCK_PATIENCE => {
                 std::thread::sleep(RETRY_EVERY);
-                child = spawn(state, executable).map_err(|error| cannot(state).because(&error))?;
+                child = spawn(state, executable).map_err(|error| refused(&error, cannot(state)))?;
             }
             Ok(Some(status)) => return Err(died(state, status, written)),
             _ if began.elapsed() >= PATIENCE => {
@@ -83,9 +83,23 @@ fn cannot(state: &Path) -> Problem {
     Problem::new(Code::Failed, format!("cannot start the daemon for {}", state.display()))
 }
 
+/// The class that the system's reason stands for.
+fn refused(error: &io::Error, problem: Problem) -> Problem {
+    Problem::new(socket::class(error), problem.detail).because(error)
+}
+
 fn died(state: &Path, status: ExitStatus, written: u64) -> Problem {
     let mut problem = cannot(state)
         .hint("`spinney serve` starts it in the foreground; `spinney doctor` looks at this host");
+    // It says by its exit code what is wrong, and so do we.
+    let code = match status.code() {
+        Some(5) => Code::Precondition,
+        Some(6) => Code::Damaged,
+        Some(7) => Code::NoSpace,
+        Some(8) => Code::NotPermitted,
+        _ => Code::Failed,
+    };
+    problem = Problem { hint: problem.hint, ..Problem::new(code, problem.detail) };
     problem.cause.push(format!("it ended with {status}; the end of its log:"));
     problem.cause.extend(log::tail(state, written, LINES));
     problem

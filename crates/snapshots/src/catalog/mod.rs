@@ -3,12 +3,15 @@
 //! What is in the catalog exists; what is not, does not, whatever lies on the disk. Every change of state is one
 //! transaction here, made after the files that it speaks of are durable. The tables are in `schema.sql`.
 
+mod clock;
+mod damaged;
 mod journal;
 mod layers;
+mod reserve;
 mod snapshots;
 mod targets;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,69 +24,45 @@ use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 
+pub(crate) use clock::last_jump;
 pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
 pub(crate) use targets::{ProcessRow, Suspended, TargetRow};
+
+use reserve::Reserve;
 
 const SCHEMA: &str = include_str!("schema.sql");
 /// `PRAGMA user_version` of this schema. A catalog with a higher one was written by a later Spinney, and is refused.
 const VERSION: i64 = 2;
 /// What makes a catalog of each earlier version, from 1 on, one of the next.
 const UPGRADES: [&str; 1] = ["ALTER TABLE targets ADD COLUMN suspended TEXT"];
+/// `PRAGMA application_id` of a copy.
+const IS_COPY: i64 = 0x5350_4350;
 
 /// The open catalog.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     connection: Mutex<Connection>,
+    reserve: Reserve,
 }
 
 impl Catalog {
     /// Opens the database at `path`, making it if it is not there.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let broken = |error: rusqlite::Error| {
-            Error::new(Code::Damaged, format!("the catalog {} cannot be opened", path.display()))
-                .because(error)
+        let reserve = Reserve::beside(path);
+        let connection = match connect(path) {
+            Err(error) if error.code() == Code::NoSpace && reserve.give_up() => connect(path)?,
+            Err(error) if error.code() == Code::Damaged => {
+                return Err(error.hint(format!(
+                    "nothing was changed. {} is a copy from when it was last opened: docs/failures.md says how to go on with it",
+                    copy_of(path).display()
+                )));
+            }
+            other => other?,
         };
-        let mut connection = Connection::open(path).map_err(broken)?;
-        connection.busy_timeout(Duration::from_secs(5)).map_err(broken)?;
-        connection
-            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
-            .map_err(broken)?;
-        if planted(Fault::CatalogUnsynced) {
-            connection.execute_batch("PRAGMA synchronous = OFF").map_err(broken)?;
-        }
-        let version: i64 =
-            connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(broken)?;
-        match version {
-            VERSION => {}
-            0 => {
-                let transaction = connection.transaction().map_err(broken)?;
-                transaction.execute_batch(SCHEMA).map_err(broken)?;
-                transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
-                transaction.commit().map_err(broken)?;
-            }
-            older @ 1..VERSION => {
-                let transaction = connection.transaction().map_err(broken)?;
-                let first = usize::try_from(older - 1).unwrap_or_default();
-                for upgrade in UPGRADES.iter().skip(first) {
-                    transaction.execute_batch(upgrade).map_err(broken)?;
-                }
-                transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
-                transaction.commit().map_err(broken)?;
-            }
-            newer => {
-                return Err(Error::new(
-                    Code::Precondition,
-                    format!(
-                        "the catalog {} has version {newer}; this Spinney knows {VERSION}",
-                        path.display()
-                    ),
-                )
-                .hint("use the Spinney that wrote it, or a later one"));
-            }
-        }
-        Ok(Self { connection: Mutex::new(connection) })
+        reserve.keep();
+        Ok(Self { connection: Mutex::new(connection), reserve })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -97,13 +76,60 @@ impl Catalog {
         body(&transaction)
     }
 
-    /// Runs `body` and makes what it changed durable; an error changes nothing.
-    pub(crate) fn write<T>(&self, body: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+    /// Runs `body` and makes what it changed durable; an error changes nothing. On a full disk the reserve is given up and `body`
+    /// runs once more.
+    pub(crate) fn write<T>(&self, mut body: impl FnMut(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let mut connection = self.lock();
-        let transaction = connection.transaction()?;
-        let value = body(&transaction)?;
-        transaction.commit()?;
-        Ok(value)
+        let mut once = || {
+            let transaction = connection.transaction()?;
+            let value = body(&transaction)?;
+            transaction.commit()?;
+            Ok(value)
+        };
+        match once() {
+            Err(error) if is_full(&error) && self.reserve.give_up() => once(),
+            Ok(value) => {
+                self.reserve.keep();
+                Ok(value)
+            }
+            other => other,
+        }
+    }
+
+    /// Leaves a copy of the whole catalog beside it, in place of the last one.
+    pub(crate) fn keep_copy(&self, path: &Path) -> Result<()> {
+        let (copy, half) = (copy_of(path), path.with_extension("db.copy.tmp"));
+        let io = |error: std::io::Error| {
+            Error::new(Code::Failed, format!("the copy of the catalog {} cannot be made", copy.display()))
+                .because(error)
+        };
+        match std::fs::remove_file(&half) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
+        }
+        self.lock().execute("VACUUM INTO ?1", [half.to_string_lossy()])?;
+        // Whoever opens it in place of the catalog must know that it is older than what lies on the disk.
+        let marked = Connection::open(&half)?;
+        marked.pragma_update(None, "application_id", IS_COPY)?;
+        drop(marked);
+        std::fs::File::open(&half).and_then(|file| file.sync_all()).map_err(io)?;
+        std::fs::rename(&half, &copy).map_err(io)?;
+        path.parent().map_or(Ok(()), |folder| std::fs::File::open(folder)?.sync_all()).map_err(io)
+    }
+
+    /// True if this catalog is a copy that was put back, and is older than what lies beside it.
+    pub(crate) fn is_old_copy(&self) -> Result<bool> {
+        Ok(self.lock().pragma_query_value(None, "application_id", |row| row.get::<_, i64>(0))? == IS_COPY)
+    }
+
+    /// From now on it is the catalog.
+    pub(crate) fn adopt_copy(&self) -> Result<()> {
+        Ok(self.lock().pragma_update(None, "application_id", 0)?)
+    }
+
+    /// Bytes that have to stay free for the catalog.
+    pub(crate) fn reserve_lacks(&self) -> u64 {
+        self.reserve.lacks()
     }
 
     /// SQLite's own check of the file; what it finds, line by line.
@@ -115,14 +141,81 @@ impl Catalog {
     }
 }
 
+/// Connects to the database, sees that it is whole, and makes its tables if it is new.
+fn connect(path: &Path) -> Result<Connection> {
+    let broken = |error: rusqlite::Error| {
+        Error::new(class(&error), format!("the catalog {} cannot be opened", path.display())).because(error)
+    };
+    let mut connection = Connection::open(path).map_err(broken)?;
+    connection.busy_timeout(Duration::from_secs(5)).map_err(broken)?;
+    // Before anything is written to it.
+    let problem: String =
+        connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(broken)?;
+    if problem != "ok" {
+        return Err(
+            Error::new(Code::Damaged, format!("the catalog {} is damaged", path.display())).because(problem)
+        );
+    }
+    connection
+        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+        .map_err(broken)?;
+    if planted(Fault::CatalogUnsynced) {
+        connection.execute_batch("PRAGMA synchronous = OFF").map_err(broken)?;
+    }
+    let version: i64 =
+        connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(broken)?;
+    match version {
+        VERSION => {}
+        0 => {
+            let transaction = connection.transaction().map_err(broken)?;
+            transaction.execute_batch(SCHEMA).map_err(broken)?;
+            transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
+            transaction.commit().map_err(broken)?;
+        }
+        older @ 1..VERSION => {
+            let transaction = connection.transaction().map_err(broken)?;
+            let first = usize::try_from(older - 1).unwrap_or_default();
+            for upgrade in UPGRADES.iter().skip(first) {
+                transaction.execute_batch(upgrade).map_err(broken)?;
+            }
+            transaction.pragma_update(None, "user_version", VERSION).map_err(broken)?;
+            transaction.commit().map_err(broken)?;
+        }
+        newer => {
+            return Err(Error::new(
+                Code::Precondition,
+                format!("the catalog {} has version {newer}; this Spinney knows {VERSION}", path.display()),
+            )
+            .hint("use the Spinney that wrote it, or a later one"));
+        }
+    }
+    // Tables that an older Spinney does without.
+    connection.execute_batch(include_str!("additions.sql")).map_err(broken)?;
+    Ok(connection)
+}
+
+fn class(error: &rusqlite::Error) -> Code {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => Code::NoSpace,
+        Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => Code::Damaged,
+        _ => Code::Failed,
+    }
+}
+
+/// Where the copy of a catalog lies.
+fn copy_of(path: &Path) -> PathBuf {
+    path.with_extension("db.copy")
+}
+
+/// True if it was the catalog itself that had no room; another full disk is not helped by the reserve.
+fn is_full(error: &Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<rusqlite::Error>());
+    cause.is_some_and(|cause| class(cause) == Code::NoSpace)
+}
+
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        let code = match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::DiskFull) => Code::NoSpace,
-            Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => Code::Damaged,
-            _ => Code::Failed,
-        };
-        Self::new(code, "the catalog cannot be read or written").because(error)
+        Self::new(class(&error), "the catalog cannot be read or written").because(error)
     }
 }
 
@@ -165,7 +258,7 @@ fn time_column(row: &Row<'_>, name: &str) -> rusqlite::Result<Timestamp> {
 }
 
 pub(crate) fn now() -> Timestamp {
-    let now = Timestamp::now().as_millisecond();
+    let now = Timestamp::now().as_millisecond() + 1000 * crate::fault::clock_is_off_by();
     Timestamp::from_millisecond(now).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 

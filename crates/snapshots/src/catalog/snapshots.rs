@@ -98,16 +98,16 @@ impl SnapshotRow {
             .ok_or_else(|| Error::new(Code::NotFound, format!("there is no snapshot with the id {id}")))
     }
 
-    /// The snapshots of a target, oldest first; removed ones included.
+    /// The snapshots of a target in the order in which they came, which no clock can upset; removed ones included.
     pub(crate) fn of_target(tx: &Transaction<'_>, target: &str) -> Result<Vec<Self>> {
-        let mut query = tx.prepare(&format!("{SELECT} WHERE s.target = ?1 ORDER BY s.created, s.rowid"))?;
+        let mut query = tx.prepare(&format!("{SELECT} WHERE s.target = ?1 ORDER BY s.rowid"))?;
         let rows = query.query_map([target], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
         Ok(rows)
     }
 
     /// All snapshots of all targets, removed ones included.
     pub(crate) fn all(tx: &Transaction<'_>) -> Result<Vec<Self>> {
-        let mut query = tx.prepare(&format!("{SELECT} ORDER BY s.created, s.rowid"))?;
+        let mut query = tx.prepare(&format!("{SELECT} ORDER BY s.rowid"))?;
         let rows = query.query_map([], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
         Ok(rows)
     }
@@ -134,7 +134,7 @@ impl SnapshotRow {
 
     /// The undo points of a target, oldest first; removed ones included.
     pub(crate) fn undo_points(tx: &Transaction<'_>, target: &str) -> Result<Vec<Self>> {
-        let sql = format!("{SELECT} WHERE s.target = ?1 AND s.undo_point = 1 ORDER BY s.created, s.rowid");
+        let sql = format!("{SELECT} WHERE s.target = ?1 AND s.undo_point = 1 ORDER BY s.rowid");
         let mut query = tx.prepare(&sql)?;
         let rows = query.query_map([target], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
         Ok(rows)
@@ -230,6 +230,7 @@ impl SnapshotRow {
             [id],
         )?;
         tx.execute("DELETE FROM snapshot_disks WHERE snapshot = ?1", [id])?;
+        tx.execute("DELETE FROM damaged WHERE snapshot = ?1", [id])?;
         tx.execute("DELETE FROM snapshots WHERE id = ?1", [id])?;
         Ok(())
     }

@@ -1,0 +1,14 @@
+-- Tables beside those of version 1. A Spinney that does not know them loses nothing but what they say.
+
+CREATE TABLE IF NOT EXISTS damaged (
+    snapshot TEXT PRIMARY KEY,
+    problem  TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS clock (
+    one    INTEGER PRIMARY KEY CHECK (one = 1),
+    wall   INTEGER NOT NULL,
+    uptime INTEGER NOT NULL,
+    boot   TEXT NOT NULL,
+    jumped INTEGER
+) STRICT;

@@ -1,0 +1,41 @@
+//! Free space: how much there is, and what has to be there before anything begins.
+
+use std::io;
+use std::path::Path;
+
+use crate::engine::Engine;
+use crate::error::{Code, Error, MAKE_ROOM, Result};
+
+/// What an overlay file takes at least, and then some: header, tables, refcounts.
+const OVERLAY: u64 = 512 << 10;
+/// What everything else of the smallest take or goto takes: a pack with a device state, the files of a QEMU, the catalog.
+const SMALLEST: u64 = 1 << 20;
+
+/// Bytes that may still be written to the file system of this folder.
+pub(crate) fn free(folder: &Path) -> io::Result<u64> {
+    let fs = rustix::fs::statvfs(folder)?;
+    // What is set aside for root stays so, for root too: it is there to get a full disk in order.
+    Ok(fs.f_bavail.saturating_mul(fs.f_frsize))
+}
+
+impl Engine {
+    /// Refuses what cannot have room for so many overlays, before anything is made. What memory will take nobody knows before it
+    /// has been read: of most guests the store has most pages already. So only the impossible is refused, and the rest rolled back.
+    pub(crate) fn check_room(&self, overlays: usize) -> Result<()> {
+        // What the catalog needs to get out of a full disk is not for what fills it.
+        let least = SMALLEST + OVERLAY * overlays as u64 + self.catalog.reserve_lacks();
+        match free(self.state()) {
+            Ok(free) if free < least => Err(Error::new(
+                Code::NoSpace,
+                format!(
+                    "the disk of {} is full: {} KiB are left, and nothing is begun with less than {}",
+                    self.state().display(),
+                    free >> 10,
+                    least >> 10
+                ),
+            )
+            .hint(MAKE_ROOM)),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! Damage to what is stored, by kind: reads fail and name the thing, `fsck` names the snapshots, `--repair` mends what can be mended,
+//! and the others still restore on a real guest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vm_tests::guest::Guest;
+use vm_tests::harness::Spinney;
+
+/// Bytes of a page, and of a pack before its first one.
+const PAGE: usize = 4096;
+
+/// A guest of 96 MiB that has been taken twice, with another word in its memory and on its disk each time.
+fn taken_twice() -> (Spinney, Vec<PathBuf>) {
+    let spinney = Spinney::new();
+    spinney.create_guest("m", 96).unwrap();
+    spinney.ok("start m").unwrap();
+    let mut seen = Vec::new();
+    for word in ["one", "two"] {
+        say(&spinney, word);
+        spinney.ok(&format!("take m {word} --mode stop-copy")).unwrap();
+        let new: Vec<PathBuf> = packs(&spinney).into_iter().filter(|pack| !seen.contains(pack)).collect();
+        assert_eq!(new.len(), 1, "a take is to make one pack");
+        seen.extend(new);
+    }
+    (spinney, seen)
+}
+
+fn guest(spinney: &Spinney) -> Guest {
+    let port = spinney.port("m").unwrap().expect("a port");
+    Guest::connect(&port, Duration::from_secs(60)).unwrap()
+}
+
+/// Writes a word to the guest's disk, and one page of its own to its memory.
+fn say(spinney: &Spinney, word: &str) {
+    let (status, said) =
+        guest(spinney).cmd(&format!("echo {word} > /data/word; sync; echo {word} > /tmp/word")).unwrap();
+    assert_eq!(status, 0, "{said}");
+}
+
+/// Goes there, and finds the word.
+fn restores(spinney: &Spinney, word: &str) {
+    spinney.ok(&format!("goto m@{word} --discard --yes")).unwrap();
+    let (_, said) = guest(spinney).cmd("cat /tmp/word /data/word").unwrap();
+    assert_eq!(said, format!("{word}\n{word}\n"));
+}
+
+/// Going there fails for damage, and the machine is as it was.
+fn does_not_restore(spinney: &Spinney, word: &str) -> Value {
+    let pid = spinney.ok("show m").unwrap()["pid"].clone();
+    let ended = spinney.run(["goto", &format!("m@{word}"), "--discard", "--yes"]);
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    assert_eq!(spinney.ok("show m").unwrap()["pid"], pid, "the machine is as it was");
+    guest(spinney).counter().unwrap();
+    ended.problem()
+}
+
+fn packs(spinney: &Spinney) -> Vec<PathBuf> {
+    let groups = fs::read_dir(spinney.state().join("groups")).unwrap();
+    let folders = groups.map(|group| group.unwrap().path().join("pages/packs"));
+    let mut packs: Vec<_> =
+        folders.flat_map(|f| fs::read_dir(f).unwrap()).map(|pack| pack.unwrap().path()).collect();
+    packs.sort();
+    packs
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+/// `fsck`, whatever it ends with.
+fn fsck(spinney: &Spinney, words: &str) -> Value {
+    let ended = spinney.run(words.split(' '));
+    let clean = ended.document["damage"] == json!([]);
+    assert_eq!(ended.code, Some(if clean { 0 } else { 6 }), "{}", ended.stderr);
+    ended.document
+}
+
+fn touched(report: &Value) -> Vec<&str> {
+    let damage = report["damage"].as_array().expect("damage").iter();
+    let mut names: Vec<&str> = damage
+        .flat_map(|d| d["snapshots"].as_array().into_iter().flatten())
+        .filter_map(Value::as_str)
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+fn state(spinney: &Spinney, word: &str) -> Value {
+    spinney.ok(&format!("show m@{word}")).unwrap()["state"].clone()
+}
+
+/// The daemon dies and comes back, as it does when it finds what happened meanwhile.
+fn again(spinney: &Spinney) {
+    spinney.kill_daemon();
+    spinney.ok("ls").unwrap();
+}
+
+#[test]
+fn a_pack_whose_index_is_gone_is_mended_whole() {
+    let (spinney, packs) = taken_twice();
+    let intact = fs::read(&packs[0]).unwrap();
+    // Its footer, its header, its end.
+    for kind in 0..3 {
+        match kind {
+            0 => flip(&packs[0], intact.len() - 128 - 400),
+            1 => flip(&packs[0], 60),
+            _ => fs::write(&packs[0], &intact[..intact.len() - 64]).unwrap(),
+        }
+        again(&spinney);
+        let problem = does_not_restore(&spinney, "one");
+        assert!(problem["hint"].as_str().is_some_and(|hint| hint.contains("fsck")), "{problem}");
+        let report = fsck(&spinney, "fsck");
+        assert_eq!(touched(&report), ["m@one", "m@two"], "they share pages: {report}");
+        let name = packs[0].file_name().unwrap().to_string_lossy().into_owned();
+        assert!(report.to_string().contains(&name), "{report}");
+        let report = fsck(&spinney, "fsck --repair");
+        assert_eq!(report["damage"], json!([]), "{report}");
+        assert!(report["mended"][0].as_str().is_some_and(|said| said.contains(&name)), "{report}");
+        assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
+        for word in ["one", "two"] {
+            restores(&spinney, word);
+        }
+        // As before, for the next kind.
+        for path in packs_now(&spinney) {
+            if path != packs[1] {
+                fs::remove_file(path).unwrap();
+            }
+        }
+        fs::write(&packs[0], &intact).unwrap();
+        again(&spinney);
+        assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
+    }
+}
+
+fn packs_now(spinney: &Spinney) -> Vec<PathBuf> {
+    packs(spinney)
+}
+
+#[test]
+fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
+    let (spinney, packs) = taken_twice();
+    // The second pack is of `two` alone; whether the first page of it is read at once does not matter.
+    flip(&packs[1], PAGE + 100);
+    does_not_restore(&spinney, "two");
+    restores(&spinney, "one");
+    assert_eq!(touched(&fsck(&spinney, "fsck")), ["m@two"]);
+    assert_eq!(state(&spinney, "two"), "ready", "a check changes nothing");
+    let report = fsck(&spinney, "fsck --repair");
+    assert_eq!(touched(&report), ["m@two"], "{report}");
+    assert_eq!((state(&spinney, "one"), state(&spinney, "two")), (json!("ready"), json!("damaged")));
+    let (tree, _) = spinney.plain(&["tree", "m"]);
+    assert!(tree.lines().any(|line| line.contains("two") && line.contains("damaged")), "{tree}");
+    does_not_restore(&spinney, "two");
+    restores(&spinney, "one");
+    // Its disk is whole.
+    spinney.ok("goto m@two --off --discard --yes").unwrap();
+    // New takes are not dragged in.
+    restores(&spinney, "one");
+    spinney.ok("take m three --mode stop-copy").unwrap();
+    assert_eq!(touched(&fsck(&spinney, "fsck")), ["m@two"]);
+    restores(&spinney, "one");
+}
+
+#[test]
+fn a_repair_that_dies_in_the_middle_is_done_again() {
+    let (mut spinney, packs) = taken_twice();
+    let len = fs::metadata(&packs[0]).unwrap().len() as usize;
+    flip(&packs[0], len - 128 - 400);
+    let marker = spinney.folder().join("mended");
+    spinney.set("SPINNEY_CRASH", &format!("fsck.mended kill {}", marker.display()));
+    again(&spinney);
+    assert_ne!(spinney.run(["fsck", "--repair"]).code, Some(0));
+    assert!(marker.exists(), "it was to die there");
+    assert_eq!(fsck(&spinney, "fsck --repair")["damage"], json!([]));
+    for word in ["one", "two"] {
+        restores(&spinney, word);
+    }
+}
+
+#[test]
+fn a_pack_that_is_gone_or_cut_costs_what_it_had() {
+    for gone in [true, false] {
+        let (spinney, packs) = taken_twice();
+        let bytes = fs::read(&packs[1]).unwrap();
+        match gone {
+            true => fs::remove_file(&packs[1]).unwrap(),
+            false => fs::write(&packs[1], &bytes[..PAGE * 3]).unwrap(),
+        }
+        again(&spinney);
+        does_not_restore(&spinney, "two");
+        assert_eq!(touched(&fsck(&spinney, "fsck")), ["m@two"]);
+        assert_eq!(touched(&fsck(&spinney, "fsck --repair")), ["m@two"]);
+        restores(&spinney, "one");
+        spinney.ok("rm m@two").unwrap();
+        spinney.ok("gc --now").unwrap();
+        assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
+    }
+}
+
+#[test]
+fn a_layer_that_is_gone_or_damaged_is_named() {
+    let (spinney, _) = taken_twice();
+    let two = spinney.layers();
+    restores(&spinney, "one");
+    // The layer that only `two` has under it is the one that going to `one` does not open.
+    let open: Vec<PathBuf> = spinney.machines().into_iter().flat_map(|pid| spinney.open_files(pid)).collect();
+    let layer =
+        two.iter().find(|path| path.exists() && !open.contains(path)).expect("a layer of `two`").clone();
+    let bytes = fs::read(&layer).unwrap();
+    for gone in [true, false] {
+        if gone {
+            fs::remove_file(&layer).unwrap()
+        } else {
+            fs::write(&layer, &bytes[..1000]).unwrap()
+        }
+        does_not_restore_or_open(&spinney, &layer, gone);
+        let report = fsck(&spinney, "fsck --repair");
+        assert_eq!(touched(&report), ["m@two"], "{report}");
+        assert!(report.to_string().contains(layer.to_str().unwrap()), "{report}");
+        assert_eq!(state(&spinney, "two"), "damaged");
+        restores(&spinney, "one");
+        fs::write(&layer, &bytes).unwrap();
+    }
+    fsck(&spinney, "fsck --repair");
+    assert_eq!(state(&spinney, "two"), "ready", "put back, all is well");
+    restores(&spinney, "two");
+}
+
+fn does_not_restore_or_open(spinney: &Spinney, layer: &Path, gone: bool) {
+    let ended = spinney.run(["goto", "m@two", "--discard", "--yes"]);
+    let name = layer.file_name().unwrap().to_str().unwrap();
+    assert!(ended.stderr.contains(name), "{}", ended.stderr);
+    if gone {
+        assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    } else {
+        assert_ne!(ended.code, Some(0));
+    }
+    guest(spinney).counter().unwrap();
+}
+
+#[test]
+fn a_catalog_that_is_damaged_is_named_and_left_alone_and_a_torn_transaction_is_not_there() {
+    let spinney = Spinney::new();
+    spinney.ok("create m --memory 64M --network none --disk 16M").unwrap();
+    spinney.ok("take m one").unwrap();
+    // A copy is made when the catalog is opened.
+    again(&spinney);
+    spinney.ok("take m two").unwrap();
+    let layers = spinney.layers();
+    spinney.kill_daemon();
+    let catalog = spinney.state().join("catalog.db");
+    let wal = spinney.state().join("catalog.db-wal");
+
+    // The end of the log of transactions, torn off in the middle of the last one: it has not happened.
+    let log = fs::read(&wal).unwrap();
+    assert!(log.len() > 9000, "the last take is in the log: {}", log.len());
+    fs::write(&wal, &log[..log.len() - 100]).unwrap();
+    let tree = spinney.ok("tree m").unwrap();
+    let names = |tree: &Value| {
+        tree["snapshots"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| s["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert!(names(&tree).contains(&"one".to_owned()), "{tree}");
+    assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
+    if !names(&tree).contains(&"two".to_owned()) {
+        spinney.ok("take m two").unwrap();
+    }
+    drop(layers);
+
+    spinney.ok("serve --stop").unwrap();
+    let intact = fs::read(&catalog).unwrap();
+    let mut bytes = intact.clone();
+    // A page in the middle, all of it.
+    let middle = bytes.len() / 2 / PAGE * PAGE;
+    bytes[middle..middle + PAGE].fill(0xa5);
+    fs::write(&catalog, &bytes).unwrap();
+    let ended = spinney.run(["ls"]);
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    assert!(ended.stderr.contains("catalog.db"), "{}", ended.stderr);
+    assert_eq!(fs::read(&catalog).unwrap(), bytes, "nothing was overwritten");
+
+    // The copy in its place: older, and nothing of the disks is deleted.
+    let before = spinney.layers().len();
+    fs::copy(spinney.state().join("catalog.db.copy"), &catalog).unwrap();
+    for end in ["-wal", "-shm"] {
+        let _ = fs::remove_file(spinney.state().join(format!("catalog.db{end}")));
+    }
+    let tree = spinney.ok("tree m").unwrap();
+    assert!(names(&tree).contains(&"one".to_owned()), "{tree}");
+    let groups = fs::read_dir(spinney.state().join("groups")).unwrap();
+    let lost =
+        groups.filter_map(|group| fs::read_dir(group.unwrap().path().join("lost")).ok()).flatten().count();
+    assert_eq!(spinney.layers().len() + lost, before, "what the copy does not know is kept");
+    spinney.ok("goto m@one --discard --yes").unwrap();
+}

@@ -1,0 +1,257 @@
+//! A full disk: before, during and after what is done. The guest ticks on, nothing is half made, what makes room works, and with room
+//! again everything does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vm_tests::guest::Guest;
+use vm_tests::harness::Spinney;
+use vm_tests::small_disk::SmallDisk;
+use vm_tests::underway::Underway;
+use vm_tests::walk::{Card, NAME, SOON, Walk};
+
+/// Steps of a take and a goto at which the disk becomes full.
+const TAKE: &[(&str, &str)] = &[
+    ("stop-copy", "take.overlays"),
+    ("stop-copy", "take.memory"),
+    ("stop-copy", "take.read"),
+    ("stop-copy", "take.resumed"),
+    ("pre-copy", "take.announced"),
+    ("pre-copy", "take.memory"),
+    ("live", "take.switched"),
+    ("live", "take.resumed"),
+    ("live", "take.saved"),
+];
+const GOTO: &[&str] = &["goto.memory", "goto.loaded", "goto.still", "goto.decided"];
+
+/// A guest with a snapshot on a small disk. It writes to its memory and, from now on, not to its disk.
+fn guest_on(disk: &SmallDisk, variables: &[(&str, &str)]) -> Walk {
+    let mut walk = Walk::begin(Spinney::at(&disk.path(), variables), 7, 64).unwrap();
+    for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::Writer] {
+        walk.play(card).unwrap();
+    }
+    quiet(&walk);
+    walk
+}
+
+/// Nothing of the guest's is still on its way to the disk.
+fn quiet(walk: &Walk) {
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    Guest::connect(&port, SOON).unwrap().sync().unwrap();
+}
+
+/// What must be the same after whatever had no room: the tree, here, the layers, and no half of a pack.
+fn standing(spinney: &Spinney) -> (Vec<Value>, Value, Vec<PathBuf>) {
+    let tree = spinney.ok(&format!("tree {NAME}")).unwrap();
+    let snapshots = tree["snapshots"].as_array().expect("snapshots").iter().map(|s| s["id"].clone());
+    let halves = packs(spinney).into_iter().filter(|path| path.extension().is_some_and(|end| end == "tmp"));
+    assert_eq!(halves.count(), 0, "half a pack is left");
+    (snapshots.collect(), tree["here"].clone(), spinney.layers())
+}
+
+fn packs(spinney: &Spinney) -> Vec<PathBuf> {
+    let groups = fs::read_dir(spinney.state().join("groups")).unwrap();
+    groups
+        .flat_map(|group| fs::read_dir(group.unwrap().path().join("pages/packs")).unwrap())
+        .map(|pack| pack.unwrap().path())
+        .collect()
+}
+
+/// It has no room, says where and what can be done.
+fn has_no_room(spinney: &Spinney, words: &str) {
+    let ended = spinney.run(words.split(' '));
+    let problem = ended.problem();
+    assert_eq!(ended.code, Some(7), "{words}: {problem} {}", ended.stderr);
+    assert!(problem["hint"].as_str().is_some_and(|hint| hint.contains("room")), "{words}: {problem}");
+    println!("{words}: {} ({})", problem["detail"], problem["cause"]);
+}
+
+#[test]
+fn a_disk_that_is_full_already() {
+    let Some(disk) = SmallDisk::new(420) else { return };
+    let walk = guest_on(&disk, &[]);
+    let spinney = &walk.spinney;
+    spinney.ok("create idle --memory 64M --network none --disk 16M").unwrap();
+    spinney.ok(&format!("take {NAME} s2 --mode stop-copy")).unwrap();
+    spinney.ok(&format!("edit {NAME}@s2 --name other")).unwrap();
+    quiet(&walk);
+    let port = spinney.port(NAME).unwrap().expect("a port");
+    disk.fill();
+    let before = standing(spinney);
+    for words in [
+        format!("take {NAME} x --mode stop-copy"),
+        format!("take {NAME} x --mode pre-copy"),
+        format!("take {NAME} x --mode live"),
+        format!("take {NAME} x --disk-only"),
+        "take idle x".to_owned(),
+        format!("goto {NAME}@s1"),
+        format!("goto {NAME}@s1 --discard --yes"),
+        "create more --memory 64M --network none --disk 16M".to_owned(),
+        "start idle".to_owned(),
+        format!("suspend {NAME}"),
+    ] {
+        has_no_room(spinney, &words);
+        walk.ticks_within(&port, SOON).unwrap();
+        assert_eq!(standing(spinney), before, "{words}");
+    }
+    assert_eq!(spinney.ok("ls").unwrap()["machines"].as_array().map(Vec::len), Some(2));
+
+    // Often enough that its log has no room either.
+    for _ in 0..30 {
+        has_no_room(spinney, "take idle x");
+    }
+    // The daemon comes up on a full disk, and what makes room works.
+    spinney.kill_daemon();
+    for round in 0..20 {
+        spinney.ok(&format!("edit {NAME}@other -m {round}")).unwrap();
+    }
+    spinney.ok(&format!("rm {NAME}@other")).unwrap();
+    spinney.ok("undo").unwrap();
+    spinney.ok(&format!("rm {NAME}@other")).unwrap();
+    spinney.ok("rm idle --yes").unwrap();
+    assert!(disk.free() < 16 << 20, "it was to be a full disk");
+    let free = disk.free();
+    let freed = spinney.ok("gc --now").unwrap();
+    assert!(freed["layers"].as_u64() >= Some(1) && disk.free() > free, "{freed}: {free} -> {}", disk.free());
+    walk.ticks_within(&port, SOON).unwrap();
+
+    disk.empty();
+    for words in [
+        "take web y --mode live",
+        "goto web@s1",
+        "undo",
+        "create more --memory 64M --network none --disk 16M",
+    ] {
+        spinney.ok(words).unwrap();
+    }
+    assert!(spinney.state().join("reserve").exists(), "the reserve is made again");
+    let port = spinney.port(NAME).unwrap().expect("a port");
+    walk.ticks_within(&port, SOON).unwrap();
+    assert_eq!(spinney.ok("fsck").unwrap()["damage"], serde_json::json!([]));
+}
+
+/// The check itself: without its reserve the catalog has no room for what makes room.
+#[test]
+fn without_the_reserve_nothing_makes_room() {
+    let Some(disk) = SmallDisk::new(64) else { return };
+    let spinney = Spinney::at(&disk.path(), &[("SPINNEY_FAULT", "no-reserve")]);
+    spinney.ok("create m --memory 64M --network none --disk 16M").unwrap();
+    spinney.ok("take m s1").unwrap();
+    disk.fill();
+    let refused = (0..40).find_map(|round| {
+        let ended = spinney.run(["edit", "m@s1", "-m", &round.to_string()]);
+        (ended.code != Some(0)).then_some(ended)
+    });
+    assert_eq!(refused.expect("a catalog that has no room").code, Some(7));
+}
+
+#[test]
+fn a_disk_that_becomes_full_in_a_take_or_goto() {
+    let Some(disk) = SmallDisk::new(420) else { return };
+    let mut walk = guest_on(&disk, &[]);
+    let takes = TAKE.iter().map(|(mode, step)| (format!("take {NAME} x --mode {mode}"), *step, None));
+    let gotos = GOTO.iter().map(|step| (format!("goto {NAME}@s1"), *step, Some(0)));
+    let (mut done, mut without) = (0, 0);
+    for (number, (words, step, to)) in takes.chain(gotos).enumerate() {
+        let words = words.replace(" x ", &format!(" x{number} "));
+        walk.play(Card::Mutate).unwrap();
+        quiet(&walk);
+        let marker = std::env::temp_dir().join(format!("full-{}-{number}", std::process::id()));
+        walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
+        walk.spinney.kill_daemon();
+        walk.spinney.ok("ls").unwrap();
+        let mut blow = |walk: &Walk, command: &mut Underway, _: &Path| {
+            reached(&marker, step);
+            disk.fill();
+            fs::remove_file(&marker).unwrap();
+            // To its end.
+            while command.reaches("") {}
+            let port = walk.spinney.port(NAME).unwrap().expect("a port");
+            let ticked = walk.ticks_within(&port, SOON);
+            disk.empty();
+            ticked
+        };
+        let (happened, ended) = walk
+            .cut_short(&words, to, &mut blow)
+            .unwrap_or_else(|violation| panic!("{words} at {step}: {violation}"));
+        println!("{words}, full at {step}: {:?} {}", ended.code, ended.problem()["detail"]);
+        match happened {
+            true => assert_eq!(ended.code, Some(0), "{step}: {}", ended.stderr),
+            false => assert_eq!(ended.code, Some(7), "{step}: {}", ended.stderr),
+        }
+        if happened {
+            done += 1
+        } else {
+            without += 1
+        }
+        standing(&walk.spinney);
+    }
+    println!("{done} were done, {without} had no room");
+    assert!(done > 0 && without >= 8, "{done} were done, {without} had no room");
+    walk.spinney.set("SPINNEY_CRASH", "");
+    walk.spinney.kill_daemon();
+    walk.end().unwrap();
+}
+
+fn reached(marker: &Path, step: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !marker.exists() {
+        assert!(Instant::now() < deadline, "{step} was not reached");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_guest_whose_own_write_has_no_room_goes_on_when_there_is_some() {
+    let Some(disk) = SmallDisk::new(420) else { return };
+    let mut walk = guest_on(&disk, &[]);
+    walk.play(Card::LogRate).unwrap();
+    let show = |walk: &Walk| walk.spinney.ok(&format!("show {NAME}")).unwrap();
+    let port = walk.spinney.port(NAME).unwrap().expect("a port");
+    for with_daemon in [true, false] {
+        let mut guest = Guest::connect(&port, SOON).unwrap();
+        guest.disk_write(8).unwrap();
+        disk.fill();
+        let stopped = until(|| show(&walk), |machine| machine["power"] == "paused");
+        let why = stopped["stopped_because"].as_str().unwrap_or_default();
+        assert_eq!(why, "disk0 has no room on the host", "{stopped}");
+        // It stands still indeed, and is not told of an error.
+        guest.set_timeout(Duration::from_millis(500));
+        assert!(guest.counter().is_err());
+        drop(guest);
+        let (table, _) = walk.spinney.plain(&["ls"]);
+        assert!(table.contains("paused (disk0 has no room on the host)"), "{table}");
+        for words in [format!("take {NAME} x"), format!("goto {NAME}@s1"), format!("resume {NAME}")] {
+            has_no_room(&walk.spinney, &words);
+        }
+        if !with_daemon {
+            walk.spinney.kill_daemon();
+            assert_eq!(show(&walk)["power"], "paused", "the next daemon finds it so");
+        }
+        disk.empty();
+        until(|| show(&walk), |machine| machine["power"] == "running");
+        let mut guest = Guest::connect(&port, Duration::from_secs(20)).unwrap();
+        guest.disk_write(0).unwrap();
+        let (status, said) = guest.cmd("dmesg | grep -ic 'error'").unwrap();
+        assert_eq!((status, said.trim()), (1, "0"), "the guest has seen an error");
+        let log = guest.log_check().unwrap();
+        assert!(log.ok && log.valid, "{log:?}");
+    }
+    walk.play(Card::TakeLive).unwrap();
+    walk.play(Card::Back).unwrap();
+}
+
+fn until(look: impl Fn() -> Value, is_so: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let value = look();
+        if is_so(&value) {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "it did not come: {value}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
