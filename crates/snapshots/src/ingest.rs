@@ -213,7 +213,6 @@ impl Shared<'_> {
                 thread::sleep(Duration::from_millis(500));
             }
             cx.advance((batch.places.len() * PAGE_SIZE) as u64);
-            step("take.memory");
             (self.intake.stored)();
             let weight = batch.weight();
             self.ahead.fetch_sub(weight, Ordering::Relaxed);
@@ -230,6 +229,8 @@ impl Shared<'_> {
     /// Writes down where the pages of a batch belong, once those before it are.
     fn write_down(&self, batch: Batch, names: Vec<PageHash>) {
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who waits here has the other threads wait as well.
+        step("take.memory");
         named.early.insert(batch.number, (batch, names));
         loop {
             let turn = named.turn;

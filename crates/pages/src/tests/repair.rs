@@ -1,6 +1,6 @@
 //! What a repair mends, by kind of damage; and that one which is cut short anywhere has made nothing worse.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::crash_disk::{CrashDisk, Fault, Survive};
@@ -51,7 +51,7 @@ fn damaged(store: &Store, kept: &Kept) -> (Vec<String>, Vec<String>) {
     (labels, others.collect())
 }
 
-fn flip(disk: &CrashDisk, path: &PathBuf, at: usize) {
+fn flip(disk: &CrashDisk, path: &Path, at: usize) {
     let mut bytes = disk.bytes(path);
     bytes[at] ^= 1;
     disk.replace(path, &bytes);
@@ -96,7 +96,7 @@ fn a_damaged_page_costs_the_maps_that_have_it_and_no_others() {
         let done = repair(&store, &kept);
         assert_eq!(done.lost, 1);
         assert_eq!(damaged(&store, &kept), (touched.iter().map(|l| (*l).to_owned()).collect(), vec![]));
-        check_all(&store, &kept[2..].to_vec()).unwrap();
+        check_all(&store, &kept[2..]).unwrap();
         // A repair that has been done finds nothing more to do.
         assert_eq!(repair(&store, &kept), Repaired::default());
         // Somebody has the page after all: it is stored again, and with it every map is whole.
@@ -129,7 +129,7 @@ fn a_damaged_node_costs_its_map_until_it_is_built_again() {
     let store = open(&disk).unwrap();
     repair(&store, &kept);
     assert_eq!(damaged(&store, &kept).0, ["a"]);
-    check_all(&store, &kept[1..].to_vec()).unwrap();
+    check_all(&store, &kept[1..]).unwrap();
     take(&store, &kept[0].1.clone());
     check_all(&store, &kept).unwrap();
 }
@@ -144,7 +144,7 @@ fn of_a_cut_pack_the_pages_before_the_cut_are_saved() {
     repair(&store, &kept);
     // Its map lay behind the cut; of `b` only a page lay before it.
     assert_eq!(damaged(&store, &kept), (vec!["a".to_owned()], vec![]));
-    check_all(&store, &kept[1..].to_vec()).unwrap();
+    check_all(&store, &kept[1..]).unwrap();
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn a_pack_that_is_cut_or_gone_under_an_open_store() {
         repair(&store, &kept);
         let touched: &[&str] = if gone { &["a", "b"] } else { &["a"] };
         assert_eq!(damaged(&store, &kept).0, touched);
-        check_all(&store, &kept[2..].to_vec()).unwrap();
+        check_all(&store, &kept[2..]).unwrap();
     }
 }
 
