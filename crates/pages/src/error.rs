@@ -108,7 +108,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Stored data is damaged or gone, as opposed to a call that cannot be carried out just now.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Missing { .. } | Self::Damaged { .. } | Self::DamagedPack { .. })
+        match self {
+            Self::Missing { .. } | Self::Damaged { .. } | Self::DamagedPack { .. } => true,
+            // A sector that cannot be read; a file that is cut or gone under a store that is open.
+            Self::Io { act: "read" | "open", source, .. } => {
+                let bad_sector = source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
+                bad_sector || matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
+            }
+            _ => false,
+        }
     }
 
     /// The disk, or the user's share of it, is full.

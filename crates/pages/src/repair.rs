@@ -134,7 +134,8 @@ impl Inner {
         }
         self.packs.forget(pack.number);
         if file.is_some() {
-            self.set_aside_file(&pack.name())?;
+            // It may have what another pack has lost: it goes aside at the end.
+            write(&self.set_aside).push((pack.name(), Problem::Content));
         }
         done.aside.entry(pack.name()).or_default().add(&good);
         Ok(())
@@ -232,6 +233,8 @@ impl Inner {
             for entry in read_footer(&*file, &pack.layout).unwrap_or_default() {
                 let name = (entry.kind, entry.name);
                 if wanted.contains(&name) && self.verify(&*file, name, u64::from(entry.at) * 8).is_some() {
+                    // A plan to collect it may have been made before anybody needed it.
+                    pack.touch(self.clock.now());
                     let place = Place { pack: pack.number, at: entry.at };
                     self.index(entry.kind).set(&[(entry.name, place)]);
                     wanted.remove(&name);

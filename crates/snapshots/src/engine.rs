@@ -119,7 +119,10 @@ impl Engine {
         if let Err(error) = engine.catalog.keep_copy(&engine.settings.state.join("catalog.db")) {
             tracing::warn!(%error, causes = ?error.causes(), "no copy of the catalog");
         }
-        engine.catalog.write(crate::catalog::last_jump)?;
+        if let Err(error) = engine.catalog.write(crate::catalog::last_jump) {
+            // On a disk that is full to its last byte there still is much that can be done.
+            tracing::warn!(%error, causes = ?error.causes(), "the clock is not looked at");
+        }
         Ok((Arc::new(engine), notes))
     }
 

@@ -18,7 +18,8 @@ const CARD: &str = "net0";
 pub(crate) fn check_ports(name: &str, wanted: &[Forward], held: &[Forward]) -> Result<()> {
     let taken = |forward: &Forward| {
         held.iter().any(|held| {
-            let same_address = held.address == forward.address || held.address.is_unspecified();
+            let any = held.address.is_unspecified() || forward.address.is_unspecified();
+            let same_address = held.address == forward.address || any;
             held.protocol == forward.protocol && held.host == forward.host && same_address
         })
     };

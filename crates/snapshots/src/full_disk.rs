@@ -13,6 +13,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, MAKE_ROOM, Result};
 use crate::room::free;
 use crate::running::Running;
+use crate::types::Power;
 
 /// QEMU's word for a guest that stands still because of its disk.
 const IO_ERROR: &str = "io-error";
@@ -28,17 +29,7 @@ impl Engine {
         if answer.get("status").and_then(Value::as_str) != Some(IO_ERROR) {
             return None;
         }
-        let devices = running.qmp.execute_within("query-block", json!({}), LOOK_LIMIT).unwrap_or_default();
-        let full: Vec<&str> = devices
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|device| device.get("io-status").and_then(Value::as_str) == Some("nospace"))
-            .filter_map(|device| {
-                device.get("qdev")?.as_str()?.split('/').find(|part| part.starts_with("disk"))
-            })
-            .collect();
-        Some(match full.as_slice() {
+        Some(match full_disks(running).as_slice() {
             [] => "a write to its disk failed on the host".to_owned(),
             disks => format!("{} has no room on the host", disks.join(", ")),
         })
@@ -74,6 +65,12 @@ impl Engine {
             }
             // Whoever is at work with it sees to it himself.
             let Some(_guard) = self.locks.try_acquire(&id, "resume") else { continue };
+            // Somebody may have paused it, before or meanwhile; and room helps only one that lacks room.
+            let paused = self.catalog.read(|tx| Ok(TargetRow::by_id(tx, &id)?.power == Power::Paused));
+            let still = matches!(run_state(&running.qmp).as_deref(), Ok(IO_ERROR));
+            if paused.unwrap_or(true) || !still || full_disks(&running).is_empty() {
+                continue;
+            }
             let went = running.qmp.execute("cont", json!({}));
             tracing::warn!(
                 run = running.row.run,
@@ -83,6 +80,18 @@ impl Engine {
             );
         }
     }
+}
+
+/// Disks whose last write found no room.
+fn full_disks(running: &Running) -> Vec<String> {
+    let devices = running.qmp.execute_within("query-block", json!({}), LOOK_LIMIT).unwrap_or_default();
+    let full = |device: &Value| {
+        let path = device.get("qdev")?.as_str()?;
+        let nospace = device.get("io-status").and_then(Value::as_str) == Some("nospace");
+        let disk = path.split('/').find(|part| part.starts_with("disk")).unwrap_or(path);
+        nospace.then(|| disk.to_owned())
+    };
+    devices.as_array().into_iter().flatten().filter_map(full).collect()
 }
 
 fn stands_still(name: &str, why: String) -> Error {

@@ -101,7 +101,9 @@ impl Engine {
     /// Bytes that were written to the disks since the snapshot that here comes from.
     fn here_bytes(&self, row: &TargetRow) -> Result<u64> {
         self.catalog.read(|tx| {
-            let layers = Self::layers_since(tx, &TargetRow::disks(tx, &row.id)?, row.parent.as_deref())?;
+            // What only a snapshot keeps that was removed goes with it.
+            let parent = SnapshotRow::visible(tx, row.parent.as_deref())?;
+            let layers = Self::layers_since(tx, &TargetRow::disks(tx, &row.id)?, parent.as_deref())?;
             Ok(layers.iter().map(|layer| allocated(&self.layer_file(layer))).sum())
         })
     }

@@ -108,7 +108,10 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "start")?;
         match self.look(&row)? {
             (Power::Off | Power::LostPower, _) => {}
-            (Power::Suspended, _) => return self.wake(cx, &row),
+            (Power::Suspended, _) => {
+                self.check_room(0)?;
+                return self.wake(cx, &row);
+            }
             (Power::Running, _) => {
                 return Err(Error::new(Code::Refused, format!("{target} is running already")));
             }
@@ -188,11 +191,13 @@ impl Engine {
     pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, "stop")?;
         let running = self.needs_process(&row)?;
-        let was_paused = self.look(&row)?.0 == Power::Paused;
+        // One that its full disk has stopped goes on to hear the button, and is not stopped by us afterwards.
+        let full = self.why_stopped(&running).is_some();
+        let was_paused = !full && self.look(&row)?.0 == Power::Paused;
         let plan = json!({ "was_paused": was_paused });
         self.journaled(cx, "stop", target, Some(&row.id), &plan, || {
             cx.phase("waiting for the guest to power off", 0);
-            if was_paused {
+            if was_paused || full {
                 running.qmp.execute("cont", json!({}))?;
             }
             let pressed = press_and_wait(cx, &running, target, timeout, kill);
@@ -242,7 +247,9 @@ impl Engine {
     ) -> Result<Machine> {
         let (row, _guard) = self.lock_target(cx, target, kind)?;
         let running = self.needs_process(&row)?;
-        if self.look(&row)?.0 == power {
+        // A guest that its full disk has stopped can be paused too: then it does not go on by itself.
+        let held_back = power == Power::Paused && row.power != power && self.why_stopped(&running).is_some();
+        if self.look(&row)?.0 == power && !held_back {
             let state = if power == Power::Paused { "paused" } else { "running" };
             return Err(Error::new(Code::Refused, format!("{target} is {state} already")));
         }

@@ -49,6 +49,9 @@ impl Engine {
     /// Brings files, processes and catalog together again. Returns what people should know.
     pub(crate) fn recover(&self) -> Result<Vec<String>> {
         let mut notes = Vec::new();
+        if self.catalog.is_old_copy()? {
+            self.give_up_suspended(&mut notes)?;
+        }
         let (targets, unfinished) =
             self.catalog.read(|tx| Ok((TargetRow::all(tx, true)?, OpRow::unfinished(tx)?)))?;
         // First of all: no two processes may run one machine.
@@ -81,6 +84,21 @@ impl Engine {
             notes.push(format!("{} starts with the daemon (autostart)", row.name));
         }
         Ok(notes)
+    }
+
+    /// With a catalog that is a copy of an earlier time: a machine that was suspended then may have gone on since, and its memory does
+    /// not belong to its disks any more.
+    fn give_up_suspended(&self, notes: &mut Vec<String>) -> Result<()> {
+        let targets = self.catalog.read(|tx| TargetRow::all(tx, true))?;
+        for target in targets.iter().filter(|target| target.suspended.is_some()) {
+            self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, Power::LostPower, None))?;
+            notes.push(format!(
+                "{} was suspended when the copy of the catalog was made: its disks may have been written to since, so the memory \
+                 that was kept is given up",
+                target.name
+            ));
+        }
+        Ok(())
     }
 
     /// Loads the machine that a goto in place had ended.

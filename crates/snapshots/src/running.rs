@@ -76,6 +76,8 @@ impl Engine {
         let Tools { qemu, accel, .. } = self.tools()?;
         let cdrom = cd_spec(&target.name, config)?;
         let uefi = uefi_spec(config, &mut disks)?;
+        // They boot in the order of the settings, in which one that was added comes last.
+        disks.sort_by_key(|disk| config.disks.iter().position(|known| known.id == disk.id));
         let name = new_id().chars().take(8).collect::<String>();
         let run = self.run_folder(&name);
         check_socket_path(&run.console())?;

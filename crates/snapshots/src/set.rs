@@ -5,7 +5,7 @@
 
 use serde_json::json;
 
-use crate::catalog::{OpRow, TargetRow};
+use crate::catalog::{OpRow, SnapshotRow, TargetRow};
 use crate::check::{check_changed, check_disk, existing_file};
 use crate::config::{CdDrive, MachineConfig, SetOptions};
 use crate::context::Context;
@@ -14,7 +14,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::forwards::{check_ports, set_ports};
 use crate::new_disks::NewDisks;
-use crate::running::Running;
+use crate::running::{Running, check_ever_fits};
 use crate::types::{Machine, Power};
 
 impl Engine {
@@ -30,6 +30,9 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "set")?;
         let (power, running) = self.look(&row)?;
         let config = changed(&row, &options)?;
+        if config.memory != row.config.memory {
+            check_ever_fits(&row.name, config.memory)?;
+        }
         if !matches!(power, Power::Off | Power::LostPower) {
             can_change_now(&row, power, &config)?;
         }
@@ -63,7 +66,9 @@ impl Engine {
             }
             let mut disks = TargetRow::disks(tx, &row.id)?;
             disks.retain(|(disk, _)| rm_disks.contains(disk));
-            Ok((row.name, Self::layers_since(tx, &disks, row.parent.as_deref())?))
+            // What only a snapshot keeps that was removed goes with it.
+            let parent = SnapshotRow::visible(tx, row.parent.as_deref())?;
+            Ok((row.name, Self::layers_since(tx, &disks, parent.as_deref())?))
         })?;
         let bytes: u64 = layers.iter().map(|layer| allocated(&self.layer_file(layer))).sum();
         let disks = rm_disks.join(", ");
@@ -158,7 +163,7 @@ fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Resu
         ("display", now.display != wanted.display),
         ("lack of a CD drive", now.cdrom.is_none() && wanted.cdrom.is_some()),
         // The state that is kept knows which disc is in.
-        ("disc", power == Power::Suspended && now.cdrom != wanted.cdrom),
+        ("disc", power == Power::Suspended && other_disc(now, wanted)),
     ];
     let Some((what, _)) = fixed.iter().find(|(_, changes)| *changes) else { return Ok(()) };
     let (name, state) = (&row.name, if power == Power::Suspended { "suspended" } else { "on" });
@@ -170,6 +175,15 @@ fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Resu
     };
     Err(Error::new(Code::Refused, format!("the {what} of {name} cannot change while it is {state}"))
         .hint(hint))
+}
+
+/// A disc in place of another one; one whose file is gone may be taken out, and put back.
+fn other_disc(now: &MachineConfig, wanted: &MachineConfig) -> bool {
+    let image = |config: &MachineConfig| config.cdrom.as_ref().and_then(|drive| drive.image.clone());
+    match (image(now), image(wanted)) {
+        (Some(now), Some(wanted)) => now != wanted,
+        _ => false,
+    }
 }
 
 fn insert(running: &Running, drive: &CdDrive) -> Result<()> {

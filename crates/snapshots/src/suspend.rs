@@ -23,7 +23,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::forwards::check_ports;
 use crate::running::{Begin, check_host_memory};
-use crate::swap::{GotoPlan, Standby};
+use crate::swap::{GotoPlan, Standby, rescue_if_lost};
 use crate::take::{STILL_LIMIT, too_late};
 use crate::types::{Machine, Power};
 
@@ -66,7 +66,9 @@ impl Engine {
                 None => decide(),
                 Some(still) => {
                     still.hold(STILL_LIMIT).map_err(too_late)?;
-                    still.during(STILL_LIMIT, decide)
+                    let decided = still.during(STILL_LIMIT, decide);
+                    rescue_if_lost(&still, decided.is_err(), Some(&running));
+                    decided
                 }
             }
         })?;
@@ -105,6 +107,13 @@ impl Engine {
             still.hold(STILL_LIMIT).map_err(too_late)?;
             still.during(STILL_LIMIT, || {
                 cx.check()?;
+                // The memory that is kept is not given up for a machine that is gone already.
+                if standby.new.as_ref().is_none_or(|new| !new.process.is_alive()) {
+                    let sentence = format!("the QEMU that {} was loaded into has ended", row.name);
+                    return Err(
+                        Error::new(Code::Failed, sentence).hint("it is suspended as before: try again")
+                    );
+                }
                 self.catalog.write(|tx| {
                     TargetRow::set_process(tx, &row.id, Power::Running, Some(&process))?;
                     OpRow::finish(tx, &cx.id, None)
@@ -113,7 +122,9 @@ impl Engine {
                 if let Some(new) = standby.disarm().map(Arc::new) {
                     self.running_map().insert(row.id.clone(), Arc::clone(&new));
                     if let Err(error) = settle(&new.qmp, "running") {
-                        tracing::error!(%error, target = row.name, "the machine is back and paused");
+                        tracing::error!(%error, target = row.name, "the machine is back and does not run");
+                        let sentence = format!("{} is back, and does not go on", row.name);
+                        return Err(Error::new(Code::Failed, sentence).because(error));
                     }
                 }
                 Ok(())

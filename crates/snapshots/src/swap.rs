@@ -17,7 +17,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::forwards::{check_ports, set_ports};
-use crate::memory::{feed, read_state};
+use crate::memory::{check_readable, feed, read_state};
 use crate::running::{Begin, Running, check_host_memory, log_tail};
 use crate::take::{STILL_LIMIT, Unwritten, free_guest, micros, point_here_at, too_late};
 use crate::types::Power;
@@ -127,6 +127,12 @@ impl Engine {
             standby.new = Some(self.load_beside(swap)?);
             step("goto.loaded");
         }
+        if wanted == Power::Suspended
+            && let Some(memory) = &swap.snapshot.memory
+        {
+            // Nothing is loaded: what cannot be read must be found out while there still is a machine.
+            check_readable(self.store.as_ref(), memory, cx)?;
+        }
         cx.check()?;
         let mut undo_point = swap.keep.then(|| self.capture_undo_point(cx, row, was, old)).transpose()?;
         // From here to its end the guest depends on us, the old one or the new one.
@@ -223,7 +229,10 @@ impl Engine {
     fn load_beside(&self, swap: &Swap<'_>) -> Result<Running> {
         let Swap { cx, row, snapshot, .. } = *swap;
         let held = swap.old.map_or(&[][..], |_| &row.config.forwards);
-        check_ports(&row.name, &snapshot.config.forwards, held)?;
+        // What had its ports is brought back without them rather than not at all.
+        if swap.coming != Coming::Back {
+            check_ports(&row.name, &snapshot.config.forwards, held)?;
+        }
         let disks = self.catalog.read(|tx| {
             let read_only = Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
             let mut disks = self.disk_specs(tx, &read_only)?;

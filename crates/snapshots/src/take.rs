@@ -461,7 +461,8 @@ impl Engine {
         below: &str,
     ) -> Result<()> {
         let node = format!("l-{}", overlay.id);
-        if active_node(running, disk)?.is_none_or(|active| active == node) {
+        // Only where the guest writes to the layer below: with a catalog that is a copy of an earlier time, it may be further on.
+        if active_node(running, disk)?.is_none_or(|active| active != format!("l-{below}")) {
             return Ok(());
         }
         self.catalog.write(|tx| {

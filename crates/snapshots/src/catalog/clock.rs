@@ -12,8 +12,8 @@ use crate::running::boot_id;
 
 /// Clocks that drift apart by more between two looks have not drifted: one was set.
 const JUMP_MS: i64 = 10 * 60 * 1000;
-/// A host that was off for longer may as well have a clock that is wrong: nobody can tell.
-const OFF_MS: i64 = 24 * 3600 * 1000;
+/// A host that was off for longer may as well have a clock that is wrong: nobody can tell. A weekend is shorter.
+const OFF_MS: i64 = 6 * 24 * 3600 * 1000;
 
 /// Looks at the clocks and remembers what they say. Returns when the host's clock was last seen to jump, by its own new time; none
 /// if it never was. Ages are to be trusted only as far as they lie behind that.
@@ -29,7 +29,11 @@ pub(crate) fn last_jump(tx: &Transaction<'_>) -> Result<Option<Timestamp>> {
             let off = (wall - then).saturating_sub(uptime - then_up);
             (off.abs() > JUMP_MS).then_some(wall)
         }
-        Some((then, _, _, _)) => (wall < then || wall - then > OFF_MS).then_some(wall),
+        Some((then, _, _, _)) => {
+            // From the last look to this boot.
+            let off = wall - uptime - then;
+            (wall < then || off > OFF_MS).then_some(wall)
+        }
     }
     .or(seen.as_ref().and_then(|(_, _, _, jumped)| *jumped))
     .filter(|_| !planted(Fault::TrustClock));

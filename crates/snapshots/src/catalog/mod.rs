@@ -52,7 +52,7 @@ impl Catalog {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let reserve = Reserve::beside(path);
         let connection = match connect(path) {
-            Err(error) if error.code() == Code::NoSpace && reserve.give_up() => connect(path)?,
+            Err(error) if is_full(&error) && reserve.give_up() => connect(path)?,
             Err(error) if error.code() == Code::Damaged => {
                 return Err(error.hint(format!(
                     "nothing was changed. {} is a copy from when it was last opened: docs/failures.md says how to go on with it",
@@ -107,7 +107,12 @@ impl Catalog {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             _ => {}
         }
-        self.lock().execute("VACUUM INTO ?1", [half.to_string_lossy()])?;
+        let made = self.lock().execute("VACUUM INTO ?1", [half.to_string_lossy()]);
+        if let Err(error) = made {
+            // On a full disk half a copy would take room for nothing.
+            let _ = std::fs::remove_file(&half);
+            return Err(error.into());
+        }
         // Whoever opens it in place of the catalog must know that it is older than what lies on the disk.
         let marked = Connection::open(&half)?;
         marked.pragma_update(None, "application_id", IS_COPY)?;
@@ -166,6 +171,12 @@ fn connect(path: &Path) -> Result<Connection> {
         connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(broken)?;
     match version {
         VERSION => {}
+        0 if copy_of(path).exists() => {
+            return Err(Error::new(
+                Code::Damaged,
+                format!("the catalog {} is gone or empty", path.display()),
+            ));
+        }
         0 => {
             let transaction = connection.transaction().map_err(broken)?;
             transaction.execute_batch(SCHEMA).map_err(broken)?;
@@ -210,7 +221,14 @@ fn copy_of(path: &Path) -> PathBuf {
 /// True if it was the catalog itself that had no room; another full disk is not helped by the reserve.
 fn is_full(error: &Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<rusqlite::Error>());
-    cause.is_some_and(|cause| class(cause) == Code::NoSpace)
+    cause.is_some_and(|cause| class(cause) == Code::NoSpace || may_be_full(cause))
+}
+
+/// SQLite calls some of what a full disk or a quota does an error of input and output.
+fn may_be_full(error: &rusqlite::Error) -> bool {
+    use rusqlite::ffi::{SQLITE_IOERR_FSYNC, SQLITE_IOERR_SHMSIZE, SQLITE_IOERR_WRITE};
+    let codes = [SQLITE_IOERR_SHMSIZE, SQLITE_IOERR_WRITE, SQLITE_IOERR_FSYNC];
+    error.sqlite_error().is_some_and(|error| codes.contains(&error.extended_code))
 }
 
 impl From<rusqlite::Error> for Error {
