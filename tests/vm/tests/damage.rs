@@ -303,3 +303,56 @@ fn a_catalog_that_is_damaged_is_named_and_left_alone_and_a_torn_transaction_is_n
     assert_eq!(spinney.layers().len() + lost, before, "what the copy does not know is kept");
     spinney.ok("goto m@one --discard --yes").unwrap();
 }
+
+/// Puts the catalog's copy in its place; the daemon has ended.
+fn put_the_copy_back(spinney: &Spinney) {
+    let catalog = spinney.state().join("catalog.db");
+    fs::copy(spinney.state().join("catalog.db.copy"), &catalog).unwrap();
+    for end in ["-wal", "-shm"] {
+        let _ = fs::remove_file(spinney.state().join(format!("catalog.db{end}")));
+    }
+}
+
+#[test]
+fn an_old_copy_of_the_catalog_takes_nothing_from_a_machine_that_went_on() {
+    let spinney = Spinney::new();
+    spinney.create_guest("m", 96).unwrap();
+    spinney.ok("start m").unwrap();
+    say(&spinney, "one");
+    // The next daemon leaves a copy in which the machine runs.
+    spinney.ok("serve --stop").unwrap();
+    spinney.ok("ls").unwrap();
+    let before = spinney.layers();
+    spinney.ok("take m two --mode live").unwrap();
+    say(&spinney, "three");
+    spinney.ok("serve --stop").unwrap();
+    put_the_copy_back(&spinney);
+    assert_eq!(spinney.ok("show m").unwrap()["power"], "running");
+    guest(&spinney).counter().unwrap();
+    let after = spinney.layers();
+    assert!(before.iter().all(|layer| after.contains(layer)), "{before:?} became {after:?}");
+
+    // One in which it is suspended, while it went on since: its memory is not that of its disks.
+    spinney.ok("suspend m").unwrap();
+    spinney.ok("serve --stop").unwrap();
+    assert_eq!(spinney.ok("show m").unwrap()["power"], "suspended");
+    spinney.ok("start m").unwrap();
+    spinney.ok("serve --stop").unwrap();
+    put_the_copy_back(&spinney);
+    assert_eq!(spinney.ok("show m").unwrap()["power"], "lost_power");
+    spinney.ok("start m").unwrap();
+    guest(&spinney).counter().unwrap();
+
+    // None at all, with a copy there, is no new one.
+    spinney.ok("serve --stop").unwrap();
+    let runs = spinney.machines();
+    fs::write(spinney.state().join("catalog.db"), "").unwrap();
+    for end in ["-wal", "-shm"] {
+        let _ = fs::remove_file(spinney.state().join(format!("catalog.db{end}")));
+    }
+    let ended = spinney.run(["ls"]);
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    assert_eq!(spinney.machines(), runs, "no machine is ended");
+    put_the_copy_back(&spinney);
+    spinney.ok("ls").unwrap();
+}
