@@ -17,6 +17,7 @@ pub mod load;
 pub mod migration;
 mod populate;
 pub mod process;
+pub mod qcow2;
 pub mod qmp;
 pub mod save;
 mod tool;

@@ -46,6 +46,7 @@ impl Engine {
         };
         let disks = self.plan_machine_disks(&target.group, &target.config)?;
         cx.check()?;
+        self.check_room(target.config.disks.len())?;
         self.journaled(cx, "create", name, Some(&target.id), &json!({}), || {
             self.make_new_disks(&disks)?;
             if let Err(error) = self.try_out(&target, &disks) {

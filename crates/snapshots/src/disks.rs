@@ -82,6 +82,25 @@ impl Engine {
                 .because(error)
                 .hint("put the file back where it was: nothing else is lost")
         })?;
+        if row.stamp.is_none() && row.format == "qcow2" {
+            let cut = qemu::qcow2::is_cut(&path).map_err(|error| {
+                Error::new(
+                    Code::Failed,
+                    format!("a layer of {disk} of {machine} cannot be read: {}", path.display()),
+                )
+                .because(error)
+            })?;
+            if let Some(lacks) = cut {
+                return Err(Error::new(
+                    Code::Damaged,
+                    format!(
+                        "a layer of {disk} of {machine} is cut off, it lacks {lacks}: {}",
+                        path.display()
+                    ),
+                )
+                .hint("put the file back as it was: nothing else is lost"));
+            }
+        }
         if let Some(known) = row.stamp
             && known != found
         {

@@ -69,9 +69,11 @@ impl Error {
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         let source = source.into();
         let vague = matches!(self.code, Code::Failed | Code::Precondition | Code::NotPermitted);
-        if self.code == Code::NoSpace || vague && is_full(source.as_ref()) {
+        if vague && is_full(source.as_ref()) {
             self.code = Code::NoSpace;
             self.full = true;
+            self.hint = Some(MAKE_ROOM.to_owned());
+        } else if self.code == Code::NoSpace {
             self.hint.get_or_insert_with(|| MAKE_ROOM.to_owned());
         }
         self.source = Some(source);

@@ -171,6 +171,9 @@ impl Engine {
             let changed = known != found;
             return Ok(changed.then(|| "the image was changed since a machine was made over it".into()));
         }
+        if let Ok(Some(lacks)) = qemu::qcow2::is_cut(&path) {
+            return Ok(Some(format!("it is cut off: it lacks {lacks}")));
+        }
         Ok(self.img()?.check(&path)?)
     }
 }

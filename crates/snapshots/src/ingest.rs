@@ -160,12 +160,19 @@ pub(crate) fn ingest<T>(
             shared.failed.store(true, Ordering::Relaxed);
         }
         drop(sink);
+        let mut failed: Option<Error> = None;
         for worker in workers {
-            // If the store failed, that is why the stream failed too.
-            let ended = worker.join();
-            ended.unwrap_or_else(|_| {
-                Err(Error::new(Code::Failed, "a thread that stores pages ended early"))
-            })?;
+            let early = |_| Err(Error::new(Code::Failed, "a thread that stores pages ended early"));
+            if let Err(error) = worker.join().unwrap_or_else(early) {
+                // One thread knows why; the others only that the session has failed.
+                if failed.as_ref().is_none_or(|first| first.code() == Code::Failed) {
+                    failed = Some(error);
+                }
+            }
+        }
+        // If the store failed, that is why the stream failed too.
+        if let Some(error) = failed {
+            return Err(error);
         }
         let value = done?;
         flushed.map_err(|error| Error::new(Code::Failed, "pages were left over").because(error))?;

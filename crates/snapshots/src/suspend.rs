@@ -40,6 +40,8 @@ impl Engine {
             )
             .hint(format!("`spinney stop {name}` turns it off")));
         }
+        self.check_room(0)?;
+        self.check_not_full(&row, Some(&running))?;
         let was = self.look(&row)?.0;
         let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };
         self.journaled(cx, "suspend", name, Some(&row.id), &json!(plan), || {
