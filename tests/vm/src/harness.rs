@@ -347,8 +347,13 @@ pub fn kill(pid: u32) {
         return;
     }
     let deadline = Instant::now() + Duration::from_secs(10);
-    // A zombie whose parent has not looked yet is gone enough: it has no command line any more.
-    let alive = || fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+    // A zombie whose parent has not looked yet is gone enough, once all its threads are.
+    let alive = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        state.is_some_and(|state| !matches!(state, 'Z' | 'X')) || threads > 1
+    };
     while alive() && Instant::now() < deadline {
         thread::sleep(LOOK_EVERY);
     }
