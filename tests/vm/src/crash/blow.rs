@@ -180,7 +180,8 @@ impl Scene {
         }
         // Without any new command.
         let has_guest = self.here.running && self.stage != Stage::Cold;
-        let ticks = has_guest && !act.switches() && act != Act::GotoToOff;
+        let away = act.switches() || matches!(act, Act::GotoToOff | Act::Suspend | Act::Wake);
+        let ticks = has_guest && !away;
         match victim {
             Victim::Daemon if ticks => ticks_somewhere(&self.spinney, DEAD)?,
             Victim::Stopped => {
