@@ -328,6 +328,12 @@ fn an_old_copy_of_the_catalog_takes_nothing_from_a_machine_that_went_on() {
     let after = spinney.layers();
     assert!(before.iter().all(|layer| after.contains(layer)), "{before:?} became {after:?}");
 
+    // It writes to a layer that this catalog does not know: nothing more is taken of it, and its next start is from what is known.
+    assert_eq!(spinney.run(["take", "m", "x"]).code, Some(1));
+    spinney.ok("kill m").unwrap();
+    spinney.ok("start m").unwrap();
+    guest(&spinney).counter().unwrap();
+
     // One in which it is suspended, while it went on since: its memory is not that of its disks.
     spinney.ok("suspend m").unwrap();
     spinney.ok("serve --stop").unwrap();
