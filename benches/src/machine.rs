@@ -17,6 +17,9 @@ pub(crate) const LARGE_MIB: u64 = 1024;
 /// How much of it is filled: 600 MB.
 pub(crate) const FILLED_MIB: u64 = 572;
 
+/// Our monitor's socket in a machine's run folder.
+const MONITOR: &str = "bench";
+
 /// The mix of the figures: 40 % unique, 20 % there eight times, 40 % copies of blocks of the guest's disk.
 pub(crate) fn mixed(seed: u64) -> Mix {
     Mix { unique: 40, dup: 20, disk: 40, zero: 0, seed }
@@ -48,7 +51,12 @@ impl<'a> Machine<'a> {
         let mut args = vec!["create", name, "--memory", &memory, "--network", "none", "--disk", &disk];
         args.extend(["--kernel", &kernel, "--initrd", &initrd, "--append", &append]);
         let port = guest_port_args("{run}/port".as_ref());
-        let port: Vec<String> = port.iter().map(|word| format!("--qemu-arg={word}")).collect();
+        let mut port: Vec<String> = port.iter().map(|word| format!("--qemu-arg={word}")).collect();
+        // A monitor of our own: of Spinney's two the daemon has one, and the warden needs the other.
+        port.extend(
+            ["-qmp", &format!("unix:{{run}}/{MONITOR},server=on,wait=off")]
+                .map(|word| format!("--qemu-arg={word}")),
+        );
         args.extend(port.iter().map(String::as_str));
         spinney.run(&args)?;
         spinney.run(&["start", name])?;
@@ -72,7 +80,7 @@ impl<'a> Machine<'a> {
 
     /// The monitor of its QEMU that the daemon does not use.
     pub(crate) fn second_monitor(&self) -> Result<Qmp> {
-        Ok(Qmp::connect(&self.run_folder()?.join("oob"), false, Duration::from_secs(5))?)
+        Ok(Qmp::connect(&self.run_folder()?.join(MONITOR), false, Duration::from_secs(5))?)
     }
 
     /// Takes a snapshot in a mode, or in the default one.
@@ -121,7 +129,8 @@ fn answer_after_resume(spinney: &Spinney<'_>, before: &[PathBuf]) -> Result<(Gue
     let deadline = Instant::now() + SOON;
     let new = loop {
         let folders = spinney.run_folders();
-        if let Some(new) = folders.into_iter().find(|run| !before.contains(run) && run.join("oob").exists()) {
+        if let Some(new) = folders.into_iter().find(|run| !before.contains(run) && run.join(MONITOR).exists())
+        {
             break new;
         }
         if Instant::now() >= deadline {
@@ -129,7 +138,7 @@ fn answer_after_resume(spinney: &Spinney<'_>, before: &[PathBuf]) -> Result<(Gue
         }
         std::thread::sleep(Duration::from_millis(2));
     };
-    let monitor = Qmp::connect(&new.join("oob"), false, Duration::from_secs(5))?;
+    let monitor = Qmp::connect(&new.join(MONITOR), false, Duration::from_secs(5))?;
     monitor.wait_event(0, SOON, |event| event.name == "RESUME")?;
     let resumed = Instant::now();
     let guest = Guest::connect(&new.join("port"), SOON)?;
