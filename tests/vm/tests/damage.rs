@@ -302,8 +302,7 @@ fn a_catalog_that_is_damaged_is_named_and_left_alone_and_a_torn_transaction_is_n
 
 /// Puts the catalog's copy in its place; the daemon has ended.
 fn put_the_copy_back(spinney: &Spinney) {
-    // SQLite writes to its file until the very end.
-    spinney.kill_daemon();
+    assert!(spinney.daemon().is_none(), "`serve --stop` waits until it is gone");
     let catalog = spinney.state().join("catalog.db");
     fs::copy(spinney.state().join("catalog.db.copy"), &catalog).unwrap();
     for end in ["-wal", "-shm"] {
@@ -349,7 +348,6 @@ fn an_old_copy_of_the_catalog_takes_nothing_from_a_machine_that_went_on() {
 
     // None at all, with a copy there, is no new one.
     spinney.ok("serve --stop").unwrap();
-    spinney.kill_daemon();
     let runs = spinney.machines();
     fs::write(spinney.state().join("catalog.db"), "").unwrap();
     for end in ["-wal", "-shm"] {

@@ -38,7 +38,11 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
         if session.out.json {
             session.out.document("spinney.stop/1", &json!({ "stopped": was_there }));
         } else {
-            session.out.note(if was_there { "the daemon ends; machines run on" } else { "no daemon runs" });
+            session.out.note(if was_there {
+                "the daemon has ended; machines run on"
+            } else {
+                "no daemon runs"
+            });
         }
         return Ok(());
     }

@@ -4,11 +4,15 @@ mod operation;
 mod start;
 
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use reqwest::blocking::{RequestBuilder, Response};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snapshots::Code;
@@ -20,6 +24,8 @@ pub use reqwest::Method;
 
 /// Longest time for an answer that needs no waiting.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest time from the request to end until the process is gone: twice what the daemon gives to what is under way.
+const END_PATIENCE: Duration = Duration::from_secs(20);
 /// What must not stand in a path segment as it is.
 const SEGMENT: &AsciiSet = &CONTROLS
     .add(b' ')
@@ -85,18 +91,27 @@ impl Client {
         Ok(Some(client))
     }
 
-    /// Connects to whatever daemon is there, of any version, to ask it to end.
+    /// Asks whatever daemon is there, of any version, to end, and waits until its process is gone and has let go of the files.
     ///
     /// # Errors
-    /// It refuses because it is busy, or answers nonsense. None there is fine: false comes back.
+    /// It refuses because it is busy, answers nonsense, or does not end. None there is fine: false comes back.
     pub fn shutdown(state: &Path) -> Result<bool, Problem> {
         let client = Self::new(state)?;
-        match client.version() {
-            Ok(_) => {
-                client.send(client.request(Method::POST, "/v1/shutdown").timeout(PATIENCE)).map(|_| true)
+        let daemon = match client.version() {
+            Ok(daemon) => daemon,
+            Err(Unanswered::Nobody) => return Ok(false),
+            Err(Unanswered::Problem(problem)) => return Err(problem),
+        };
+        // While it answers, the number is its own.
+        let process = daemon.pid.and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        client.send(client.request(Method::POST, "/v1/shutdown").timeout(PATIENCE))?;
+        match process {
+            Some(Ok(process)) if !ends(&process, END_PATIENCE) => {
+                let words = format!("the daemon of {} was asked to end and is still there", state.display());
+                Err(Problem::new(Code::Failed, words).hint("daemon.log in that folder says what it does"))
             }
-            Err(Unanswered::Nobody) => Ok(false),
-            Err(Unanswered::Problem(problem)) => Err(problem),
+            // Without a number, or gone already.
+            _ => Ok(true),
         }
     }
 
@@ -201,6 +216,19 @@ impl Client {
     }
 }
 
+/// Waits for the end of a process; true if it has ended.
+fn ends(process: &OwnedFd, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        let left = Timespec::try_from(until.saturating_duration_since(Instant::now()));
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], left.ok().as_ref()) {
+            Ok(ready) => return ready > 0,
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
 /// The system's words, if they say more than that the connection is gone.
 fn io_cause(error: &reqwest::Error) -> Option<String> {
     let io = cause::<std::io::Error>(error)?;
@@ -231,6 +259,8 @@ fn cause<T: std::error::Error + 'static>(error: &reqwest::Error) -> Option<&T> {
 #[derive(Debug, Deserialize)]
 struct Greeting {
     version: String,
+    #[serde(default)]
+    pid: Option<i32>,
     #[serde(default)]
     notes: Vec<String>,
 }

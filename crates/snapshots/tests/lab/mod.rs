@@ -69,11 +69,14 @@ impl Lab {
         !String::from_utf8_lossy(&output.stdout).contains("verification failed")
     }
 
-    /// The newest layer file: the one of here, since every take and goto makes one.
+    /// The layer that the first disk of `m` writes to, as the catalog has it: the clock of files is too coarse to tell the newest.
     pub(crate) fn here(&self) -> PathBuf {
-        let mut files: Vec<_> = layers(self.dir.path());
-        files.sort_by_key(|path| path.metadata().unwrap().created().unwrap());
-        files.pop().unwrap()
+        let catalog = rusqlite::Connection::open(self.dir.path().join("s/catalog.db")).unwrap();
+        let query = "SELECT layers.file FROM targets JOIN here_disks ON here_disks.target = targets.id
+             JOIN layers ON layers.id = here_disks.layer WHERE targets.name = 'm' AND here_disks.disk = 'disk0'";
+        let file: String = catalog.query_row(query, [], |row| row.get(0)).unwrap();
+        let mut all = layers(self.dir.path()).into_iter();
+        all.find(|path| path.ends_with(&file)).unwrap()
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
