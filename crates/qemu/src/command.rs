@@ -136,6 +136,11 @@ impl RunFolder {
         self.0.join("oob")
     }
 
+    /// Where QEMU leaves the state of its devices for a moment.
+    pub fn device_state(&self) -> PathBuf {
+        self.0.join("device-state")
+    }
+
     /// The serial console.
     pub fn console(&self) -> PathBuf {
         self.0.join("console")

@@ -29,7 +29,7 @@ use crate::qmp::{Qmp, QmpError};
 /// A reader that gets nothing for so long gives up: QEMU always has something to send, or is done.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// A guest that has stood still for so long is let go, and the save with it: whoever takes the pages is too slow.
-const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 /// How long QEMU may take to come back from a migration that ended.
 const SETTLE_LIMIT: Duration = Duration::from_secs(20);
 /// How long QEMU may take to forget a migration that is over.
@@ -118,6 +118,12 @@ pub enum SaveError {
     #[error("QEMU cannot save this machine while it runs on: {reason}")]
     NotLive {
         /// Its words.
+        reason: String,
+    },
+    /// The machine's memory cannot be read from outside.
+    #[error("this machine's memory cannot be read from outside: {reason}")]
+    NotOutside {
+        /// Why.
         reason: String,
     },
     /// The caller asked for it.

@@ -31,6 +31,7 @@ mod memory;
 mod name;
 mod new_disks;
 mod power;
+mod read_out;
 mod recover;
 mod remove;
 mod room;

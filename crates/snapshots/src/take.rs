@@ -20,11 +20,12 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use pages::{PageStore, Saved};
+use pages::{PageStore, Saved, Session};
 use qemu::command::device_of;
 use qemu::live::{self, Live};
+use qemu::outside::{self, Outside};
 use qemu::qmp::{Qmp, QmpError};
-use qemu::save::{self, CopyMode, SaveError, run_state, settle};
+use qemu::save::{self, CallbackError, CopyMode, SaveError, SavedState, run_state, settle};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use warden::{Armed, TooLate};
@@ -37,9 +38,10 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
-use crate::ingest::{Intake, Lead, StoreTooSlow, ingest, store_maps};
+use crate::ingest::{BlockPages, Intake, Lead, StoreTooSlow, ingest, store_maps};
 use crate::memory::memory_bytes;
 use crate::name::{check_note, check_snapshot_name};
+use crate::read_out::read_out;
 use crate::running::Running;
 use crate::saving;
 use crate::tree::{view_at, view_by_id};
@@ -328,28 +330,32 @@ impl Engine {
             saving = self.show_saving(cx, row, overlays, instant.get(), pause_us);
             step("take.resumed");
         };
+        let mut switch = || {
+            step("take.read");
+            switch_disks(running, overlays)?;
+            *switched = true;
+            instant.set(now());
+            step("take.switched");
+            if planted(Fault::LoseMonitor) {
+                running.qmp.close();
+            }
+            if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
+                running.qmp.execute("cont", json!({}))?;
+                // More than a page of the guest's log: what lies in its last page comes right again by itself.
+                std::thread::sleep(Duration::from_millis(1800));
+            }
+            Ok(())
+        };
         // What a live take waits for is the stream; the store has all the time it needs.
         let (lead, stored): (_, &(dyn Fn() + Sync)) =
             if job.mode == Mode::Live { (Lead::spill(), &|| {}) } else { (Lead::Short, &progress) };
         let intake = Intake { lead, memory: job.target.config.memory, stored };
-        let read = ingest(session.as_ref(), cx, intake, |sink| {
-            let mut switch = || {
-                step("take.read");
-                switch_disks(running, overlays)?;
-                *switched = true;
-                instant.set(now());
-                step("take.switched");
-                if planted(Fault::LoseMonitor) {
-                    running.qmp.close();
-                }
-                if job.mode == Mode::Live && planted(Fault::ResumeEarly) {
-                    running.qmp.execute("cont", json!({}))?;
-                    // More than a page of the guest's log: what lies in its last page comes right again by itself.
-                    std::thread::sleep(Duration::from_millis(1800));
-                }
-                Ok(())
-            };
-            if job.mode == Mode::Live {
+        let read = match way(job, running) {
+            Way::Outside => {
+                let read = read_from_outside(cx, job, running, session.as_ref(), &armed, &mut switch);
+                read.inspect(|(saved, _)| runs_on(saved.pause_us))
+            }
+            Way::Live => ingest(session.as_ref(), cx, intake, |sink| {
                 let live = Live {
                     qmp: &running.qmp,
                     process: running.process.id(),
@@ -361,13 +367,15 @@ impl Engine {
                     // The catalog may have others to serve first, on a disk that is busy.
                     runs_on: &mut |pause_us| armed.during(STILL_LIMIT, || runs_on(Some(pause_us))),
                 };
-                return over(&armed, running, live.save(sink));
-            }
-            let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
-            let saved = over(&armed, running, held.and_then(|held| held.go_on(&mut switch)))?;
-            runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
-            Ok(saved)
-        });
+                over(&armed, running, live.save(sink))
+            }),
+            Way::Stream(mode) => ingest(session.as_ref(), cx, intake, |sink| {
+                let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
+                let saved = over(&armed, running, held.and_then(|held| held.go_on(&mut switch)))?;
+                runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
+                Ok(saved)
+            }),
+        };
         step("take.saved");
         let (saved, blocks) = read?;
         let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
@@ -501,6 +509,65 @@ impl Engine {
 pub(crate) fn snapshot_name_taken(target: &str, name: &str) -> Error {
     Error::new(Code::Refused, format!("there already is a snapshot {target}@{name}"))
         .hint("choose another name; `spinney take` without one chooses one")
+}
+
+/// How memory gets out of QEMU.
+enum Way {
+    /// A migration stream.
+    Stream(CopyMode),
+    /// QEMU's background-snapshot.
+    Live,
+    /// Read by us, while the guest stands still.
+    Outside,
+}
+
+/// The way for a take of this mode.
+fn way(job: &TakeJob<'_>, running: &Running) -> Way {
+    match job.mode {
+        Mode::Live => Way::Live,
+        Mode::PreCopy => Way::Stream(CopyMode::PreCopy),
+        // Of a guest that is paused anyway, the stream knows in which state it was.
+        Mode::StopCopy if job.power == Power::Running => {
+            match outside::check(&running.qmp, running.process.id()) {
+                Ok(()) => Way::Outside,
+                Err(error) => {
+                    tracing::info!(machine = job.target.name, %error, "a stop-copy by migration");
+                    Way::Stream(CopyMode::StopCopy)
+                }
+            }
+        }
+        _ => Way::Stream(CopyMode::StopCopy),
+    }
+}
+
+/// Steps 4 to 6 of a stop-copy.
+fn read_from_outside(
+    cx: &Context,
+    job: &TakeJob<'_>,
+    running: &Running,
+    session: &dyn Session,
+    armed: &Armed<'_>,
+    switch: &mut dyn FnMut() -> Result<(), CallbackError>,
+) -> Result<(SavedState, Vec<BlockPages>)> {
+    let mut outcome = Ok(Vec::new());
+    let outside = Outside {
+        qmp: &running.qmp,
+        process: running.process.id(),
+        machine: &job.target.machine,
+        scratch: &running.run.device_state(),
+        max_pause: job.max_pause,
+        cancel: &cx.cancel,
+        confirm: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
+        read: &mut |memory| {
+            outcome = read_out(session, cx, memory, &|| armed.renew(still_limit(job.max_pause)));
+            outcome.as_ref().map(drop).map_err(|_| "its memory could not be stored".into())
+        },
+        at_end: switch,
+    };
+    let saved = over(armed, running, outside.save());
+    // What went wrong with the pages is why the rest did.
+    let blocks = outcome?;
+    saved.map(|saved| (saved, blocks))
 }
 
 /// QEMU has nothing left to send, or failed: whatever the store still has to do, no guest waits for it. If the guest was let go on

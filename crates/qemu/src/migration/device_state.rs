@@ -9,8 +9,10 @@ use super::{MAX_CAPABILITIES, MAX_DESCRIPTION_BYTES, MAX_MACHINE_NAME};
 
 /// First bytes of a stored device state.
 const MAGIC: &[u8; 8] = b"SPINNEYD";
-/// Version of the layout.
+/// Version of the layout, and of a state whose tail has no description: a reader that knows only the first must not take the empty one
+/// for damage.
 const VERSION: u32 = 1;
+const VERSION_UNDESCRIBED: u32 = 2;
 /// Most bytes of a stream header: the names it may hold, and room for the fields between them.
 const MAX_HEADER_BYTES: usize = MAX_MACHINE_NAME + MAX_CAPABILITIES * 256 + 256;
 
@@ -33,7 +35,8 @@ impl DeviceState {
         let lengths = [self.header.raw(), self.tail.bytes(), self.tail.description()].map(<[u8]>::len);
         let mut out = Vec::with_capacity(lengths.iter().sum::<usize>() + self.blocks.len() * 64 + 64);
         out.extend(MAGIC);
-        out.extend(VERSION.to_be_bytes());
+        let described = !self.tail.description().is_empty();
+        out.extend(if described { VERSION } else { VERSION_UNDESCRIBED }.to_be_bytes());
         put_bytes(&mut out, self.header.raw());
         out.extend(self.ram_section.to_be_bytes());
         out.extend((self.blocks.len() as u32).to_be_bytes());
@@ -57,8 +60,9 @@ impl DeviceState {
         }
         let at = input.offset();
         let version = input.be32("the version of a device state")?;
-        if version != VERSION {
-            let kind = ErrorKind::Version { what: "the device state", found: version, known: VERSION };
+        if !matches!(version, VERSION | VERSION_UNDESCRIBED) {
+            let known = VERSION_UNDESCRIBED;
+            let kind = ErrorKind::Version { what: "the device state", found: version, known };
             return Err(Error::new(at, kind));
         }
 
@@ -77,11 +81,19 @@ impl DeviceState {
         let blocks = RamBlocks::checked(blocks).map_err(|kind| Error::new(at, kind))?;
 
         let (tail, at) = take_bytes(&mut input, "the device tail", MAX_TAIL_BYTES)?;
-        let (description, _) = take_bytes(&mut input, "the description", MAX_DESCRIPTION_BYTES)?;
+        let (description, described_at) = take_bytes(&mut input, "the description", MAX_DESCRIPTION_BYTES)?;
         if input.rest().iter().any(|&byte| byte != 0) {
             input.end("the device state")?;
         }
-        let tail = DeviceTail::new_at(tail, description, at)?;
+        let tail = if version == VERSION {
+            DeviceTail::new_at(tail, description, at)?
+        } else if description.is_empty() {
+            DeviceTail::undescribed_at(tail, at)?
+        } else {
+            let (what, found) =
+                ("the length of the description that this version lacks", description.len() as u64);
+            return Err(Error::new(described_at, ErrorKind::Unexpected { what, found, expected: 0 }));
+        };
         Ok(Self { header, blocks, ram_section, tail })
     }
 }

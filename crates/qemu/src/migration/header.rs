@@ -37,6 +37,16 @@ impl StreamHeader {
         Self::decode_at(bytes, 0)
     }
 
+    /// The header of a plain stream for this machine type.
+    ///
+    /// # Errors
+    /// No machine type has such a name.
+    pub fn of_machine(machine: &str) -> Result<Self> {
+        let (machine, capabilities) = (machine.to_owned(), Vec::new());
+        let new = Self { raw: Vec::new(), machine, page_bits: None, capabilities, uuid: None };
+        Self::decode(&new.encode())
+    }
+
     /// As [`Self::decode`], with errors counting from `base`.
     pub(super) fn decode_at(bytes: &[u8], base: u64) -> Result<Self> {
         let mut input = SliceReader::new(bytes, base);
@@ -48,17 +58,7 @@ impl StreamHeader {
     /// Reads a header from the front of `input`. It ends before the first byte that starts no subsection.
     pub(super) fn read(input: &mut impl Bytes) -> Result<Self> {
         let mut input = Recorder::new(input);
-        let at = input.offset();
-        let magic = input.be32("the stream magic")?;
-        if magic != MAGIC {
-            return Err(Error::new(at, ErrorKind::Magic(magic)));
-        }
-        let at = input.offset();
-        let version = input.be32("the stream version")?;
-        if version != VERSION {
-            let kind = ErrorKind::Version { what: "the migration stream", found: version, known: VERSION };
-            return Err(Error::new(at, kind));
-        }
+        read_magic(&mut input)?;
         input.expect_u8(CONFIGURATION, "the configuration section's first byte")?;
         let count = input.length("the machine type's length", MAX_MACHINE_NAME)?;
         let machine = input.text(count, "the machine type")?;
@@ -146,6 +146,22 @@ impl StreamHeader {
         }
         out
     }
+}
+
+/// Reads what every file and stream of QEMU's begins with: magic and version.
+pub(super) fn read_magic(input: &mut impl Bytes) -> Result<()> {
+    let at = input.offset();
+    let magic = input.be32("the stream magic")?;
+    if magic != MAGIC {
+        return Err(Error::new(at, ErrorKind::Magic(magic)));
+    }
+    let at = input.offset();
+    let version = input.be32("the stream version")?;
+    if version != VERSION {
+        let kind = ErrorKind::Version { what: "the migration stream", found: version, known: VERSION };
+        return Err(Error::new(at, kind));
+    }
+    Ok(())
 }
 
 fn read_capabilities(input: &mut impl Bytes) -> Result<Vec<String>> {

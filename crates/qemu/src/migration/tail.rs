@@ -9,9 +9,12 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::Read;
 
-use super::codec::Bytes;
-use super::description::{DeviceSection, EOF, MAX_DESCRIPTION_BYTES, SECTION_FULL, is_description, walk};
+use super::codec::{Bytes, SliceReader};
+use super::description::{
+    DeviceSection, EOF, FOOTER, MAX_DESCRIPTION_BYTES, SECTION_FULL, is_description, walk,
+};
 use super::error::{Error, ErrorKind, Result};
+use super::header::read_magic;
 use super::source::StreamReader;
 
 /// Most bytes of device state and description together: 64 MiB. A small machine has 60 KiB, each network card adds
@@ -23,7 +26,7 @@ pub(super) const VMDESCRIPTION: u8 = 0x06;
 /// Bytes from EOF to the description: EOF, element byte, be32 length.
 const END_BYTES: usize = 6;
 
-/// The state of all devices, and what QEMU says about it. Checked: the two agree on every section.
+/// The state of all devices, and what QEMU says about it, if it does. Checked: the two agree on every section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceTail {
     bytes: Vec<u8>,
@@ -36,6 +39,21 @@ impl DeviceTail {
     /// Fails as [`ErrorKind::Description`] or [`ErrorKind::Section`] if the two do not agree.
     pub fn new(bytes: Vec<u8>, description: Vec<u8>) -> Result<Self> {
         Self::new_at(bytes, description, 0)
+    }
+
+    /// The tail in a file that `xen-save-devices-state` has written: magic, version, and then what a stream has behind RAM, up to
+    /// and with EOF. There is no description, and so no list of sections.
+    pub fn from_file(bytes: &[u8]) -> Result<Self> {
+        let mut input = SliceReader::new(bytes, 0);
+        read_magic(&mut input)?;
+        let at = input.offset();
+        Self::undescribed_at(input.rest().to_vec(), at)
+    }
+
+    /// A tail without a description, with errors counting from `base`: of it only the ends are looked at.
+    pub(super) fn undescribed_at(bytes: Vec<u8>, base: u64) -> Result<Self> {
+        check_ends(&bytes, base)?;
+        Ok(Self { bytes, description: Vec::new(), sections: Vec::new() })
     }
 
     /// As [`Self::new`], with errors counting from `base`.
@@ -86,12 +104,12 @@ impl DeviceTail {
         &self.bytes
     }
 
-    /// QEMU's description of them, JSON.
+    /// QEMU's description of them, JSON; empty if there is none.
     pub fn description(&self) -> &[u8] {
         &self.description
     }
 
-    /// Where each device's section lies in [`Self::bytes`], in their order.
+    /// Where each device's section lies in [`Self::bytes`], in their order; empty without a description.
     pub fn sections(&self) -> &[DeviceSection] {
         &self.sections
     }
@@ -107,6 +125,22 @@ impl DeviceTail {
         // be32 size, then the name, padded with zeros to 32 bytes.
         let name = self.payload("globalstate")?.get(4..36)?.split(|&byte| byte == 0).next()?;
         std::str::from_utf8(name).ok().filter(|name| !name.is_empty())
+    }
+}
+
+/// A tail begins with a section and ends with the footer of one, and EOF.
+fn check_ends(bytes: &[u8], base: u64) -> Result<()> {
+    match bytes {
+        [SECTION_FULL, .., FOOTER, _, _, _, _, EOF] => Ok(()),
+        [SECTION_FULL, ..] => {
+            let kind = ErrorKind::Truncated { what: "the device state" };
+            Err(Error::new(base + bytes.len() as u64, kind))
+        }
+        _ => {
+            let found = bytes.first().copied().unwrap_or_default();
+            let (what, expected) = ("the first device section", u64::from(SECTION_FULL));
+            Err(Error::new(base, ErrorKind::Unexpected { what, found: found.into(), expected }))
+        }
     }
 }
 

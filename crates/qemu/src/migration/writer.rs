@@ -114,7 +114,7 @@ impl<W: Write> RestoreStream<W> {
         put_end(&mut self.buffer, self.section);
         self.flush()?;
         self.out.write_all(tail.bytes())?;
-        // QEMU waits for a description after EOF, though it does nothing with it.
+        // QEMU waits for a description after EOF, though it does nothing with it: one of no bytes will do.
         self.buffer.push(VMDESCRIPTION);
         self.buffer.extend((tail.description().len() as u32).to_be_bytes());
         self.buffer.extend(tail.description());

@@ -80,8 +80,8 @@ fn lengths_above_their_limit_are_refused_before_anything_is_read() {
         "no migration stream: it starts with 0x5145564d (byte 0 of the input)"
     );
     assert_eq!(
-        message(b"SPINNEYD\0\0\0\x02"),
-        "version 2 of the device state; known is 1 (byte 8 of the input)"
+        message(b"SPINNEYD\0\0\0\x03"),
+        "version 3 of the device state; known is 2 (byte 8 of the input)"
     );
     assert!(
         message(b"SPINNEYD\0\0\0\x01\xff\xff\xff\xff").starts_with("the stream header is 4294967295, above")
@@ -111,4 +111,44 @@ fn blocks_are_checked_again() {
         "{}",
         message(&odd)
     );
+}
+
+/// What `xen-save-devices-state` writes.
+fn file() -> Vec<u8> {
+    [b"QEVM\0\0\0\x03".as_slice(), &tail_bytes()].concat()
+}
+
+#[test]
+fn a_state_without_a_description_has_a_version_of_its_own() {
+    let state = DeviceState { tail: DeviceTail::from_file(&file()).unwrap(), ..state() };
+    assert_eq!((state.tail.bytes(), state.tail.description()), (&tail_bytes()[..], &b""[..]));
+    let described = bytes();
+    let end = described.len() - DESCRIPTION.len() - 4;
+    let mut undescribed = [&described[..end], b"\0\0\0\0"].concat();
+    undescribed[11] = 2;
+    assert_eq!(state.encode(), undescribed);
+    assert_eq!(DeviceState::decode(&undescribed).unwrap(), state);
+    // Neither version passes for the other.
+    let mut wrong = described;
+    wrong[11] = 2;
+    assert!(
+        message(&wrong).starts_with("the length of the description that this version lacks is "),
+        "{}",
+        message(&wrong)
+    );
+    undescribed[11] = 1;
+    assert!(DeviceState::decode(&undescribed).is_err());
+}
+
+#[test]
+fn a_file_of_device_state_has_both_ends() {
+    let whole = file();
+    for length in 0..whole.len() {
+        assert!(DeviceTail::from_file(&whole[..length]).is_err(), "cut at {length}");
+    }
+    for place in [0, 7, 8, whole.len() - 1, whole.len() - 6] {
+        let mut damaged = whole.clone();
+        damaged[place] ^= 0x80;
+        assert!(DeviceTail::from_file(&damaged).is_err(), "byte {place}");
+    }
 }

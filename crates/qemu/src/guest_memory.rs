@@ -1,0 +1,154 @@
+//! A machine's memory as it lies in QEMU's address space: where its blocks are, which pages exist, what is in them.
+//!
+//! `info ramblock` on the monitor tells the blocks, `/proc/PID/pagemap` which pages were ever touched, `/proc/PID/mem` their content.
+//! All of it needs the right to look into that process (see `ptrace(2)`, "Ptrace access mode checking").
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use serde_json::json;
+
+use crate::migration::{PAGE_SIZE, RamBlock};
+use crate::process::ProcessId;
+use crate::qmp::Qmp;
+
+/// Bytes of a page of the host's, which x86 has in common with the guest's.
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Bits of an entry, from the kernel's `Documentation/admin-guide/mm/pagemap.rst`.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+/// Bytes of an entry of the page map.
+const ENTRY: usize = 8;
+
+/// The memory of one QEMU.
+#[derive(Debug)]
+pub(crate) struct GuestMemory {
+    blocks: Vec<Mapped>,
+    map: File,
+    content: File,
+}
+
+/// A block of guest memory and where QEMU has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mapped {
+    pub(crate) block: RamBlock,
+    pub(crate) start: u64,
+    /// What was never touched is zero: true of memory that no file lies under.
+    pub(crate) anonymous: bool,
+}
+
+impl GuestMemory {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// QEMU's memory may not be looked at, or its monitor fails.
+    pub(crate) fn open(qmp: &Qmp, process: ProcessId) -> io::Result<Self> {
+        let command = json!({ "command-line": "info ramblock" });
+        let answer = qmp.execute("human-monitor-command", command).map_err(io::Error::other)?;
+        let files = files(&fs::read_to_string(format!("/proc/{}/maps", process.pid))?);
+        let blocks = blocks(answer.as_str().unwrap_or_default(), &files);
+        let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
+        let content = File::open(format!("/proc/{}/mem", process.pid))?;
+        Ok(Self { blocks, map, content })
+    }
+
+    pub(crate) fn blocks(&self) -> &[Mapped] {
+        &self.blocks
+    }
+
+    /// Calls `each` with pages `from .. from + count` of a block, and whether they are there. `scratch` is for whoever comes again.
+    pub(crate) fn present(
+        &self,
+        block: &Mapped,
+        from: u64,
+        count: usize,
+        scratch: &mut Vec<u8>,
+        mut each: impl FnMut(u64, bool) -> io::Result<()>,
+    ) -> io::Result<()> {
+        scratch.resize(count * ENTRY, 0);
+        self.map.read_exact_at(scratch, (block.start / PAGE + from) * ENTRY as u64)?;
+        let (entries, _) = scratch.as_chunks::<ENTRY>();
+        for (page, entry) in (from..).zip(entries) {
+            each(page, u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a block from page `from` on.
+    pub(crate) fn read(&self, block: &Mapped, from: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.content.read_exact_at(bytes, block.start + from * PAGE)
+    }
+}
+
+impl Mapped {
+    /// Pages it has.
+    pub(crate) fn pages(&self) -> u64 {
+        self.block.length / PAGE
+    }
+}
+
+/// The blocks of `info ramblock`, but for lines that are not understood; `files` lie under some of them.
+///
+/// `pc.ram    4 KiB  0x0 (offset)  0x40000000 (used)  0x40000000 (total)  0x7f5c3fe00000 (host)  rw`
+fn blocks(table: &str, files: &[Range<u64>]) -> Vec<Mapped> {
+    let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    let block = |line: &str| {
+        let name = line.split_whitespace().next()?.to_owned();
+        match line.split_whitespace().skip(1).filter_map(hex).collect::<Vec<_>>()[..] {
+            [_, length, _, start] => {
+                let end = start.checked_add(length)?;
+                let anonymous = !files.iter().any(|file| file.start < end && start < file.end);
+                Some(Mapped { block: RamBlock { name, length }, start, anonymous })
+            }
+            _ => None,
+        }
+    };
+    table.lines().filter_map(block).collect()
+}
+
+/// Where files are mapped: the lines of `/proc/PID/maps` with an inode.
+///
+/// `7f5c3fe00000-7f5c7fe00000 rw-p 00000000 00:1a 1045  /dev/shm/ram`
+fn files(maps: &str) -> Vec<Range<u64>> {
+    let file = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (from, to) = words.next()?.split_once('-')?;
+        let hex = |word| u64::from_str_radix(word, 16).ok();
+        (words.nth(3)? != "0").then_some(hex(from)?..hex(to)?)
+    };
+    maps.lines().filter_map(file).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapped(name: &str, length: u64, start: u64, anonymous: bool) -> Mapped {
+        Mapped { block: RamBlock { name: name.into(), length }, start, anonymous }
+    }
+
+    #[test]
+    fn blocks_are_found_in_the_monitors_table() {
+        let table = "\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                     ram    4 KiB  0x0000000000000000 0x0000000040000000 0x0000000040000000 0x00007f5c3fe00000  rw
+    /rom@etc/acpi/rsdp    4 KiB  0x0000000041040000 0x0000000000001000 0x0000000000010000 0x00007f5c8c400000  ro
+";
+        let files = files(
+            "7f5c3fe00000-7f5c7fe00000 rw-p 00000000 00:00 0 \n\
+             7f5c8c400000-7f5c8c401000 rw-p 00000000 00:1a 1045  /dev/shm/ram\n",
+        );
+        assert_eq!(
+            blocks(table, &files),
+            [
+                mapped("ram", 0x4000_0000, 0x7f5c_3fe0_0000, true),
+                mapped("/rom@etc/acpi/rsdp", 0x1000, 0x7f5c_8c40_0000, false)
+            ]
+        );
+        for bad in ["", "ram 4 KiB 0x0 0x1", "a 0x1 0xzz 0x3 0x4", "a 0x0 0xffffffffffffffff 0x0 0x2"] {
+            assert_eq!(blocks(bad, &[]), [], "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Getting a machine's state out of QEMU from outside: its memory is read while it stands still.
+//!
+//! ```text
+//!   ours                                QEMU
+//!   stop                           ->   the guest stands still, its disks are idle and flushed
+//!   xen-save-devices-state         ->   the state of the devices, in a file
+//!   `read`: /proc/PID/mem               (nothing: every core is ours)
+//!   `at_end`: switch the disks     ->
+//!   cont                           ->   the guest runs
+//! ```
+//! A migration has QEMU copy every page to a socket, from one thread, and us from there. Here whoever wants the pages reads them, from
+//! as many threads as there are cores, and what was never touched is not read at all. In return `stop` outlives its sender: whoever
+//! calls needs a deadline that somebody else keeps, from before the call until its end.
+//!
+//! QEMU does not say which of its blocks belong to a machine's state (in a migration it sends those). So a block that is not known to
+//! belong means that the machine has to be saved by a migration: [`check`].
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::command::RAM_ID;
+use crate::guest_memory::{GuestMemory, Mapped};
+use crate::migration::{
+    Counts, DeviceState, DeviceTail, Finished, MAX_TAIL_BYTES, PAGE_SIZE, RamBlock, RamBlocks, StreamHeader,
+};
+use crate::process::ProcessId;
+use crate::qmp::Qmp;
+use crate::save::{
+    CallbackError, PAUSE_LIMIT, SaveError, SavedState, check_state, pause_after, settle, system,
+};
+
+/// Section id of RAM in the streams of such a state. QEMU counts from 0, and these streams have no other section in parts.
+const RAM_SECTION: u32 = 0x5350_0001;
+
+/// What such a save needs of its caller.
+pub struct Outside<'a> {
+    /// The machine's monitor.
+    pub qmp: &'a Qmp,
+    /// Its process.
+    pub process: ProcessId,
+    /// QEMU's name of the machine type, with its version.
+    pub machine: &'a str,
+    /// A file that QEMU may make; it is gone afterwards.
+    pub scratch: &'a Path,
+    /// How long the guest may stand still; a save that would need longer fails.
+    pub max_pause: Option<Duration>,
+    /// Looked at with every part of memory that is read.
+    pub cancel: &'a AtomicBool,
+    /// Called right before the guest is stopped, and again before `at_end`; if it fails, that is not done.
+    pub confirm: &'a dyn Fn() -> Result<(), CallbackError>,
+    /// Called while the guest stands still, to read all of its memory.
+    pub read: &'a mut dyn FnMut(&StillMemory<'_>) -> Result<(), CallbackError>,
+    /// Called while the guest stands still, when all is read. Fails with it.
+    pub at_end: &'a mut dyn FnMut() -> Result<(), CallbackError>,
+}
+
+/// The memory of a guest that stands still.
+#[derive(Debug)]
+pub struct StillMemory<'a> {
+    memory: GuestMemory,
+    blocks: RamBlocks,
+    cancel: &'a AtomicBool,
+    pause: Pause,
+}
+
+/// How long the guest stands still, and may.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    began: Instant,
+    max: Option<Duration>,
+}
+
+/// True if the state of this machine can be had so.
+///
+/// # Errors
+/// [`SaveError::NotOutside`] with the reason why not.
+pub fn check(qmp: &Qmp, process: ProcessId) -> Result<(), SaveError> {
+    open(qmp, process).map(drop)
+}
+
+impl Outside<'_> {
+    /// Saves the state of a machine that runs. On an error the guest runs on, and the state is worthless; `at_end` may have been
+    /// called.
+    pub fn save(mut self) -> Result<SavedState, SaveError> {
+        let run_state = check_state(self.qmp)?;
+        if run_state != "running" {
+            return Err(SaveError::State { state: run_state });
+        }
+        let header = StreamHeader::of_machine(self.machine).map_err(SaveError::stream)?;
+        let mark = self.qmp.last_event();
+        (self.confirm)().map_err(SaveError::AtEnd)?;
+        let pause = Pause { began: Instant::now(), max: self.max_pause };
+        let saved = self.stand_still(header, pause, mark);
+        let _ = fs::remove_file(self.scratch);
+        let goes_on = match saved {
+            Ok(_) => self.qmp.execute("cont", json!({})).map(drop).map_err(SaveError::from),
+            Err(_) => settle(self.qmp, &run_state),
+        };
+        let finished = match (saved, goes_on) {
+            (Ok(finished), Ok(())) => finished,
+            (Err(error), Ok(())) | (_, Err(error)) => return Err(error),
+        };
+        let pause_us = pause_after(self.qmp, mark).unwrap_or_else(|| pause.micros());
+        Ok(SavedState { finished, pause_us: Some(pause_us), run_state })
+    }
+
+    /// From `stop` to right before `cont`.
+    fn stand_still(&mut self, header: StreamHeader, pause: Pause, mark: u64) -> Result<Finished, SaveError> {
+        self.qmp.execute("stop", json!({}))?;
+        pause.check()?;
+        let tail = self.device_tail()?;
+        let (memory, blocks) = open(self.qmp, self.process)?;
+        let still = StillMemory { memory, blocks, cancel: self.cancel, pause };
+        (self.read)(&still).map_err(|error| match error.downcast::<SaveError>() {
+            Ok(error) => *error,
+            Err(error) => SaveError::AtEnd(error),
+        })?;
+        still.check()?;
+        (self.confirm)().map_err(SaveError::AtEnd)?;
+        // Whoever let it go on meanwhile: what was read is of no one instant.
+        if self.qmp.events_after(mark).iter().any(|event| event.name == "RESUME") {
+            return Err(SaveError::NotStill { reason: "it was let go on meanwhile".into() });
+        }
+        (self.at_end)().map_err(SaveError::AtEnd)?;
+        let state = DeviceState { header, blocks: still.blocks, ram_section: RAM_SECTION, tail };
+        Ok(Finished { state, counts: Counts::default() })
+    }
+
+    /// The state of the devices.
+    fn device_tail(&self) -> Result<DeviceTail, SaveError> {
+        let file = self.scratch.to_string_lossy();
+        // `live` is not what it sounds like: with it, QEMU would let go of the disks.
+        self.qmp.execute("xen-save-devices-state", json!({ "filename": file, "live": false }))?;
+        let length = fs::metadata(self.scratch).map_err(system("read the state of the devices"))?.len();
+        if length > MAX_TAIL_BYTES as u64 {
+            let words = format!("{length} bytes are more than there can be");
+            return Err(system("read the state of the devices")(io::Error::other(words)));
+        }
+        let bytes = fs::read(self.scratch).map_err(system("read the state of the devices"))?;
+        DeviceTail::from_file(&bytes).map_err(SaveError::stream)
+    }
+}
+
+impl StillMemory<'_> {
+    /// Its blocks. `read` counts them in this order.
+    pub fn blocks(&self) -> &RamBlocks {
+        &self.blocks
+    }
+
+    /// Reads pages `from .. from + count` of block `block`: `bytes` gets those that are there, one after the other, `there` whether
+    /// they are. The others are zero.
+    ///
+    /// # Errors
+    /// The caller has cancelled, the guest has stood still for too long, or its memory cannot be read.
+    pub fn read(
+        &self,
+        block: usize,
+        from: u64,
+        count: usize,
+        bytes: &mut Vec<u8>,
+        there: &mut Vec<bool>,
+    ) -> Result<(), SaveError> {
+        self.check()?;
+        let reading = system("read the guest's memory");
+        let Some(block) = self.memory.blocks().get(block) else {
+            return Err(reading(io::ErrorKind::InvalidInput.into()));
+        };
+        there.clear();
+        let (memory, mut scratch) = (&self.memory, Vec::new());
+        let mut read = || -> io::Result<()> {
+            memory.present(block, from, count, &mut scratch, |_, present| {
+                there.push(present || !block.anonymous);
+                Ok(())
+            })?;
+            let present = there.iter().filter(|there| **there).count();
+            bytes.resize(present * PAGE_SIZE, 0);
+            let (mut rest, mut page) = (&mut bytes[..], from);
+            for run in there.chunk_by(|a, b| a == b) {
+                if run.first() == Some(&true) {
+                    let (part, behind) = rest.split_at_mut(run.len() * PAGE_SIZE);
+                    memory.read(block, page, part)?;
+                    rest = behind;
+                }
+                page += run.len() as u64;
+            }
+            Ok(())
+        };
+        read().map_err(reading)
+    }
+
+    fn check(&self) -> Result<(), SaveError> {
+        if self.cancel.load(Ordering::Relaxed) {
+            return Err(SaveError::Cancelled);
+        }
+        self.pause.check()
+    }
+}
+
+impl Pause {
+    fn check(self) -> Result<(), SaveError> {
+        let took = self.began.elapsed();
+        match self.max {
+            Some(limit) if took >= limit => Err(SaveError::PauseBudget { limit }),
+            None if took >= PAUSE_LIMIT => Err(SaveError::PausedTooLong),
+            _ => Ok(()),
+        }
+    }
+
+    fn micros(self) -> u64 {
+        u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+fn open(qmp: &Qmp, process: ProcessId) -> Result<(GuestMemory, RamBlocks), SaveError> {
+    let not = |reason: String| SaveError::NotOutside { reason };
+    let memory = GuestMemory::open(qmp, process).map_err(|error| not(error.to_string()))?;
+    if let Some(Mapped { block, .. }) = memory.blocks().iter().find(|mapped| !belongs(&mapped.block)) {
+        return Err(not(format!("it is not known whether the block {:?} belongs to its state", block.name)));
+    }
+    let blocks = memory.blocks().iter().map(|mapped| mapped.block.clone()).collect();
+    let blocks = RamBlocks::new(blocks).map_err(|error| not(error.to_string()))?;
+    Ok((memory, blocks))
+}
+
+/// True of the blocks that QEMU sends for the machines that we make: RAM, flash, the ROMs of the board and of cards, the tables it makes
+/// for the firmware, video memory.
+fn belongs(block: &RamBlock) -> bool {
+    let name = block.name.as_str();
+    let of_a_card = name.split_once('/').is_some_and(|(address, rest)| {
+        address.split(':').count() == 3 && (rest.ends_with(".rom") || rest == "vga.vram")
+    });
+    matches!(name, RAM_ID | "pc.bios" | "pc.rom" | "system.flash0" | "system.flash1")
+        || name.starts_with("/rom@etc/")
+        || of_a_card
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_blocks_that_are_known_belong() {
+        let belongs = |name: &str| super::belongs(&RamBlock { name: name.into(), length: 4096 });
+        for known in [
+            RAM_ID,
+            "pc.bios",
+            "/rom@etc/acpi/tables",
+            "0000:00:02.0/vga.vram",
+            "0000:00:18.0/virtio-net-pci.rom",
+        ] {
+            assert!(belongs(known), "{known}");
+        }
+        for unknown in [
+            "",
+            "ivshmem",
+            "mem1",
+            "0000:00:05.0/qxl.vram",
+            "0000:00:05.0/vfio",
+            "a/vga.vram",
+            "rom@etc/acpi/tables",
+        ] {
+            assert!(!belongs(unknown), "{unknown}");
+        }
+    }
+}
