@@ -38,8 +38,22 @@ struct Own {
     pages: Table,
     nodes: Table,
     packs: Vec<Building>,
+    lanes: Vec<Lane>,
     saved: Saved,
 }
+
+/// A pack that takes pages. A file system lets one thread at a time write to a file, so threads that put at once get a lane each, once
+/// there is enough to be worth another file.
+struct Lane {
+    pack: u32,
+    /// Threads that are writing to it.
+    writers: u32,
+}
+
+/// Most packs that are written to at once.
+const LANES: usize = 4;
+/// Pages of a session before it has a second lane: 32 MiB.
+const SPREAD_PAGES: usize = 8192;
 
 impl Writer {
     pub(crate) fn new(store: Arc<Inner>) -> Self {
@@ -55,22 +69,24 @@ impl Writer {
         act().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
     }
 
-    /// Counts the pages and claims slots for the new ones. Each claim comes with the numbers of its pages in the batch.
-    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<Vec<(Slots, Vec<usize>)>> {
+    /// Counts the pages and claims slots for the new ones, all in one lane, which has one more writer then. Each claim comes with the numbers of its pages in the batch.
+    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<(Option<usize>, Vec<(Slots, Vec<usize>)>)> {
         let mut own = lock(&self.own);
-        let Own { pages, packs, saved, .. } = &mut *own;
+        let lane = own.choose_lane();
         let mut claims = Vec::new();
         let mut todo = Vec::with_capacity(names.len());
+        let mut pack = 0;
         for (i, (name, known)) in names.iter().zip(known).enumerate() {
             if *name == PageHash::ZERO {
-                saved.zero += 1;
-            } else if pages.get(name).is_some() {
-                saved.same += 1;
+                own.saved.zero += 1;
+            } else if own.pages.get(name).is_some() {
+                own.saved.same += 1;
             } else if *known {
-                saved.earlier += 1;
+                own.saved.earlier += 1;
             } else {
-                saved.new += 1;
-                let pack = self.current(packs)?;
+                own.saved.new += 1;
+                pack = self.current(&mut own, lane)?;
+                let Own { pages, packs, .. } = &mut *own;
                 let Some(building) = packs.get_mut(pack as usize) else { continue };
                 pages.set(*name, Place { pack, at: page_at(building.pages() + todo.len() as u32) });
                 todo.push(i);
@@ -79,29 +95,36 @@ impl Writer {
                 }
             }
         }
-        if let (false, Some(building)) = (todo.is_empty(), packs.last_mut()) {
+        if let (false, Some(building)) = (todo.is_empty(), own.packs.get_mut(pack as usize)) {
             claims.push((building.claim(todo.len() as u32), todo));
         }
-        Ok(claims)
+        if claims.is_empty() {
+            return Ok((None, claims));
+        }
+        own.lanes.get_mut(lane).into_iter().for_each(|lane| lane.writers += 1);
+        Ok((Some(lane), claims))
     }
 
-    /// Number of the pack that takes the next page or node; a new one if there is none or it is full.
-    fn current(&self, packs: &mut Vec<Building>) -> Result<u32> {
+    /// Number of the pack that takes the next page or node in a lane; a new one if there is none or it is full.
+    fn current(&self, own: &mut Own, lane: usize) -> Result<u32> {
         let limits = self.store.limits;
-        let full = packs
-            .last_mut()
-            .map(|pack| (pack.pages() >= limits.pack_pages || pack.node_bytes() >= limits.node_bytes, pack));
-        match full {
-            Some((false, _)) => {}
-            full => {
-                if let Some((_, pack)) = full {
-                    pack.close()?;
-                }
-                let (disk, folder) = (&*self.store.disk, &self.store.folder);
-                packs.push(Building::create(disk, folder, self.store.names.fingerprint)?);
+        let current = own.lanes.get(lane).map(|lane| lane.pack);
+        if let Some((number, pack)) =
+            current.and_then(|n| own.packs.get_mut(n as usize).map(|pack| (n, pack)))
+        {
+            if pack.pages() < limits.pack_pages && pack.node_bytes() < limits.node_bytes {
+                return Ok(number);
             }
+            pack.close()?;
         }
-        Ok((packs.len() - 1) as u32)
+        let (disk, folder) = (&*self.store.disk, &self.store.folder);
+        own.packs.push(Building::create(disk, folder, self.store.names.fingerprint)?);
+        let pack = (own.packs.len() - 1) as u32;
+        match own.lanes.get_mut(lane) {
+            Some(lane) => lane.pack = pack,
+            None => own.lanes.push(Lane { pack, writers: 0 }),
+        }
+        Ok(pack)
     }
 
     /// Checks that every page of a map is in the store or this session, and relies on it.
@@ -130,10 +153,12 @@ impl Writer {
         let mut known = vec![false; names.len()];
         self.store.rely_on(&self.store.nodes, &names, &mut known);
         let mut own = lock(&self.own);
-        let Own { nodes, packs, .. } = &mut *own;
         for ((name, node), known) in names.iter().zip(&level).zip(known) {
-            let Some(node) = node.as_ref().filter(|_| !known && nodes.get(name).is_none()) else { continue };
-            let pack = self.current(packs)?;
+            let Some(node) = node.as_ref().filter(|_| !known && own.nodes.get(name).is_none()) else {
+                continue;
+            };
+            let pack = self.current(&mut own, 0)?;
+            let Own { nodes, packs, .. } = &mut *own;
             if let Some(building) = packs.get_mut(pack as usize) {
                 nodes.set(*name, Place { pack, at: building.add_node(node) });
             }
@@ -165,10 +190,12 @@ impl Session for Writer {
         let mut known = vec![false; names.len()];
         self.store.rely_on(&self.store.pages, names, &mut known);
         self.step(|| {
-            for (slots, numbers) in self.claim(names, &known)? {
-                slots.write(&runs(bytes, &numbers))?;
+            let (lane, claims) = self.claim(names, &known)?;
+            let written = claims.iter().try_for_each(|(slots, numbers)| slots.write(&runs(bytes, numbers)));
+            if let Some(lane) = lane {
+                lock(&self.own).lanes.get_mut(lane).into_iter().for_each(|lane| lane.writers -= 1);
             }
-            Ok(())
+            written
         })
     }
 
@@ -189,7 +216,8 @@ impl Session for Writer {
         own.pages = Table::default();
         own.nodes = Table::default();
         let mut sealed: Vec<Layout> = Vec::with_capacity(packs);
-        // 1. Content of every pack, behind names that an open removes.
+        // 1. Content of every pack, behind names that an open removes. The disk may begin with all of them.
+        own.packs.iter_mut().for_each(Building::write_back);
         for (pack, entries) in own.packs.iter_mut().zip(&mut entries) {
             sealed.push(pack.seal(entries)?);
         }
@@ -212,6 +240,16 @@ impl Session for Writer {
 }
 
 impl Own {
+    /// A lane that nobody writes to; one more than there are if all are busy and there is reason for another. The first one is begun with
+    /// the first page.
+    fn choose_lane(&self) -> usize {
+        match self.lanes.iter().position(|lane| lane.writers == 0) {
+            Some(free) => free,
+            None if self.lanes.len() < LANES && self.pages.len() >= SPREAD_PAGES => self.lanes.len(),
+            None => 0,
+        }
+    }
+
     /// Footer entries of each pack, with final places.
     fn entries(&self) -> Vec<Vec<Entry>> {
         let mut entries: Vec<Vec<Entry>> = self.packs.iter().map(|_| Vec::new()).collect();
@@ -244,9 +282,11 @@ impl Inner {
     pub(crate) fn publish(&self, path: std::path::PathBuf, layout: Layout, entries: &[Entry]) -> u32 {
         let pack = self.packs.add(path, layout, self.clock.now()).number;
         for (kind, index) in [(Kind::Page, &self.pages), (Kind::Node, &self.nodes)] {
-            let own = entries.iter().filter(|entry| entry.kind == kind);
-            let own: Vec<_> = own.map(|entry| (entry.name, Place { pack, at: entry.at })).collect();
-            index.set(&own);
+            for piece in entries.chunks(BATCH) {
+                let own = piece.iter().filter(|entry| entry.kind == kind);
+                let own: Vec<_> = own.map(|entry| (entry.name, Place { pack, at: entry.at })).collect();
+                index.set(&own);
+            }
         }
         pack
     }

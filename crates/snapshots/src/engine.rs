@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
 
 use pages::{GroupKey, Store};
 use qemu::accel::{self, Accel};
@@ -273,25 +272,13 @@ fn make_folder(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How long the lock of a daemon that has ended may outlive it: a child of its own has the file open between fork and exec.
-const LOCK_PATIENCE: Duration = Duration::from_millis(250);
-
 fn lock_folder(state: &Path) -> Result<File> {
     let path = state.join("lock");
     let io = |error: std::io::Error| {
         Error::new(Code::NotPermitted, format!("{} cannot be locked", path.display())).because(error)
     };
     let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io)?;
-    let until = Instant::now() + LOCK_PATIENCE;
-    let locked = loop {
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
-                std::thread::sleep(LOCK_PATIENCE / 50)
-            }
-            other => break other,
-        }
-    };
-    match locked {
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::new(
             Code::Refused,

@@ -194,9 +194,9 @@ fn a_guest_whose_monitor_is_lost_in_the_middle_goes_on_and_is_found_again() {
     walk.spinney.kill_daemon();
     walk.spinney.ok("ls").unwrap();
     let port = walk.spinney.port(NAME).unwrap().expect("a port");
-    // The same daemon connects anew: the second attempt fails as the first, and not because nobody hears.
-    for _ in 0..2 {
-        let ended = walk.spinney.run(format!("take {NAME} x --mode live").split(' '));
+    // The same daemon connects anew: the next attempt fails as the first, and not because nobody hears.
+    for mode in ["live", "stop-copy", "live", "stop-copy"] {
+        let ended = walk.spinney.run(format!("take {NAME} x --mode {mode}").split(' '));
         let problem = ended.problem();
         assert_eq!(ended.code, Some(1), "{problem}");
         assert!(
@@ -210,7 +210,7 @@ fn a_guest_whose_monitor_is_lost_in_the_middle_goes_on_and_is_found_again() {
     }
     // Here the state was whole, and QEMU lets the guest go on by itself.
     for name in ["y", "z"] {
-        walk.spinney.ok(&format!("take {NAME} {name} --mode stop-copy")).unwrap();
+        walk.spinney.ok(&format!("take {NAME} {name} --mode pre-copy")).unwrap();
         walk.ticks_within(&port, SOON).unwrap();
     }
 }

@@ -39,6 +39,9 @@ pub(crate) struct Slots {
 /// The disk is given so many pages at a time, 32 MiB, while more come: at the end there is less to wait for.
 const WRITE_BACK_PAGES: u32 = 8192;
 
+/// Entries of a footer that are written at a time.
+const FOOTER_PIECE: usize = 16 << 10;
+
 impl Slots {
     /// Writes the pages of these slots, given in parts of any length.
     pub(crate) fn write(&self, parts: &[&[u8]]) -> Result<()> {
@@ -95,6 +98,15 @@ impl Building {
         Slots { file: self.file.clone(), path: self.tmp_path(), offset, write_back }
     }
 
+    /// Has the disk begin with what it was not given yet.
+    pub(crate) fn write_back(&mut self) {
+        let (from, to) = (page_offset(self.written_back), page_offset(self.pages));
+        self.written_back = self.pages;
+        if from < to {
+            self.file.write_back(from, to - from);
+        }
+    }
+
     /// Keeps a node for the end of the pack; returns its offset from the start of the nodes, in units of eight bytes.
     pub(crate) fn add_node(&mut self, node: &[u8]) -> u32 {
         let at = (self.nodes.len() / 8) as u32;
@@ -131,21 +143,28 @@ impl Building {
     pub(crate) fn seal(&mut self, entries: &mut [Entry]) -> Result<Layout> {
         let node_bytes = self.close()?;
         let node_offset = page_offset(self.pages);
-        let footer = footer::encode(entries);
+        let footer_offset = node_offset + node_bytes;
+        let (path, mut at, mut checksum) = (self.tmp_path(), footer_offset, blake3::Hasher::new());
+        entries.sort_unstable();
+        // In pieces: of a large machine it is tens of megabytes.
+        for piece in entries.chunks(FOOTER_PIECE) {
+            let bytes = footer::encode(piece);
+            checksum.update(&bytes);
+            self.file.write_at(&[&bytes], at).map_err(Error::io("write", &path))?;
+            at += bytes.len() as u64;
+        }
         let trailer = Trailer {
             id: self.id,
             pages: u64::from(self.pages),
             nodes: entries.iter().filter(|entry| entry.kind == Kind::Node).count() as u64,
             node_offset,
             node_bytes,
-            footer_offset: node_offset + node_bytes,
+            footer_offset,
             footer_bytes: (entries.len() * ENTRY) as u64,
-            footer_checksum: *blake3::hash(&footer).as_bytes(),
+            footer_checksum: *checksum.finalize().as_bytes(),
         };
-        let (path, len) = (self.tmp_path(), trailer.footer_offset + trailer.footer_bytes + TRAILER as u64);
-        self.file
-            .write_at(&[&footer, &trailer.encode()], trailer.footer_offset)
-            .map_err(Error::io("write", &path))?;
+        let len = at + TRAILER as u64;
+        self.file.write_at(&[&trailer.encode()], at).map_err(Error::io("write", &path))?;
         self.file.sync().map_err(Error::io("sync", &path))?;
         Layout::new(&trailer, len)
             .map_err(|problem| Error::DamagedPack { pack: self.id.file_name(), problem })

@@ -18,9 +18,8 @@ pub(crate) struct Entry {
     pub(crate) kind: Kind,
 }
 
-/// Sorts and encodes the entries.
-pub(crate) fn encode(entries: &mut [Entry]) -> Vec<u8> {
-    entries.sort_unstable();
+/// Encodes entries, which are sorted.
+pub(crate) fn encode(entries: &[Entry]) -> Vec<u8> {
     let mut out = Vec::with_capacity(entries.len() * ENTRY);
     for entry in entries {
         out.extend(entry.name.0);

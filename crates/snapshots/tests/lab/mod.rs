@@ -23,14 +23,17 @@ impl Lab {
     pub(crate) fn open(&mut self) -> Vec<String> {
         self.engine = None;
         let state = self.dir.path().join("s");
-        let (engine, notes) = Engine::open(Settings {
-            state,
-            qemu: None,
-            qemu_img: None,
-            accel: Some("tcg".into()),
-            warden: None,
-        })
-        .unwrap();
+        let settings =
+            Settings { state, qemu: None, qemu_img: None, accel: Some("tcg".into()), warden: None };
+        // A child that another test is starting has the lock's file open until its exec.
+        let mut tries = 0;
+        let (engine, notes) = loop {
+            match Engine::open(settings.clone()) {
+                Err(error) if error.code() == Code::Refused && tries < 100 => tries += 1,
+                opened => break opened.unwrap(),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        };
         self.engine = Some(engine);
         notes
     }
