@@ -72,6 +72,19 @@ impl Disk for HostDisk {
     }
 }
 
+/// Pages never take the last of a disk, a 64th of it and 64 MiB at most: guests have their disks there too, and one that finds no room
+/// stands still.
+const ROOM_PART: u64 = 64;
+const ROOM_MAX: u64 = 64 << 20;
+
+/// Fails as a full disk would if it were one after so many bytes more.
+fn leave_room(file: &File, bytes: u64) -> io::Result<()> {
+    let fs = rustix::fs::fstatvfs(file)?;
+    let of = |blocks: u64| blocks.saturating_mul(fs.f_frsize);
+    let room = (of(fs.f_blocks) / ROOM_PART).min(ROOM_MAX);
+    if of(fs.f_bavail) < bytes.saturating_add(room) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+}
+
 /// The system takes at most 1,024 parts in one call.
 const PARTS_PER_CALL: usize = 1024;
 
@@ -81,6 +94,7 @@ impl DiskFile for File {
     }
 
     fn write_at(&self, parts: &[&[u8]], mut offset: u64) -> io::Result<()> {
+        leave_room(self, parts.iter().map(|part| part.len() as u64).sum())?;
         for group in parts.chunks(PARTS_PER_CALL) {
             let mut slices: Vec<IoSlice<'_>> = group.iter().map(|part| IoSlice::new(part)).collect();
             let mut left = slices.as_mut_slice();

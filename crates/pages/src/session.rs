@@ -55,6 +55,9 @@ const LANES: usize = 4;
 /// Pages of a session before it has a second lane: 32 MiB.
 const SPREAD_PAGES: usize = 8192;
 
+/// Slots, and the numbers in the batch of the pages that they are for.
+type Claim = (Slots, Vec<usize>);
+
 impl Writer {
     pub(crate) fn new(store: Arc<Inner>) -> Self {
         let hold = store.clock.hold();
@@ -69,8 +72,8 @@ impl Writer {
         act().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
     }
 
-    /// Counts the pages and claims slots for the new ones, all in one lane, which has one more writer then. Each claim comes with the numbers of its pages in the batch.
-    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<(Option<usize>, Vec<(Slots, Vec<usize>)>)> {
+    /// Counts the pages and claims slots for the new ones, all in one lane, which has one more writer then.
+    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<(Option<usize>, Vec<Claim>)> {
         let mut own = lock(&self.own);
         let lane = own.choose_lane();
         let mut claims = Vec::new();

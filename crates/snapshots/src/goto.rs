@@ -30,10 +30,11 @@ use crate::disks::{GOTO_DEPTH_LIMIT, NewOverlay, allocated};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
+use crate::let_go::{STILL_LIMIT, too_late};
 use crate::memory::check_readable;
 use crate::running::{Running, check_host_memory};
 use crate::swap::{Coming, GotoPlan, Standby, Swap, Swapped, rescue_if_lost};
-use crate::take::{STILL_LIMIT, micros, point_here_at, too_late};
+use crate::take::{micros, point_here_at};
 use crate::tree::view_by_id;
 use crate::types::{GotoPower, GotoReport, Power};
 

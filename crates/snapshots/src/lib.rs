@@ -7,6 +7,7 @@
 
 mod address;
 mod autostart;
+mod capture;
 mod catalog;
 mod check;
 mod collect;
@@ -26,6 +27,7 @@ mod full_disk;
 mod goto;
 mod id;
 mod ingest;
+mod let_go;
 mod locks;
 mod memory;
 mod name;
@@ -40,6 +42,7 @@ mod saving;
 mod set;
 mod suspend;
 mod swap;
+mod switch;
 mod take;
 mod tree;
 mod types;

@@ -70,7 +70,7 @@ pub(crate) fn read_out(
             }
             cx.check()?;
             let read = memory.read(run.block, run.from, run.names.len(), &mut bytes, &mut there);
-            read.map_err(crate::take::save_error)?;
+            read.map_err(crate::let_go::save_error)?;
             names.clear();
             names.resize(bytes.len() / PAGE_SIZE, PageHash::ZERO);
             session.put(&bytes, &mut names)?;

@@ -27,9 +27,9 @@ use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
+use crate::let_go::free_guest;
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
-use crate::take::free_guest;
 use crate::types::{OpState, Power};
 
 /// Why an operation failed that recovery closes.

@@ -22,9 +22,9 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::forwards::check_ports;
+use crate::let_go::{STILL_LIMIT, too_late};
 use crate::running::{Begin, check_host_memory};
 use crate::swap::{GotoPlan, Standby, rescue_if_lost};
-use crate::take::{STILL_LIMIT, too_late};
 use crate::types::{Machine, Power};
 
 impl Engine {

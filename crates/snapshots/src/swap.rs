@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use warden::Armed;
 
+use crate::capture::Unwritten;
 use crate::catalog::{Memory, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::NewOverlay;
@@ -17,9 +18,10 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::forwards::{check_ports, set_ports};
+use crate::let_go::{STILL_LIMIT, free_guest, too_late};
 use crate::memory::{check_readable, feed, read_state};
 use crate::running::{Begin, Running, check_host_memory, log_tail};
-use crate::take::{STILL_LIMIT, Unwritten, free_guest, micros, point_here_at, too_late};
+use crate::take::{micros, point_here_at};
 use crate::types::Power;
 
 /// What recovery has to know of a goto.

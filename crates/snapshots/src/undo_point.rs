@@ -4,13 +4,14 @@ use std::time::Instant;
 
 use rusqlite::Transaction;
 
+use crate::capture::Unwritten;
 use crate::catalog::{OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::running::Running;
 use crate::swap::GotoPlan;
-use crate::take::{TakeJob, Unwritten};
+use crate::take::TakeJob;
 use crate::types::{Mode, OpState, Power};
 
 /// Undo points that a target keeps.

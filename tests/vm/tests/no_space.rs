@@ -134,6 +134,29 @@ fn a_disk_that_is_full_already() {
 }
 
 /// The check itself: without its reserve the catalog has no room for what makes room.
+/// The machine whose memory has no room is not the one that has to wait for some.
+#[test]
+fn pages_leave_the_last_of_a_disk_to_guests() {
+    let Some(disk) = SmallDisk::new(420) else { return };
+    let spinney = Spinney::at(&disk.path(), &[]);
+    spinney.create_guest("m", 96).unwrap();
+    spinney.ok("start m").unwrap();
+    Guest::connect(&spinney.port("m").unwrap().expect("a port"), SOON).unwrap().sync().unwrap();
+    disk.fill_but(24 << 20);
+    let least = thread::scope(|scope| {
+        let take = scope.spawn(|| has_no_room(&spinney, "take m x --mode stop-copy"));
+        let mut least = disk.free();
+        while !take.is_finished() {
+            least = least.min(disk.free());
+            thread::sleep(Duration::from_millis(1));
+        }
+        take.join().unwrap();
+        least
+    });
+    println!("{} KiB were left", least >> 10);
+    assert!((5 << 20..20 << 20).contains(&least), "{least}");
+}
+
 #[test]
 fn without_the_reserve_nothing_makes_room() {
     let Some(disk) = SmallDisk::new(64) else { return };
