@@ -141,7 +141,8 @@ fn pages_leave_the_last_of_a_disk_to_guests() {
     let spinney = Spinney::at(&disk.path(), &[]);
     spinney.create_guest("m", 96).unwrap();
     spinney.ok("start m").unwrap();
-    Guest::connect(&spinney.port("m").unwrap().expect("a port"), SOON).unwrap().sync().unwrap();
+    let booted = Guest::connect(&spinney.port("m").unwrap().expect("a port"), Duration::from_secs(60));
+    booted.unwrap().sync().unwrap();
     disk.fill_but(24 << 20);
     let least = thread::scope(|scope| {
         let take = scope.spawn(|| has_no_room(&spinney, "take m x --mode stop-copy"));
