@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::Advice;
+use rustix::fs::{Advice, StatVfs};
 
 use crate::fault::syncs;
 
@@ -77,12 +77,23 @@ impl Disk for HostDisk {
 const ROOM_PART: u64 = 64;
 const ROOM_MAX: u64 = 64 << 20;
 
+/// Bytes of the disk of `folder` that no pages are written to.
+///
+/// # Errors
+/// The system says nothing about that disk.
+pub fn left_to_others(folder: &Path) -> io::Result<u64> {
+    rustix::fs::statvfs(folder).map(|fs| room(&fs)).map_err(Into::into)
+}
+
+fn room(fs: &StatVfs) -> u64 {
+    (fs.f_blocks.saturating_mul(fs.f_frsize) / ROOM_PART).min(ROOM_MAX)
+}
+
 /// Fails as a full disk would if it were one after so many bytes more.
 fn leave_room(file: &File, bytes: u64) -> io::Result<()> {
     let fs = rustix::fs::fstatvfs(file)?;
-    let of = |blocks: u64| blocks.saturating_mul(fs.f_frsize);
-    let room = (of(fs.f_blocks) / ROOM_PART).min(ROOM_MAX);
-    if of(fs.f_bavail) < bytes.saturating_add(room) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    let free = fs.f_bavail.saturating_mul(fs.f_frsize);
+    if free < bytes.saturating_add(room(&fs)) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
 }
 
 /// The system takes at most 1,024 parts in one call.

@@ -55,6 +55,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use disk::left_to_others;
 pub use error::{Error, Kind, Problem, Result};
 pub use fsck::{Damage, Report};
 pub use gc::{GcDone, GcPlan, PackPlan};

@@ -48,7 +48,8 @@ impl GuestMemory {
         let command = json!({ "command-line": "info ramblock" });
         let answer = qmp.execute("human-monitor-command", command).map_err(io::Error::other)?;
         let files = files(&fs::read_to_string(format!("/proc/{}/maps", process.pid))?);
-        let blocks = blocks(answer.as_str().unwrap_or_default(), &files);
+        let blocks = blocks(answer.as_str().unwrap_or_default(), &files)
+            .ok_or_else(|| io::Error::other("QEMU's table of its memory is not understood"))?;
         let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
         let content = File::open(format!("/proc/{}/mem", process.pid))?;
         Ok(Self { blocks, map, content })
@@ -89,10 +90,10 @@ impl Mapped {
     }
 }
 
-/// The blocks of `info ramblock`, but for lines that are not understood; `files` lie under some of them.
+/// The blocks of `info ramblock`, a line each below the head; none if one is not understood. `files` lie under some of them.
 ///
 /// `pc.ram    4 KiB  0x0 (offset)  0x40000000 (used)  0x40000000 (total)  0x7f5c3fe00000 (host)  rw`
-fn blocks(table: &str, files: &[Range<u64>]) -> Vec<Mapped> {
+fn blocks(table: &str, files: &[Range<u64>]) -> Option<Vec<Mapped>> {
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
     let block = |line: &str| {
         let name = line.split_whitespace().next()?.to_owned();
@@ -105,7 +106,7 @@ fn blocks(table: &str, files: &[Range<u64>]) -> Vec<Mapped> {
             _ => None,
         }
     };
-    table.lines().filter_map(block).collect()
+    table.lines().skip(1).filter(|line| !line.trim().is_empty()).map(block).collect()
 }
 
 /// Where files are mapped: the lines of `/proc/PID/maps` with an inode.
@@ -141,14 +142,14 @@ mod tests {
              7f5c8c400000-7f5c8c401000 rw-p 00000000 00:1a 1045  /dev/shm/ram\n",
         );
         assert_eq!(
-            blocks(table, &files),
+            blocks(table, &files).unwrap(),
             [
                 mapped("ram", 0x4000_0000, 0x7f5c_3fe0_0000, true),
                 mapped("/rom@etc/acpi/rsdp", 0x1000, 0x7f5c_8c40_0000, false)
             ]
         );
-        for bad in ["", "ram 4 KiB 0x0 0x1", "a 0x1 0xzz 0x3 0x4", "a 0x0 0xffffffffffffffff 0x0 0x2"] {
-            assert_eq!(blocks(bad, &[]), [], "{bad:?}");
+        for bad in ["ram 4 KiB 0x0 0x1", "a 0x1 0xzz 0x3 0x4", "a 0x0 0xffffffffffffffff 0x0 0x2"] {
+            assert_eq!(blocks(&format!("{table}{bad}\n"), &[]), None, "{bad:?}");
         }
     }
 }

@@ -5,6 +5,7 @@
 //!   stop                           ->   the guest stands still, its disks are idle and flushed
 //!   xen-save-devices-state         ->   the state of the devices, in a file
 //!   `read`: /proc/PID/mem               (nothing: every core is ours)
+//!   xen-save-devices-state         ->   the same again: if it differs, memory may too
 //!   `at_end`: switch the disks     ->
 //!   cont                           ->   the guest runs
 //! ```
@@ -29,9 +30,9 @@ use crate::migration::{
     Counts, DeviceState, DeviceTail, Finished, MAX_TAIL_BYTES, PAGE_SIZE, RamBlock, RamBlocks, StreamHeader,
 };
 use crate::process::ProcessId;
-use crate::qmp::Qmp;
+use crate::qmp::{Qmp, QmpError};
 use crate::save::{
-    CallbackError, PAUSE_LIMIT, SaveError, SavedState, check_state, pause_after, settle, system,
+    CallbackError, PAUSE_LIMIT, SaveError, SavedState, check_state, pause_after, run_state, settle, system,
 };
 
 /// Section id of RAM in the streams of such a state. QEMU counts from 0, and these streams have no other section in parts.
@@ -78,7 +79,7 @@ struct Pause {
 /// True if the state of this machine can be had so.
 ///
 /// # Errors
-/// [`SaveError::NotOutside`] with the reason why not.
+/// [`SaveError::NotOutside`] with the reason why not. [`Outside::save`] may find another one later.
 pub fn check(qmp: &Qmp, process: ProcessId) -> Result<(), SaveError> {
     open(qmp, process).map(drop)
 }
@@ -97,9 +98,15 @@ impl Outside<'_> {
         let pause = Pause { began: Instant::now(), max: self.max_pause };
         let saved = self.stand_still(header, pause, mark);
         let _ = fs::remove_file(self.scratch);
-        let goes_on = match saved {
+        let goes_on = match &saved {
             Ok(_) => self.qmp.execute("cont", json!({})).map(drop).map_err(SaveError::from),
-            Err(_) => settle(self.qmp, &run_state),
+            Err(error) => {
+                if matches!(error, SaveError::Qmp(QmpError::TimedOut { .. })) {
+                    // What QEMU was asked it may still do: then this comes right behind it. Nobody waits for the answer.
+                    let _ = self.qmp.execute_within("cont", json!({}), Duration::from_millis(1));
+                }
+                settle(self.qmp, &run_state)
+            }
         };
         let finished = match (saved, goes_on) {
             (Ok(finished), Ok(())) => finished,
@@ -121,21 +128,40 @@ impl Outside<'_> {
             Err(error) => SaveError::AtEnd(error),
         })?;
         still.check()?;
-        (self.confirm)().map_err(SaveError::AtEnd)?;
-        // Whoever let it go on meanwhile: what was read is of no one instant.
-        if self.qmp.events_after(mark).iter().any(|event| event.name == "RESUME") {
-            return Err(SaveError::NotStill { reason: "it was let go on meanwhile".into() });
+        // The guest stands still, QEMU does not: a device whose other end is on the host (a virtio-serial port) may have taken bytes
+        // from there, and written to memory what its saved state does not know.
+        if self.device_tail()? != tail {
+            return Err(SaveError::NotOutside { reason: "a device has changed its state meanwhile".into() });
         }
+        (self.confirm)().map_err(SaveError::AtEnd)?;
+        self.is_still(mark)?;
         (self.at_end)().map_err(SaveError::AtEnd)?;
+        self.is_still(mark)?;
         let state = DeviceState { header, blocks: still.blocks, ram_section: RAM_SECTION, tail };
         Ok(Finished { state, counts: Counts::default() })
+    }
+
+    /// Whoever has let it go on meanwhile: what was read is of no one instant.
+    fn is_still(&self, mark: u64) -> Result<(), SaveError> {
+        let state = run_state(self.qmp)?;
+        if state != "paused" {
+            return Err(SaveError::NotStill { reason: format!("it is in the state {state:?}") });
+        }
+        match self.qmp.events_after(mark).iter().any(|event| event.name == "RESUME") {
+            true => Err(SaveError::NotStill { reason: "it was let go on meanwhile".into() }),
+            false => Ok(()),
+        }
     }
 
     /// The state of the devices.
     fn device_tail(&self) -> Result<DeviceTail, SaveError> {
         let file = self.scratch.to_string_lossy();
         // `live` is not what it sounds like: with it, QEMU would let go of the disks.
-        self.qmp.execute("xen-save-devices-state", json!({ "filename": file, "live": false }))?;
+        let saved = self.qmp.execute("xen-save-devices-state", json!({ "filename": file, "live": false }));
+        saved.map_err(|error| match error {
+            QmpError::Refused { description, .. } => SaveError::NotOutside { reason: description },
+            other => other.into(),
+        })?;
         let length = fs::metadata(self.scratch).map_err(system("read the state of the devices"))?.len();
         if length > MAX_TAIL_BYTES as u64 {
             let words = format!("{length} bytes are more than there can be");

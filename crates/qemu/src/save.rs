@@ -67,7 +67,7 @@ pub struct SavedState {
 /// An error of whoever was called back.
 pub type CallbackError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a machine's state could not be had. The guest goes on as before in every case.
+/// Why a machine's state could not be had. The guest goes on as before, unless QEMU is [stuck](SaveError::Stuck) or does not answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {

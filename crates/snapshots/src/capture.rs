@@ -19,7 +19,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
 use crate::ingest::{BlockPages, Intake, Lead, ingest, store_maps};
-use crate::let_go::{STILL_LIMIT, over, save_error, save_failed, still_limit};
+use crate::let_go::{STILL_LIMIT, over, save_error, save_failed, still_limit, unkept};
 use crate::memory::memory_bytes;
 use crate::read_out::read_out;
 use crate::running::Running;
@@ -190,10 +190,25 @@ impl Engine {
         let (lead, stored): (_, &(dyn Fn() + Sync)) =
             if job.mode == Mode::Live { (Lead::spill(), &|| {}) } else { (Lead::Short, &progress) };
         let intake = Intake { lead, memory: job.target.config.memory, stored };
+        let stream = |mode, switch: &mut dyn FnMut() -> _, runs_on: &mut dyn FnMut(Option<u64>)| {
+            ingest(session.as_ref(), cx, intake, |sink| {
+                let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
+                let saved = over(&armed, running, held.and_then(|held| held.go_on(switch)))?;
+                runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
+                Ok(saved)
+            })
+        };
         let read = match way(job, running) {
+            Way::Stream(mode) => stream(mode, &mut switch, &mut runs_on),
             Way::Outside => {
-                let read = read_from_outside(cx, job, running, session.as_ref(), &armed, &mut switch);
-                read.inspect(|(saved, _)| runs_on(saved.pause_us))
+                match read_from_outside(cx, job, running, session.as_ref(), &armed, &mut switch) {
+                    Ok(None) => stream(CopyMode::StopCopy, &mut switch, &mut runs_on),
+                    Ok(Some(read)) => {
+                        runs_on(read.0.pause_us);
+                        Ok(read)
+                    }
+                    Err(error) => Err(error),
+                }
             }
             Way::Live => ingest(session.as_ref(), cx, intake, |sink| {
                 let live = Live {
@@ -208,12 +223,6 @@ impl Engine {
                     runs_on: &mut |pause_us| armed.during(STILL_LIMIT, || runs_on(Some(pause_us))),
                 };
                 over(&armed, running, live.save(sink))
-            }),
-            Way::Stream(mode) => ingest(session.as_ref(), cx, intake, |sink| {
-                let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
-                let saved = over(&armed, running, held.and_then(|held| held.go_on(&mut switch)))?;
-                runs_on(saved.pause_us.filter(|_| job.power == Power::Running));
-                Ok(saved)
             }),
         };
         step("take.saved");
@@ -311,7 +320,7 @@ fn way(job: &TakeJob<'_>, running: &Running) -> Way {
     }
 }
 
-/// Steps 4 to 6 of a stop-copy.
+/// Steps 4 to 6 of a stop-copy. Nothing comes back if the machine has to be saved by a migration after all: it runs on, as before.
 fn read_from_outside(
     cx: &Context,
     job: &TakeJob<'_>,
@@ -319,8 +328,10 @@ fn read_from_outside(
     session: &dyn Session,
     armed: &Armed<'_>,
     switch: &mut dyn FnMut() -> Result<(), CallbackError>,
-) -> Result<(SavedState, Vec<BlockPages>)> {
+) -> Result<Option<(SavedState, Vec<BlockPages>)>> {
     let mut outcome = Ok(Vec::new());
+    let progress = || armed.renew(still_limit(job.max_pause));
+    let intake = Intake { lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
     let outside = Outside {
         qmp: &running.qmp,
         process: running.process.id(),
@@ -330,18 +341,23 @@ fn read_from_outside(
         cancel: &cx.cancel,
         confirm: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
         read: &mut |memory| {
-            outcome = read_out(session, cx, memory, &|| armed.renew(still_limit(job.max_pause)));
+            outcome = read_out(session, cx, memory, intake);
             outcome.as_ref().map(drop).map_err(|_| "its memory could not be stored".into())
         },
         at_end: switch,
     };
     let saved = outside.save();
+    if let Err(error @ SaveError::NotOutside { .. }) = &saved {
+        tracing::info!(machine = job.target.name, %error, "a stop-copy by migration after all");
+        armed.confirm(STILL_LIMIT).map_err(unkept)?;
+        return Ok(None);
+    }
     let qemu_is_lost = matches!(saved, Err(SaveError::Stuck { .. } | SaveError::Qmp(_)));
     let saved = over(armed, running, saved);
     // Unless QEMU is the reason, what went wrong with the pages is why the rest did.
     match outcome {
         Err(error) if !qemu_is_lost => Err(error),
-        blocks => Ok((saved?, blocks?)),
+        blocks => Ok(Some((saved?, blocks?))),
     }
 }
 

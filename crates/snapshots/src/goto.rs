@@ -124,7 +124,11 @@ impl Engine {
         if old.is_some() && !discard && !row.config.memory_snapshots {
             return Err(memory_would_go(&row.name, purpose.undoes.is_none()));
         }
-        self.check_room(row.config.disks.len())?;
+        if discard || old.is_none() {
+            self.check_room(row.config.disks.len())?;
+        } else {
+            self.check_room_for_pages(row.config.disks.len())?;
+        }
         if !discard {
             self.check_not_full(row, old.as_deref())?;
         }

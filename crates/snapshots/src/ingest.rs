@@ -75,6 +75,17 @@ pub(crate) struct Intake<'a> {
     pub(crate) stored: &'a (dyn Fn() + Sync),
 }
 
+impl Intake<'_> {
+    /// Refuses more memory than the machine can have, before any is taken for it.
+    pub(crate) fn check(&self, bytes: u64) -> Result<(), String> {
+        let limit = self.memory.saturating_add(OTHER_BLOCKS);
+        if bytes <= limit {
+            return Ok(());
+        }
+        Err(format!("QEMU announces {bytes} bytes of memory, the machine has at most {limit}"))
+    }
+}
+
 /// A RAM block with the names of its pages.
 #[derive(Debug)]
 pub(crate) struct BlockPages {
@@ -189,7 +200,7 @@ impl Drop for Shared<'_> {
 }
 
 /// Tells the others if a thread that stores ends in a panic.
-struct Ending<'a>(&'a AtomicBool);
+pub(crate) struct Ending<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
@@ -302,13 +313,8 @@ impl BatchSink<'_> {
 
 impl Sink for BatchSink<'_> {
     fn blocks(&mut self, blocks: &[RamBlock]) -> Result<(), SinkError> {
-        let limit = self.shared.intake.memory.saturating_add(OTHER_BLOCKS);
         let sum = blocks.iter().fold(0_u64, |sum, block| sum.saturating_add(block.length));
-        if sum > limit {
-            return Err(
-                format!("QEMU announces {sum} bytes of memory, the machine has at most {limit}").into()
-            );
-        }
+        self.shared.intake.check(sum)?;
         self.batch.blocks = blocks.to_vec();
         Ok(())
     }

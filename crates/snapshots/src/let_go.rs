@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use qemu::qmp::{Qmp, QmpError};
 use qemu::save::{SaveError, run_state, settle};
-use warden::{Armed, TooLate};
+use warden::{Armed, TooLate, Unkept};
 
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
@@ -122,6 +122,13 @@ pub(crate) fn save_error(error: SaveError) -> Error {
 /// True if one of its causes is of this kind.
 fn has_cause<T: std::error::Error + 'static>(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<T>())
+}
+
+pub(crate) fn unkept(error: Unkept) -> Error {
+    if let Unkept::TooLate(error) = error {
+        return too_late(error);
+    }
+    Error::new(Code::Failed, "nobody would have let the guest go on if we had died").because(error)
 }
 
 pub(crate) fn too_late(error: TooLate) -> Error {

@@ -16,7 +16,7 @@ use qemu::outside::StillMemory;
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
-use crate::ingest::BlockPages;
+use crate::ingest::{BlockPages, Ending, Intake};
 
 /// Pages that a thread reads at a time: 1 MiB, small enough for the cache of a core.
 const RUN_PAGES: usize = 256;
@@ -32,13 +32,14 @@ struct Run<'a> {
     skip: bool,
 }
 
-/// Reads all of the memory into `session`; `stored` is called after each run.
+/// Reads all of the memory into `session`.
 pub(crate) fn read_out(
     session: &dyn Session,
     cx: &Context,
     memory: &StillMemory<'_>,
-    stored: &(dyn Fn() + Sync),
+    intake: Intake<'_>,
 ) -> Result<Vec<BlockPages>> {
+    intake.check(memory.blocks().total()).map_err(|words| Error::new(Code::Failed, words))?;
     let mut blocks: Vec<BlockPages> = memory
         .blocks()
         .iter()
@@ -84,22 +85,40 @@ pub(crate) fn read_out(
                 *name = PageHash::ZERO;
             }
             cx.advance((run.names.len() * PAGE_SIZE) as u64);
-            stored();
+            (intake.stored)();
             // Who waits here has the other threads wait as well.
             let _turn = stepping.lock().unwrap_or_else(PoisonError::into_inner);
             step("take.memory");
         }
     };
     let threads = thread::available_parallelism().map_or(1, |cores| cores.get().min(THREADS_MAX));
+    let first: &Mutex<Option<Error>> = &Mutex::new(None);
+    let work = move || {
+        let _ending = Ending(failed);
+        if let Err(error) = work() {
+            // The first one knows why; the others only that the session has failed.
+            first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            failed.store(true, Ordering::Relaxed);
+        }
+    };
     thread::scope(|scope| {
-        let spawn = |_| scope.spawn(move || work().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
-        let workers: Vec<_> = (0..threads).map(spawn).collect();
-        let early = |_| Err(Error::new(Code::Failed, "a thread that reads memory ended early"));
-        let ends: Vec<Result<()>> =
-            workers.into_iter().map(|worker| worker.join().unwrap_or_else(early)).collect();
-        // One thread knows why; the others only that the session has failed.
-        let failures = ends.into_iter().filter_map(Result::err);
-        failures.min_by_key(|error| error.code() == Code::Failed).map_or(Ok(()), Err)
-    })?;
+        // This one works too. With fewer threads than there might be it takes longer.
+        let more = (1..threads).filter_map(|_| {
+            let named = thread::Builder::new().name("read-out".into());
+            named
+                .spawn_scoped(scope, work)
+                .inspect_err(|error| tracing::warn!(%error, "one thread less"))
+                .ok()
+        });
+        let more: Vec<_> = more.collect();
+        work();
+        more.into_iter().for_each(|worker| drop(worker.join()));
+    });
+    if let Some(error) = first.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        return Err(error);
+    }
+    if failed.load(Ordering::Relaxed) {
+        return Err(Error::new(Code::Failed, "a thread that reads memory ended early"));
+    }
     Ok(blocks)
 }

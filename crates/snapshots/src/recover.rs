@@ -190,6 +190,7 @@ impl Engine {
     fn mend_running(&self, target: &TargetRow, running: &Running, plan: Option<Plan>) -> Result<()> {
         let was_running = plan.as_ref().map_or(target.power == Power::Running, |plan| plan.was_running);
         let freed = free_guest(running, was_running);
+        let _ = std::fs::remove_file(running.run.device_state());
         self.mend_settings(target, running);
         if plan.is_some_and(|plan| plan.was_paused) {
             // It ran only to hear the power button.

@@ -22,8 +22,18 @@ impl Engine {
     /// Refuses what cannot have room for so many overlays, before anything is made. What memory will take nobody knows before it
     /// has been read: of most guests the store has most pages already. So only the impossible is refused, and the rest rolled back.
     pub(crate) fn check_room(&self, overlays: usize) -> Result<()> {
+        self.check_free(SMALLEST + OVERLAY * overlays as u64)
+    }
+
+    /// The same for what stores pages, which leave the last of a disk to others.
+    pub(crate) fn check_room_for_pages(&self, overlays: usize) -> Result<()> {
+        let left = pages::left_to_others(self.state()).unwrap_or(0);
+        self.check_free(SMALLEST + OVERLAY * overlays as u64 + left)
+    }
+
+    fn check_free(&self, least: u64) -> Result<()> {
         // What the catalog needs to get out of a full disk is not for what fills it.
-        let least = SMALLEST + OVERLAY * overlays as u64 + self.catalog.reserve_lacks();
+        let least = least + self.catalog.reserve_lacks();
         match free(self.state()) {
             Ok(free) if free < least => Err(Error::new(
                 Code::NoSpace,

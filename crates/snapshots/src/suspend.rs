@@ -40,7 +40,7 @@ impl Engine {
             )
             .hint(format!("`spinney stop {name}` turns it off")));
         }
-        self.check_room(0)?;
+        self.check_room_for_pages(0)?;
         self.check_not_full(&row, Some(&running))?;
         let was = self.look(&row)?.0;
         let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };

@@ -70,7 +70,11 @@ impl Engine {
         let (power, running) = self.look(&row)?;
         self.check_not_full(&row, running.as_deref())?;
         let mode = choose_mode(&row, power, running.as_deref(), &options)?;
-        self.check_room(row.config.disks.len())?;
+        if matches!(mode, Mode::Off | Mode::DiskOnly | Mode::Suspended) {
+            self.check_room(row.config.disks.len())?;
+        } else {
+            self.check_room_for_pages(row.config.disks.len())?;
+        }
         let name = self.choose_name(&row, options.name)?;
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {

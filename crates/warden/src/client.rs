@@ -33,6 +33,17 @@ const WRITE_LIMIT: Duration = Duration::from_secs(1);
 #[error("the guest stood still for too long, and was let go on")]
 pub struct TooLate;
 
+/// A guest must not stand still now.
+#[derive(Debug, thiserror::Error)]
+pub enum Unkept {
+    /// The deadline has passed.
+    #[error(transparent)]
+    TooLate(TooLate),
+    /// Nobody keeps it.
+    #[error("no warden can be had")]
+    NoWarden(#[source] io::Error),
+}
+
 /// Keeps the warden alive and talks to it.
 #[derive(Debug)]
 pub struct Keeper {
@@ -147,9 +158,15 @@ impl Armed<'_> {
     /// The same for a moment that must not begin without a deadline: the guest is about to stand still.
     ///
     /// # Errors
-    /// The deadline has passed.
-    pub fn confirm(&self, within: Duration) -> Result<(), TooLate> {
-        self.ask(|id, question| Request::Confirm { question, id, within: millis(within) })
+    /// The deadline has passed, or nobody keeps it any more.
+    pub fn confirm(&self, within: Duration) -> Result<(), Unkept> {
+        let Some((line, id)) = self.standing() else { return Ok(()) };
+        let confirm = |question| Request::Confirm { question, id, within: millis(within) };
+        match line.ask(ANSWER_LIMIT, &confirm) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Unkept::TooLate(TooLate)),
+            Err(error) => Err(Unkept::NoWarden(error)),
+        }
     }
 
     /// Renews at once and for as long as `work` takes, which cannot say how it gets on: what is watched is that we are alive.
@@ -227,7 +244,12 @@ impl Armed<'_> {
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
-        let _ = self.release();
+        // Whoever panics has left the guest as it was at that moment.
+        if thread::panicking() {
+            self.rescue();
+        } else {
+            let _ = self.release();
+        }
     }
 }
 

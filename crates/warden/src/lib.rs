@@ -24,4 +24,4 @@ pub mod process;
 mod protocol;
 mod rescue;
 
-pub use client::{Armed, Keeper, TooLate};
+pub use client::{Armed, Keeper, TooLate, Unkept};

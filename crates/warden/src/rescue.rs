@@ -44,6 +44,10 @@ fn release(watch: &Watch, qmp: &Qmp) -> Result<(), SaveError> {
     // Refused when there is no migration: then there is nothing to break off.
     tolerate(qmp.execute_oob("yank", migration, QUICK))?;
     tolerate(qmp.execute_within("migrate_cancel", json!({}), QUICK))?;
+    if watch.running {
+        // Behind a `stop` that QEMU is still at, settling could come too early.
+        tolerate(qmp.execute_within("cont", json!({}), QUICK))?;
+    }
     settle(qmp, if watch.running { "running" } else { "paused" })
 }
 
