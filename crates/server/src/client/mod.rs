@@ -102,8 +102,9 @@ impl Client {
             Err(Unanswered::Nobody) => return Ok(false),
             Err(Unanswered::Problem(problem)) => return Err(problem),
         };
-        // While it answers, the number is its own.
-        let process = daemon.pid.and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        // While it answers, the number is its own. One that runs in this process would be waited for in vain.
+        let other = daemon.pid.filter(|pid| i32::try_from(std::process::id()) != Ok(*pid));
+        let process = other.and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
         client.send(client.request(Method::POST, "/v1/shutdown").timeout(PATIENCE))?;
         match process {
             Some(Ok(process)) if !ends(&process, END_PATIENCE) => {
