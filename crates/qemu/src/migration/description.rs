@@ -19,7 +19,7 @@ pub(super) const SECTION_FULL: u8 = 0x04;
 /// Element byte of the stream's end.
 pub(super) const EOF: u8 = 0x00;
 /// First byte of a section's footer.
-pub(super) const FOOTER: u8 = 0x7E;
+pub(crate) const FOOTER: u8 = 0x7E;
 
 /// Where a device's section lies in the device state.
 #[derive(Clone, Debug, PartialEq, Eq)]

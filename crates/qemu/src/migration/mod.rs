@@ -25,6 +25,7 @@ mod tail;
 mod tests;
 mod writer;
 
+pub(crate) use description::FOOTER;
 pub use description::{DeviceSection, MAX_DESCRIPTION_BYTES};
 pub use device_state::DeviceState;
 pub use error::{Error, ErrorKind, Result, SinkError};
