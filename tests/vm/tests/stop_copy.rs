@@ -15,6 +15,12 @@ fn guest(spinney: &Spinney) -> Guest {
     Guest::connect(&port, Duration::from_secs(60)).unwrap()
 }
 
+/// How many takes have gone by migration, as the daemon's log has it.
+fn by_migration(spinney: &Spinney) -> usize {
+    let log = fs::read_to_string(spinney.state().join("daemon.log")).unwrap();
+    log.matches("by migration").count()
+}
+
 fn reached(marker: &Path) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !marker.exists() {
@@ -51,11 +57,7 @@ fn what_comes_from_the_host_meanwhile_spoils_no_snapshot() {
     assert_eq!(guest(&spinney).cmd("cat /word").unwrap().1.trim(), "first");
 
     // With nobody at the port nothing is in its way: not even that the clock goes on, which a second shows.
-    let by_migration = || {
-        let log = fs::read_to_string(spinney.state().join("daemon.log")).unwrap();
-        log.matches("by migration").count()
-    };
-    let before = by_migration();
+    let before = by_migration(&spinney);
     let marker = spinney.folder().join("second");
     spinney.set("SPINNEY_CRASH", &format!("take.memory wait {}", marker.display()));
     spinney.kill_daemon();
@@ -66,5 +68,5 @@ fn what_comes_from_the_host_meanwhile_spoils_no_snapshot() {
     fs::remove_file(&marker).unwrap();
     let ended = take.end();
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    assert_eq!(by_migration(), before, "the clock is in nobody's way");
+    assert_eq!(by_migration(&spinney), before, "the clock is in nobody's way");
 }
