@@ -1,7 +1,10 @@
 //! A command under way, so that something can happen in the middle of it.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Child, ChildStderr};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -74,5 +77,17 @@ impl Underway {
         let output = self.child.wait_with_output().expect("the command's end");
         let document = serde_json::from_slice(&output.stdout).unwrap_or_default();
         Ended { command: self.command, code: output.status.code(), document, stderr: self.said }
+    }
+}
+
+/// Waits until the daemon has come to this step, at which it makes the marker.
+///
+/// # Panics
+/// It does not come there.
+pub fn reached(marker: &Path, step: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !marker.exists() {
+        assert!(Instant::now() < deadline, "{step} was not reached");
+        thread::sleep(Duration::from_millis(5));
     }
 }

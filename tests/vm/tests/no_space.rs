@@ -10,7 +10,7 @@ use serde_json::Value;
 use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
 use vm_tests::small_disk::SmallDisk;
-use vm_tests::underway::Underway;
+use vm_tests::underway::{Underway, reached};
 use vm_tests::walk::{Card, NAME, SOON, Walk};
 
 /// Steps of a take and a goto at which the disk becomes full.
@@ -218,14 +218,6 @@ fn a_disk_that_becomes_full_in_a_take_or_goto() {
     walk.spinney.set("SPINNEY_CRASH", "");
     walk.spinney.kill_daemon();
     walk.end().unwrap();
-}
-
-fn reached(marker: &Path, step: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !marker.exists() {
-        assert!(Instant::now() < deadline, "{step} was not reached");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

@@ -3,12 +3,12 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
+use vm_tests::underway::reached;
 
 fn guest(spinney: &Spinney) -> Guest {
     let port = spinney.port("m").unwrap().expect("a process");
@@ -19,14 +19,6 @@ fn guest(spinney: &Spinney) -> Guest {
 fn by_migration(spinney: &Spinney) -> usize {
     let log = fs::read_to_string(spinney.state().join("daemon.log")).unwrap();
     log.matches("by migration").count()
-}
-
-fn reached(marker: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !marker.exists() {
-        assert!(Instant::now() < deadline, "it was not reached");
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Somebody on the host opens a port of the guest's and says something: QEMU puts it into the guest's memory at once.
@@ -43,7 +35,7 @@ fn what_comes_from_the_host_meanwhile_spoils_no_snapshot() {
     spinney.ok("ls").unwrap();
 
     let mut take = spinney.under_way("take m x --mode stop-copy");
-    reached(&marker);
+    reached(&marker, "take.memory");
     let mut host = UnixStream::connect(&port).unwrap();
     host.write_all(b"something\n").unwrap();
     thread::sleep(Duration::from_millis(300));
@@ -63,7 +55,7 @@ fn what_comes_from_the_host_meanwhile_spoils_no_snapshot() {
     spinney.kill_daemon();
     spinney.ok("ls").unwrap();
     let take = spinney.under_way("take m y --mode stop-copy");
-    reached(&marker);
+    reached(&marker, "take.memory");
     thread::sleep(Duration::from_millis(1100));
     fs::remove_file(&marker).unwrap();
     let ended = take.end();
