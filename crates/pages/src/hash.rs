@@ -5,6 +5,10 @@
 //! `blake3::keyed_hash` of each page, to the bit; the tree is that of the BLAKE3 paper, section 2.1.
 //!
 //! `blake3::platform` is public but not documented, and so not promised: the crate is pinned to a version, and a test compares.
+//!
+//! Its assembly for four inputs at once, and for two, loads whole registers from the first of them, up to 48 bytes past that input's
+//! end (1.8.7, `vmovups zmm9, zmmword ptr [r8+rdx-0x10]`): no harm to the chunks of one input, which follow each other, and the end of
+//! the process if a page is the last before a hole in memory. So it is only ever given eights, which are read to the byte.
 
 use blake3::IncrementCounter;
 use blake3::platform::{Platform, words_from_le_bytes_32};
@@ -21,6 +25,8 @@ const VALUE: usize = 32;
 const PARENT: usize = 2 * VALUE;
 /// Pages hashed side by side: as many as the widest processor has lanes.
 pub(crate) const LANES: usize = 16;
+/// Pages that hash to nothing are added until there are so many, or a multiple.
+const STEP: usize = 8;
 
 /// Flags of the compression function, from the BLAKE3 paper, table 3.
 mod flag {
@@ -30,6 +36,8 @@ mod flag {
     pub(super) const ROOT: u8 = 1 << 3;
     pub(super) const KEYED_HASH: u8 = 1 << 4;
 }
+
+static FILLER: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// Calls `named` with the number and the keyed hash of each page, in order.
 pub(crate) fn keyed_pages<'a>(
@@ -41,13 +49,13 @@ pub(crate) fn keyed_pages<'a>(
     let mut pages = pages.into_iter().peekable();
     let mut first = 0;
     while pages.peek().is_some() {
-        let mut lanes = [&[0; PAGE_SIZE]; LANES];
-        let mut count = 0;
+        let mut lanes = [&FILLER; LANES];
+        let mut count = 0_usize;
         for (lane, page) in lanes.iter_mut().zip(&mut pages) {
             *lane = page;
             count += 1;
         }
-        let names = lanes_of(platform, &key, lanes.get(..count).unwrap_or_default());
+        let names = lanes_of(platform, &key, lanes.get(..count.next_multiple_of(STEP)).unwrap_or_default());
         for (i, name) in names.iter().take(count).enumerate() {
             named(first + i, *name);
         }
@@ -55,7 +63,7 @@ pub(crate) fn keyed_pages<'a>(
     }
 }
 
-/// The hashes of at most [`LANES`] pages.
+/// The hashes of [`STEP`] pages or of [`LANES`].
 fn lanes_of(platform: Platform, key: &[u32; 8], pages: &[&[u8; PAGE_SIZE]]) -> [[u8; VALUE]; LANES] {
     // Chunk by chunk: those with the same number in their pages have the same counter.
     let mut chunks = [[[0; VALUE]; LANES]; CHUNKS];
@@ -132,6 +140,24 @@ mod tests {
             });
             let alone: Vec<_> = pages.iter().map(|page| *blake3::keyed_hash(&key, page).as_bytes()).collect();
             prop_assert_eq!(names, alone);
+        }
+    }
+
+    /// Whatever the number and the order of pages: nothing is read behind the last byte of any. This one ends the process if it fails.
+    #[test]
+    fn nothing_is_read_past_the_end_of_a_page() {
+        // Larger than what malloc takes from a heap, so each is a mapping of its own, and the second lies right below the first.
+        const BYTES: usize = 64 << 20;
+        // malloc keeps 16 bytes before them for itself, and counts 8 behind.
+        let buffers: [Vec<u8>; 2] = std::array::from_fn(|_| vec![7; BYTES - 24]);
+        let [above, buffer] = buffers;
+        drop(above);
+        let end = buffer.len() - 64 * PAGE_SIZE;
+        let (pages, _) = buffer[end..].as_chunks::<PAGE_SIZE>();
+        let one = *blake3::keyed_hash(&[3; 32], &[7; PAGE_SIZE]).as_bytes();
+        for count in 1..=40 {
+            // The last page of all comes first.
+            keyed_pages(&[3; 32], pages.iter().rev().take(count), |_, name| assert_eq!(name, one));
         }
     }
 }
