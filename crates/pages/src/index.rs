@@ -1,14 +1,15 @@
 //! The fingerprint index: from a name to its place, in sixteen shards by the first bits of the name.
 //!
 //! It is asked in batches and answers by value, so a shard's owner may one day be elsewhere. It is rebuilt from the packs'
-//! footers at open and lies only in memory: losing it costs nothing but time. A name takes 40 bytes in a vector that grows
-//! by an eighth and 6 to 11 in a hash table of positions: under 52 bytes a page, or 13 MB for each GiB of different pages.
+//! footers at open and lies only in memory: losing it costs nothing but time. A name takes 40 bytes in a vector and 6 to 11 in a
+//! hash table of positions: under 52 bytes a page, or 13 MB for each GiB of different pages.
 
 use std::sync::RwLock;
 
 use hashbrown::HashTable;
 
 use crate::PageHash;
+use crate::segments::Segments;
 use crate::sync::{read, write};
 
 /// Where a page or node lies.
@@ -31,7 +32,7 @@ impl Place {
 #[derive(Default)]
 pub(crate) struct Table {
     positions: HashTable<u32>,
-    entries: Vec<(PageHash, Place)>,
+    entries: Segments<(PageHash, Place)>,
 }
 
 /// Names are hashes already. The first eight bytes choose the shard; the second eight serve the table.
@@ -52,9 +53,6 @@ impl Table {
         if let Some(entry) = known.and_then(|i| self.entries.get_mut(i as usize)) {
             entry.1 = place;
             return;
-        }
-        if self.entries.len() == self.entries.capacity() {
-            self.entries.reserve_exact(self.entries.len() / 8 + 16);
         }
         let Ok(at) = u32::try_from(self.entries.len()) else {
             return; // 4 billion names in a shard: those beyond are stored again, never lost

@@ -8,9 +8,9 @@
 //! # What may run beside what
 //! All operations take `&self`, and a folder is open in one process at a time.
 //!
-//! | | put, put_map | commit | read, map_range | plan_gc, usage, fsck | run_gc |
+//! | | put, put_… | commit | read, map_range | plan_gc, usage, fsck | run_gc |
 //! |---|---|---|---|---|---|
-//! | **put, put_map** | yes: shard locks; own pages under the session's lock, written outside it | yes | yes | yes: reads only | yes: a hit touches its pack under the *gate* (shared); a touched pack is left alone |
+//! | **put, put_…** | yes: shard locks; own pages under the session's lock, written outside it | yes | yes | yes: reads only | yes: a hit touches its pack under the *gate* (shared); a touched pack is left alone |
 //! | **commit** | | yes: files of its own; shard locks to publish | yes | yes: what came later is not in the plan | yes: new packs are in no plan, and their names win over older places |
 //! | **read, map_range** | | | yes | yes | yes: a pack gone between look-up and open is looked up once more; an open file outlives its name |
 //! | **usage, fsck** | | | | yes | yes: as read |
@@ -40,9 +40,11 @@ mod map;
 mod pack;
 mod read;
 mod repair;
+mod segments;
 mod session;
 mod store;
 mod sync;
+mod threads;
 mod usage;
 
 #[doc(hidden)]
@@ -67,6 +69,9 @@ pub use usage::Usage;
 
 /// Bytes of a page. Fixed: it is the x86 page, and the unit in which QEMU sends memory.
 pub const PAGE_SIZE: usize = 4096;
+
+/// Pages of a leaf of a page map: those of a leaf are named together.
+pub const LEAF_PAGES: usize = map::FAN_OUT;
 
 /// Name of a page or of a map node: BLAKE3 of its content, keyed with the group's key. All zero bytes stand for the
 /// zero page, which is never stored.
@@ -124,8 +129,17 @@ pub trait PageStore: Send + Sync {
 pub trait Session: Send + Sync {
     /// Stores the pages of `bytes` (a multiple of [`PAGE_SIZE`]) that are not known yet; writes their names to `names`.
     fn put(&self, bytes: &[u8], names: &mut [PageHash]) -> Result<()>;
+    /// Stores leaves of a page map over pages put in this session or held by the store; writes their names to `leaves`, one for
+    /// [`LEAF_PAGES`] pages. Best done while the pages are fresh: then looking after them costs next to nothing.
+    fn put_leaves(&self, pages: &[PageHash], leaves: &mut [PageHash]) -> Result<()>;
+    /// Stores a page map of `pages` pages over leaves put in this session.
+    fn put_map_over(&self, leaves: &[PageHash], pages: u64) -> Result<MapRoot>;
     /// Stores a page map over pages put in this session or held by the store.
-    fn put_map(&self, pages: &[PageHash]) -> Result<MapRoot>;
+    fn put_map(&self, pages: &[PageHash]) -> Result<MapRoot> {
+        let mut leaves = vec![PageHash::ZERO; pages.len().div_ceil(LEAF_PAGES)];
+        self.put_leaves(pages, &mut leaves)?;
+        self.put_map_over(&leaves, pages.len() as u64)
+    }
     /// Makes everything durable: data, footer, file, folder, in this order.
     fn commit(self: Box<Self>) -> Result<Saved>;
 }

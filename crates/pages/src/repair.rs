@@ -5,6 +5,7 @@
 //! before the index follows it, and a file is put aside only when all that is good in it has been copied.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -50,6 +51,9 @@ struct Good {
 
 /// Pages read at once.
 const RUN: usize = 256;
+
+/// How often a read that failed is tried again.
+const RETRIES: u32 = 3;
 
 /// Rounds in which what was found may show what else is missing: one for each level of a map, and one to see that nothing is.
 const ROUNDS: usize = 12;
@@ -157,13 +161,13 @@ impl Inner {
         match name.0 {
             Kind::Page => {
                 let mut page = [0; PAGE_SIZE];
-                file.read_at(&mut page, offset).ok()?;
+                read_patiently(file, &mut page, offset).ok()?;
                 (self.names.page(&page) == name.1).then_some(Good { name, offset, len: PAGE_SIZE as u16 })
             }
             Kind::Node => {
                 let room = file.len().ok()?.saturating_sub(offset).min(MAX_NODE as u64) as usize;
                 let mut bytes = vec![0; room];
-                file.read_at(&mut bytes, offset).ok()?;
+                read_patiently(file, &mut bytes, offset).ok()?;
                 let (_, len) = Node::decode(&bytes).ok()?;
                 let same = bytes.get(..len).is_some_and(|own| self.names.node(own) == name.1);
                 same.then_some(Good { name, offset, len: len as u16 })
@@ -336,6 +340,17 @@ impl Inner {
         let to = from.with_extension("bad");
         self.disk.rename(&from, &to).map_err(Error::io("rename", &from))?;
         self.disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))
+    }
+}
+
+/// Reads, and again if the disk fails: what it only fails at for a moment is not lost.
+fn read_patiently(file: &dyn DiskFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut attempts = 0;
+    loop {
+        match file.read_at(bytes, offset) {
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && attempts < RETRIES => attempts += 1,
+            other => return other,
+        }
     }
 }
 

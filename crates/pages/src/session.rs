@@ -4,6 +4,7 @@
 //! writes it without, straight from the caller's memory. So several threads put at once, and a page that two of them bring
 //! is stored once. Map nodes wait in memory until their pack is closed.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -15,7 +16,8 @@ use crate::map;
 use crate::pack::{Building, Entry, Layout, Slots, page_at};
 use crate::store::Inner;
 use crate::sync::lock;
-use crate::{MapRoot, PAGE_SIZE, PageHash, Saved, Session};
+use crate::threads::side_by_side;
+use crate::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, Saved, Session};
 
 /// Names looked up at once.
 const BATCH: usize = 4096;
@@ -37,6 +39,8 @@ pub(crate) struct Writer {
 struct Own {
     pages: Table,
     nodes: Table,
+    /// Leaves whose pages were looked after.
+    leaves: HashSet<PageHash>,
     packs: Vec<Building>,
     lanes: Vec<Lane>,
     saved: Saved,
@@ -202,10 +206,31 @@ impl Session for Writer {
         })
     }
 
-    fn put_map(&self, pages: &[PageHash]) -> Result<MapRoot> {
+    fn put_leaves(&self, pages: &[PageHash], leaves: &mut [PageHash]) -> Result<()> {
+        if leaves.len() != pages.len().div_ceil(LEAF_PAGES) {
+            return Err(Error::Misuse("put_leaves needs a leaf for 64 pages"));
+        }
         self.check_pages(pages)?;
-        let node = self.step(|| map::levels(pages, |level| self.keep_nodes(level)))?;
-        Ok(MapRoot { node, pages: pages.len() as u64 })
+        let names = self.step(|| map::level(0, pages, |level| self.keep_nodes(level)))?;
+        leaves.copy_from_slice(&names);
+        lock(&self.own).leaves.extend(names);
+        Ok(())
+    }
+
+    fn put_map_over(&self, leaves: &[PageHash], pages: u64) -> Result<MapRoot> {
+        if leaves.len() as u64 != pages.div_ceil(LEAF_PAGES as u64) {
+            return Err(Error::Misuse("put_map_over needs a leaf for 64 pages"));
+        }
+        {
+            // The store may hold a leaf and not its pages.
+            let own = lock(&self.own);
+            let stranger = leaves.iter().find(|leaf| **leaf != PageHash::ZERO && !own.leaves.contains(leaf));
+            if let Some(leaf) = stranger {
+                return Err(self.store.missing(Kind::Node, *leaf));
+            }
+        }
+        let node = self.step(|| map::levels(leaves, pages, |level| self.keep_nodes(level)))?;
+        Ok(MapRoot { node, pages })
     }
 
     fn commit(self: Box<Self>) -> Result<Saved> {
@@ -213,17 +238,17 @@ impl Session for Writer {
             return Err(Error::SessionFailed);
         }
         let mut own = lock(&self.own);
-        let (mut saved, packs) = (own.saved, own.packs.len());
+        let mut saved = own.saved;
         let mut entries = own.entries();
         // Of a large machine these are tens of megabytes, and the entries say the same.
         own.pages = Table::default();
         own.nodes = Table::default();
-        let mut sealed: Vec<Layout> = Vec::with_capacity(packs);
+        own.leaves = HashSet::new();
         // 1. Content of every pack, behind names that an open removes. The disk may begin with all of them.
         own.packs.iter_mut().for_each(Building::write_back);
-        for (pack, entries) in own.packs.iter_mut().zip(&mut entries) {
-            sealed.push(pack.seal(entries)?);
-        }
+        let packs = own.packs.iter_mut().zip(&mut entries);
+        let sealed = side_by_side(packs, |(pack, entries)| pack.seal(entries));
+        let sealed = sealed.into_iter().collect::<Result<Vec<Layout>>>()?;
         step("pack.sealed");
         // 2. Their names, then the folder that holds the names.
         let disk = &*self.store.disk;
@@ -234,10 +259,9 @@ impl Session for Writer {
         }
         // 3. Everything is durable: let others find it.
         own.packs.clear();
-        for ((path, layout), entries) in paths.into_iter().zip(sealed).zip(entries) {
-            saved.bytes_written += layout.len;
-            self.store.publish(path, layout, &entries);
-        }
+        saved.bytes_written = sealed.iter().map(|layout| layout.len).sum();
+        let packs = paths.into_iter().zip(sealed).zip(entries);
+        side_by_side(packs, |((path, layout), entries)| self.store.publish(path, layout, &entries));
         Ok(saved)
     }
 }

@@ -1,5 +1,6 @@
 //! Creating and opening a store.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ impl Default for Limits {
         // 1 GiB of pages; nodes wait in memory for the end of their pack.
         Self {
             pack_pages: 262_144,
-            node_bytes: 32 << 20,
+            node_bytes: 8 << 20,
             #[cfg(test)]
             ignore_sessions: false,
         }
@@ -138,13 +139,16 @@ impl Store {
         self.inner.clock.hold()
     }
 
-    /// Bytes that the packs take on the disk, those set aside included.
+    /// Bytes that the packs take on the disk, those set aside included, at open or by a repair.
     pub fn allocated_bytes(&self) -> Result<u64> {
         let inner = &self.inner;
-        let used = inner.packs.all().into_iter().map(|pack| pack.path.clone());
-        let aside = inner.set_aside_names().into_iter().map(|name| inner.folder.join(name));
+        let names = inner.disk.list(&inner.folder).map_err(Error::io("list", &inner.folder))?;
+        let is_pack = |name: &OsString| {
+            let end = Path::new(name).extension();
+            end.is_some_and(|end| end == "pack" || end == "bad")
+        };
         let mut sum = 0;
-        for path in used.chain(aside) {
+        for path in names.into_iter().filter(is_pack).map(|name| inner.folder.join(name)) {
             match inner.disk.open(&path).and_then(|file| file.allocated()) {
                 Ok(bytes) => sum += bytes,
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {} // collected in between

@@ -18,7 +18,8 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::id::new_id;
-use crate::ingest::{BlockPages, Intake, Lead, ingest, store_maps};
+use crate::ingest::{Intake, Lead, ingest, store_maps};
+use crate::leaves::BlockLeaves;
 use crate::let_go::{STILL_LIMIT, over, save_error, save_failed, still_limit, unkept};
 use crate::memory::memory_bytes;
 use crate::read_out::read_out;
@@ -189,7 +190,8 @@ impl Engine {
         // What a live take waits for is the stream; the store has all the time it needs.
         let (lead, stored): (_, &(dyn Fn() + Sync)) =
             if job.mode == Mode::Live { (Lead::spill(), &|| {}) } else { (Lead::Short, &progress) };
-        let intake = Intake { lead, memory: job.target.config.memory, stored };
+        let once = job.mode == Mode::Live;
+        let intake = Intake { lead, memory: job.target.config.memory, once, stored };
         let stream = |mode, switch: &mut dyn FnMut() -> _, runs_on: &mut dyn FnMut(Option<u64>)| {
             ingest(session.as_ref(), cx, intake, |sink| {
                 let held = save::read(&running.qmp, mode, job.max_pause, sink, &cx.cancel, &progress);
@@ -268,7 +270,8 @@ fn capture_and_hold<'a>(
 ) -> Result<Captured<'a>> {
     let progress = || armed.renew(STILL_LIMIT);
     // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
-    let intake = Intake { lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
+    let intake =
+        Intake { once: false, lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
     let (held, blocks) = ingest(session.as_ref(), cx, intake, |sink| {
         let held = save::read(&running.qmp, CopyMode::StopCopy, None, sink, &cx.cancel, &progress);
         if held.is_err() {
@@ -328,10 +331,11 @@ fn read_from_outside(
     session: &dyn Session,
     armed: &Armed<'_>,
     switch: &mut dyn FnMut() -> Result<(), CallbackError>,
-) -> Result<Option<(SavedState, Vec<BlockPages>)>> {
+) -> Result<Option<(SavedState, Vec<BlockLeaves>)>> {
     let mut outcome = Ok(Vec::new());
     let progress = || armed.renew(still_limit(job.max_pause));
-    let intake = Intake { lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
+    let intake =
+        Intake { once: false, lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
     let outside = Outside {
         qmp: &running.qmp,
         process: running.process.id(),

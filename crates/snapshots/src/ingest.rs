@@ -1,7 +1,7 @@
 //! Guest memory from QEMU's migration stream into the page store.
 //!
 //! ```text
-//!   stream thread -> batches of 256 pages -> storing threads (hash, look up, write) -> one list of names a block
+//!   stream thread -> batches of 256 pages -> storing threads (hash, look up, write) -> the leaves of a map a block
 //! ```
 //! Batches are stored side by side and their names written down in the order in which the batches came, so that a later copy of a
 //! page replaces an earlier one.
@@ -25,6 +25,7 @@ use crate::catalog::Memory;
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
+use crate::leaves::{BlockLeaves, OpenBlock};
 use crate::running::available_memory;
 
 /// Pages handed to the store at a time: 1 MiB, large enough to hide a lock, small enough for the cache.
@@ -71,6 +72,8 @@ pub(crate) struct Intake<'a> {
     pub(crate) lead: Lead,
     /// Bytes of memory that the machine has; its other blocks (video memory, ROMs) are less than [`OTHER_BLOCKS`].
     pub(crate) memory: u64,
+    /// Each page comes once, so its name need not be kept for long.
+    pub(crate) once: bool,
     /// Called after each batch that was stored.
     pub(crate) stored: &'a (dyn Fn() + Sync),
 }
@@ -84,13 +87,6 @@ impl Intake<'_> {
         }
         Err(format!("QEMU announces {bytes} bytes of memory, the machine has at most {limit}"))
     }
-}
-
-/// A RAM block with the names of its pages.
-#[derive(Debug)]
-pub(crate) struct BlockPages {
-    pub(crate) name: String,
-    pub(crate) pages: Vec<PageHash>,
 }
 
 /// Where a page belongs. The bytes of those that are not zero follow each other in the batch.
@@ -131,7 +127,7 @@ struct Shared<'a> {
 /// The names of what is stored.
 #[derive(Debug, Default)]
 struct Named {
-    blocks: Vec<BlockPages>,
+    blocks: Vec<OpenBlock>,
     /// The batch whose turn it is.
     turn: u64,
     /// Batches that were stored before their turn.
@@ -145,7 +141,7 @@ pub(crate) fn ingest<T>(
     cx: &Context,
     intake: Intake<'_>,
     body: impl FnOnce(&mut (dyn Sink + Send)) -> Result<T>,
-) -> Result<(T, Vec<BlockPages>)> {
+) -> Result<(T, Vec<BlockLeaves>)> {
     let lead = intake.lead;
     let (full, batches) = if lead == Lead::Short { bounded(BATCHES) } else { unbounded() };
     let (empty, spares) = bounded(BATCHES);
@@ -190,7 +186,9 @@ pub(crate) fn ingest<T>(
         Ok(value)
     });
     let named = std::mem::take(&mut *shared.named.lock().unwrap_or_else(PoisonError::into_inner));
-    done.map(|value| (value, named.blocks))
+    let value = done?;
+    let blocks = named.blocks.into_iter().map(|block| block.close(session)).collect::<Result<_>>()?;
+    Ok((value, blocks))
 }
 
 impl Drop for Shared<'_> {
@@ -239,30 +237,28 @@ impl Shared<'_> {
             let mut bytes = std::mem::take(&mut batch.bytes);
             bytes.clear();
             let _ = empty.try_send(bytes);
-            self.write_down(batch, names);
+            let written = self.write_down(session, batch, names);
+            written.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
         }
         Ok(())
     }
 
     /// Writes down where the pages of a batch belong, once those before it are.
-    fn write_down(&self, batch: Batch, names: Vec<PageHash>) {
+    fn write_down(&self, session: &dyn Session, batch: Batch, names: Vec<PageHash>) -> Result<()> {
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         // Who waits here has the other threads wait as well.
         step("take.memory");
         named.early.insert(batch.number, (batch, names));
         loop {
             let turn = named.turn;
-            let Some((batch, names)) = named.early.remove(&turn) else { return };
+            let Some((batch, names)) = named.early.remove(&turn) else { return Ok(()) };
             named.turn += 1;
-            for block in batch.blocks {
-                let count = usize::try_from(block.length).unwrap_or(usize::MAX) / PAGE_SIZE;
-                named.blocks.push(BlockPages { name: block.name, pages: vec![PageHash::ZERO; count] });
-            }
+            named.blocks.extend(batch.blocks.iter().map(OpenBlock::new));
             let mut next = names.iter();
             for place in &batch.places {
                 let name = if place.zero { PageHash::ZERO } else { *next.next().unwrap_or(&PageHash::ZERO) };
                 // The reader has checked that the page lies in its block.
-                named.blocks[place.block].pages[place.page] = name;
+                named.blocks[place.block].set(place.page, name, self.intake.once, session)?;
             }
         }
     }
@@ -344,7 +340,7 @@ pub(crate) struct StoreTooSlow {
 /// Stores the maps of the blocks and the device state; what comes back is all that a snapshot has to keep.
 pub(crate) fn store_maps(
     session: &dyn Session,
-    blocks: &[BlockPages],
+    blocks: &[BlockLeaves],
     state: &DeviceState,
 ) -> Result<Memory> {
     let mut bytes = state.encode();
@@ -355,7 +351,7 @@ pub(crate) fn store_maps(
     let state = session.put_map(&names)?;
     let blocks = blocks
         .iter()
-        .map(|block| Ok((block.name.clone(), session.put_map(&block.pages)?)))
+        .map(|block| Ok((block.name.clone(), session.put_map_over(&block.leaves, block.pages)?)))
         .collect::<Result<_>>()?;
     Ok(Memory { blocks, state, state_bytes })
 }

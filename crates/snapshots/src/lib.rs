@@ -27,6 +27,7 @@ mod full_disk;
 mod goto;
 mod id;
 mod ingest;
+mod leaves;
 mod let_go;
 mod locks;
 mod memory;

@@ -1,7 +1,7 @@
 //! The memory of a guest that stands still into the page store, read from outside.
 //!
 //! ```text
-//!   each thread:  claim a run of pages -> read those that are there -> hash, look up, write -> their names, each in its place
+//!   each thread:  claim a run of pages -> read those that are there -> hash, look up, write -> the names of the map's leaves, each in its place
 //! ```
 //! Nobody waits for a stream here, and nothing is queued: a run is read into the cache of a core and stored from there.
 
@@ -9,25 +9,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use pages::{PAGE_SIZE, PageHash, Session};
+use pages::{LEAF_PAGES, PAGE_SIZE, PageHash, Session};
 use qemu::command::RAM_ID;
 use qemu::outside::StillMemory;
 
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
-use crate::ingest::{BlockPages, Ending, Intake};
+use crate::ingest::{Ending, Intake};
+use crate::leaves::BlockLeaves;
 
 /// Pages that a thread reads at a time: 1 MiB, small enough for the cache of a core.
-const RUN_PAGES: usize = 256;
+const RUN_PAGES: usize = RUN_LEAVES * LEAF_PAGES;
+const RUN_LEAVES: usize = 4;
 /// Most threads; the session has one lock for all of them.
 const THREADS_MAX: usize = 4;
 
-/// Pages of a block whose names are wanted.
+/// Pages of a block, whose leaves are wanted.
 struct Run<'a> {
     block: usize,
     from: u64,
-    names: &'a mut [PageHash],
+    pages: usize,
+    leaves: &'a mut [PageHash],
     /// The planted fault loses the first of them.
     skip: bool,
 }
@@ -38,30 +41,26 @@ pub(crate) fn read_out(
     cx: &Context,
     memory: &StillMemory<'_>,
     intake: Intake<'_>,
-) -> Result<Vec<BlockPages>> {
+) -> Result<Vec<BlockLeaves>> {
     intake.check(memory.blocks().total()).map_err(|words| Error::new(Code::Failed, words))?;
-    let mut blocks: Vec<BlockPages> = memory
-        .blocks()
-        .iter()
-        .map(|block| {
-            let count = usize::try_from(block.length).unwrap_or(usize::MAX) / PAGE_SIZE;
-            BlockPages { name: block.name.clone(), pages: vec![PageHash::ZERO; count] }
-        })
-        .collect();
+    let mut blocks: Vec<BlockLeaves> = memory.blocks().iter().map(BlockLeaves::of).collect();
     let mut skip = planted(Fault::SkipPage);
-    let runs = blocks.iter_mut().enumerate().flat_map(|(block, BlockPages { name, pages })| {
-        let runs = pages.chunks_mut(RUN_PAGES).enumerate();
-        let is_ram = name == RAM_ID;
-        runs.map(move |(number, names)| (block, (number * RUN_PAGES) as u64, names, is_ram))
+    let runs = blocks.iter_mut().enumerate().flat_map(|(block, BlockLeaves { name, pages, leaves })| {
+        let (is_ram, pages) = (name == RAM_ID, *pages);
+        leaves.chunks_mut(RUN_LEAVES).zip((0..).step_by(RUN_PAGES)).map(move |(leaves, from)| {
+            let pages = pages.saturating_sub(from).min(RUN_PAGES as u64) as usize;
+            (Run { block, from, pages, leaves, skip: false }, is_ram)
+        })
     });
-    let runs = runs.map(|(block, from, names, is_ram)| {
+    let runs = runs.map(|(run, is_ram)| {
         // Far enough up that it is a page of the test's own filling.
-        let skip = is_ram && from >= 160 << 8 && std::mem::take(&mut skip);
-        Run { block, from, names, skip }
+        let skip = is_ram && run.from >= 160 << 8 && std::mem::take(&mut skip);
+        Run { skip, ..run }
     });
     let (runs, failed, stepping) = (&Mutex::new(runs), &AtomicBool::new(false), &Mutex::new(()));
     let work = move || -> Result<()> {
-        let (mut bytes, mut there, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut bytes, mut there) = (Vec::new(), Vec::new());
+        let (mut stored, mut names) = (Vec::new(), Vec::new());
         loop {
             // The lock is gone before the run is worked on.
             let next = runs.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -70,21 +69,20 @@ pub(crate) fn read_out(
                 return Ok(());
             }
             cx.check()?;
-            let read = memory.read(run.block, run.from, run.names.len(), &mut bytes, &mut there);
+            let read = memory.read(run.block, run.from, run.pages, &mut bytes, &mut there);
             read.map_err(crate::let_go::save_error)?;
+            stored.clear();
+            stored.resize(bytes.len() / PAGE_SIZE, PageHash::ZERO);
+            session.put(&bytes, &mut stored)?;
+            let mut stored = stored.iter();
+            let name = |there: &bool| *there.then(|| stored.next()).flatten().unwrap_or(&PageHash::ZERO);
             names.clear();
-            names.resize(bytes.len() / PAGE_SIZE, PageHash::ZERO);
-            session.put(&bytes, &mut names)?;
-            let mut stored_names = names.iter();
-            for (name, there) in run.names.iter_mut().zip(&there) {
-                if *there {
-                    *name = *stored_names.next().unwrap_or(&PageHash::ZERO);
-                }
-            }
-            if let (true, Some(name)) = (run.skip, run.names.first_mut()) {
+            names.extend(there.iter().map(name));
+            if let (true, Some(name)) = (run.skip, names.first_mut()) {
                 *name = PageHash::ZERO;
             }
-            cx.advance((run.names.len() * PAGE_SIZE) as u64);
+            session.put_leaves(&names, run.leaves)?;
+            cx.advance((run.pages * PAGE_SIZE) as u64);
             (intake.stored)();
             // Who waits here has the other threads wait as well.
             let _turn = stepping.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! Building a map from the leaves up.
+//! Building a map: leaves, then level by level up to the top.
 
 use crate::PageHash;
 
@@ -10,21 +10,28 @@ const PART: usize = 256 * FAN_OUT;
 /// Nodes of one level that follow each other, in order; None where the subtree is empty.
 pub(crate) type Level = Vec<Option<Vec<u8>>>;
 
-/// Builds the map of `pages` level by level, leaves first. `store` names nodes of a level and keeps them. Returns the
-/// name of the top node.
+/// Encodes the nodes of a level over their children, a part at a time; `store` names nodes and keeps them. Returns the names.
+pub(crate) fn level<E>(
+    level: u8,
+    children: &[PageHash],
+    mut store: impl FnMut(Level) -> Result<Vec<PageHash>, E>,
+) -> Result<Vec<PageHash>, E> {
+    let mut names = Vec::with_capacity(children.len().div_ceil(FAN_OUT));
+    for part in children.chunks(PART) {
+        names.extend(store(part.chunks(FAN_OUT).map(|children| Node::encode(level, children)).collect())?);
+    }
+    Ok(names)
+}
+
+/// Builds the map of `pages` pages over its leaves, level by level. Returns the name of the top node.
 pub(crate) fn levels<E>(
-    pages: &[PageHash],
+    leaves: &[PageHash],
+    pages: u64,
     mut store: impl FnMut(Level) -> Result<Vec<PageHash>, E>,
 ) -> Result<PageHash, E> {
-    let mut below = Vec::new();
-    for level in 0..=top_level(pages.len() as u64) {
-        let children = if level == 0 { pages } else { &below[..] };
-        let mut names = Vec::with_capacity(children.len().div_ceil(FAN_OUT));
-        for part in children.chunks(PART) {
-            names
-                .extend(store(part.chunks(FAN_OUT).map(|children| Node::encode(level, children)).collect())?);
-        }
-        below = names;
+    let mut below = leaves.to_vec();
+    for number in 1..=top_level(pages) {
+        below = level(number, &below, &mut store)?;
     }
     Ok(below.first().copied().unwrap_or(PageHash::ZERO))
 }

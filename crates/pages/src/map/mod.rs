@@ -8,7 +8,7 @@ mod forest;
 mod node;
 mod range;
 
-pub(crate) use build::{Level, levels};
+pub(crate) use build::{Level, level, levels};
 pub(crate) use cache::NodeCache;
 pub(crate) use forest::{Child, Forest};
 pub(crate) use node::{MAX_NODE, Node};
