@@ -7,6 +7,7 @@
 //! **Must not know:** terminals, colours, the user's configuration files. Async starts here: nothing below this crate
 //! has a runtime.
 
+mod allocator;
 pub mod api;
 pub mod client;
 mod log;

@@ -8,7 +8,7 @@ use snapshots::{Code, Context, Engine, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{App, router};
-use crate::{Problem, log, socket};
+use crate::{Problem, allocator, log, socket};
 
 /// How long the end waits for operations, and then for answers under way.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,6 +43,7 @@ pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
         let _ = rustix::process::setsid();
     }
     log::start(file, !options.detached);
+    allocator::give_back();
     // The caller prints what goes wrong; detached, its stderr is the log.
     run(settings, &path)
 }
@@ -73,7 +74,8 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     result
 }
 
-/// Frees now and then what nothing needs and undo no longer pins. It is journalled only when there is something to free.
+/// Frees now and then what nothing needs and undo no longer pins, and sees to the copy of the catalog. It is journalled only when there
+/// is something to free.
 fn collect_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
     let engine = Arc::downgrade(engine);
     let collect = move || {
@@ -84,6 +86,7 @@ fn collect_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
             if worthwhile && let Err(error) = engine.gc(&Context::new(), false, false) {
                 tracing::warn!(%error, "gc in the background");
             }
+            engine.keep_copy_of_catalog();
         }
     };
     std::thread::Builder::new().name("gc".into()).spawn(collect).map(drop)

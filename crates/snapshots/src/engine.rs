@@ -116,14 +116,19 @@ impl Engine {
                     .into(),
             );
         }
-        if let Err(error) = engine.catalog.keep_copy(&engine.settings.state.join("catalog.db")) {
-            tracing::warn!(%error, causes = ?error.causes(), "no copy of the catalog");
-        }
+        engine.keep_copy_of_catalog();
         if let Err(error) = engine.catalog.write(crate::catalog::last_jump) {
             // On a disk that is full to its last byte there still is much that can be done.
             tracing::warn!(%error, causes = ?error.causes(), "the clock is not looked at");
         }
         Ok((Arc::new(engine), notes))
+    }
+
+    /// Leaves a copy of the catalog for the day on which it is damaged.
+    pub fn keep_copy_of_catalog(&self) {
+        if let Err(error) = self.catalog.keep_copy() {
+            tracing::warn!(%error, causes = ?error.causes(), "no copy of the catalog");
+        }
     }
 
     /// The daemon ends in order: nobody has to watch over it any more.

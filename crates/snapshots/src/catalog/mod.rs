@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use rusqlite::{Connection, OptionalExtension, Row, Transaction};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, Transaction};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -43,8 +43,11 @@ const IS_COPY: i64 = 0x5350_4350;
 /// The open catalog.
 #[derive(Debug)]
 pub(crate) struct Catalog {
+    path: PathBuf,
     connection: Mutex<Connection>,
     reserve: Reserve,
+    /// What had been changed when the last copy was made.
+    copied: Mutex<Option<u64>>,
 }
 
 impl Catalog {
@@ -55,14 +58,19 @@ impl Catalog {
             Err(error) if is_full(&error) && reserve.give_up() => connect(path)?,
             Err(error) if error.code() == Code::Damaged => {
                 return Err(error.hint(format!(
-                    "nothing was changed. {} is a copy from when it was last opened: docs/failures.md says how to go on with it",
+                    "nothing was changed. {} is an earlier copy: docs/failures.md says how to go on with it",
                     copy_of(path).display()
                 )));
             }
             other => other?,
         };
         reserve.keep();
-        Ok(Self { connection: Mutex::new(connection), reserve })
+        Ok(Self {
+            path: path.to_owned(),
+            connection: Mutex::new(connection),
+            reserve,
+            copied: Mutex::default(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -96,9 +104,14 @@ impl Catalog {
         }
     }
 
-    /// Leaves a copy of the whole catalog beside it, in place of the last one.
-    pub(crate) fn keep_copy(&self, path: &Path) -> Result<()> {
-        let (copy, half) = (copy_of(path), path.with_extension("db.copy.tmp"));
+    /// Leaves a copy of the whole catalog beside it, in place of the last one, if it is whole and has changed since that. Nobody has to
+    /// wait for it.
+    pub(crate) fn keep_copy(&self) -> Result<()> {
+        let changes = self.lock().total_changes();
+        if *self.copied.lock().unwrap_or_else(PoisonError::into_inner) == Some(changes) {
+            return Ok(());
+        }
+        let (copy, half) = (copy_of(&self.path), self.path.with_extension("db.copy.tmp"));
         let io = |error: std::io::Error| {
             Error::new(Code::Failed, format!("the copy of the catalog {} cannot be made", copy.display()))
                 .because(error)
@@ -107,7 +120,13 @@ impl Catalog {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             _ => {}
         }
-        let made = self.lock().execute("VACUUM INTO ?1", [half.to_string_lossy()]);
+        // A connection of its own: others work on meanwhile.
+        let reader = Connection::open_with_flags(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        // Better an old copy than one of something damaged.
+        if let Some(problem) = problems(&reader)?.first() {
+            return Err(damaged(&self.path).because(problem.as_str()));
+        }
+        let made = reader.execute("VACUUM INTO ?1", [half.to_string_lossy()]);
         if let Err(error) = made {
             // On a full disk half a copy would take room for nothing.
             let _ = std::fs::remove_file(&half);
@@ -119,7 +138,10 @@ impl Catalog {
         drop(marked);
         std::fs::File::open(&half).and_then(|file| file.sync_all()).map_err(io)?;
         std::fs::rename(&half, &copy).map_err(io)?;
-        path.parent().map_or(Ok(()), |folder| std::fs::File::open(folder)?.sync_all()).map_err(io)
+        let folder = self.path.parent();
+        folder.map_or(Ok(()), |folder| std::fs::File::open(folder)?.sync_all()).map_err(io)?;
+        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Some(changes);
+        Ok(())
     }
 
     /// True if this catalog is a copy that was put back, and is older than what lies beside it.
@@ -137,13 +159,25 @@ impl Catalog {
         self.reserve.lacks()
     }
 
+    /// Makes room with what is kept for the catalog; false if nothing is.
+    pub(crate) fn give_up_reserve(&self) -> bool {
+        self.reserve.give_up()
+    }
+
     /// SQLite's own check of the file; what it finds, line by line.
     pub(crate) fn check(&self) -> Result<Vec<String>> {
-        let connection = self.lock();
-        let mut query = connection.prepare("PRAGMA integrity_check(20)")?;
-        let lines: Vec<String> = query.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-        Ok(lines.into_iter().filter(|line| line != "ok").collect())
+        problems(&self.lock())
     }
+}
+
+fn problems(connection: &Connection) -> Result<Vec<String>> {
+    let mut query = connection.prepare("PRAGMA integrity_check(20)")?;
+    let lines: Vec<String> = query.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+    Ok(lines.into_iter().filter(|line| line != "ok").collect())
+}
+
+fn damaged(path: &Path) -> Error {
+    Error::new(Code::Damaged, format!("the catalog {} is damaged", path.display()))
 }
 
 /// Connects to the database, sees that it is whole, and makes its tables if it is new.
@@ -157,9 +191,7 @@ fn connect(path: &Path) -> Result<Connection> {
     let problem: String =
         connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(broken)?;
     if problem != "ok" {
-        return Err(
-            Error::new(Code::Damaged, format!("the catalog {} is damaged", path.display())).because(problem)
-        );
+        return Err(damaged(path).because(problem));
     }
     connection
         .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
@@ -305,5 +337,24 @@ mod tests {
         Catalog::open(&path).expect("it has this version now");
         Connection::open(&path).unwrap().pragma_update(None, "user_version", VERSION + 1).unwrap();
         assert_eq!(Catalog::open(&path).unwrap_err().code(), Code::Precondition);
+    }
+
+    #[test]
+    fn a_copy_is_made_anew_when_something_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.db");
+        let catalog = Catalog::open(&path).unwrap();
+        let groups = || {
+            let copy = Connection::open(copy_of(&path)).unwrap();
+            copy.query_row("SELECT count(*) FROM groups", [], |row| row.get::<_, i64>(0)).unwrap()
+        };
+        catalog.keep_copy().unwrap();
+        assert_eq!(groups(), 0);
+        catalog.write(|tx| Ok(tx.execute("INSERT INTO groups VALUES ('a', 'a', 0, 0)", [])?)).unwrap();
+        catalog.keep_copy().unwrap();
+        assert_eq!(groups(), 1);
+        std::fs::remove_file(copy_of(&path)).unwrap();
+        catalog.keep_copy().unwrap();
+        assert!(!copy_of(&path).exists(), "nothing has changed");
     }
 }

@@ -35,7 +35,7 @@ impl Reserve {
     pub(super) fn give_up(&self) -> bool {
         let given = fs::remove_file(&self.path).is_ok();
         if given {
-            tracing::warn!("the disk is full: the catalog takes its reserve");
+            tracing::warn!("the disk is full: the reserve is given up");
         }
         given
     }
