@@ -33,10 +33,12 @@ fn inserted(qmp: &Qmp) -> Result<Option<(String, PathBuf)>, QmpError> {
 }
 
 /// Has this image in the drive, or none, as if somebody had pressed the button: a lock of the guest's does not keep it. An image
-/// that is in the drive already is left alone. If the new one cannot be opened the old one stays.
-pub fn change(qmp: &Qmp, image: Option<&Path>, direct: bool) -> Result<(), QmpError> {
+/// that is in the drive already is left alone, unless it is to be opened `again`: there may be another file by that name now. If the
+/// new one cannot be opened the old one stays.
+pub fn change(qmp: &Qmp, image: Option<&Path>, direct: bool, again: bool) -> Result<(), QmpError> {
     let old = inserted(qmp)?;
-    if old.as_ref().map(|(_, file)| file.as_path()) == image {
+    let same = old.as_ref().map(|(_, file)| file.as_path()) == image;
+    if same && !(again && image.is_some()) {
         return Ok(());
     }
     let node = match &old {

@@ -175,7 +175,6 @@ impl Engine {
             undo_point: swapped.undo_point.map(|id| view_by_id(&self.catalog, &id)).transpose()?,
             took_us: swapped.took_us.unwrap_or_else(|| micros(began)),
             in_place: swapped.in_place,
-            warnings: swapped.warnings,
         })
     }
 

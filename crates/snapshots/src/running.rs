@@ -70,6 +70,22 @@ impl Engine {
         target: &TargetRow,
         config: &MachineConfig,
         machine: &str,
+        disks: Vec<Disk>,
+        begin: Begin,
+    ) -> Result<Running> {
+        let launched = self.launch_anywhere(target, config, machine, disks, begin);
+        // On a full disk it has no log in which it could say why.
+        launched.map_err(|error| match self.check_room(0) {
+            Err(full) => full.because(error),
+            Ok(()) => error,
+        })
+    }
+
+    fn launch_anywhere(
+        &self,
+        target: &TargetRow,
+        config: &MachineConfig,
+        machine: &str,
         mut disks: Vec<Disk>,
         begin: Begin,
     ) -> Result<Running> {

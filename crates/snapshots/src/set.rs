@@ -43,7 +43,12 @@ impl Engine {
             self.make_new_disks(&disks)?;
             let after = TargetRow { config, ..row.clone() };
             let done = match &running {
-                Some(running) => self.change_running(cx, &row, &after, running),
+                Some(running) => {
+                    // A disc that is named is put in, though the file that was there had the same name.
+                    let again = options.cdrom.as_ref().filter(|_| after.config.cdrom == row.config.cdrom);
+                    let again = again.map_or(Ok(()), |drive| insert(running, drive, true));
+                    again.and_then(|()| self.change_running(cx, &row, &after, running))
+                }
                 None => self.write_settings(cx, &after, &options.rm_disks, &disks),
             };
             if done.is_err() {
@@ -81,7 +86,7 @@ impl Engine {
     /// Brings what can be changed on a running machine to what its settings say.
     pub(crate) fn apply_settings(&self, row: &TargetRow, running: &Running) -> Result<()> {
         if let Some(drive) = &row.config.cdrom {
-            insert(running, drive)?;
+            insert(running, drive, false)?;
         }
         if row.config.networks.is_empty() {
             return Ok(());
@@ -186,10 +191,10 @@ fn other_disc(now: &MachineConfig, wanted: &MachineConfig) -> bool {
     }
 }
 
-fn insert(running: &Running, drive: &CdDrive) -> Result<()> {
+fn insert(running: &Running, drive: &CdDrive, again: bool) -> Result<()> {
     let image = drive.image.as_deref();
     let direct = image.is_some_and(takes_direct_io);
-    qemu::disc::change(&running.qmp, image, direct).map_err(|error| match image {
+    qemu::disc::change(&running.qmp, image, direct, again).map_err(|error| match image {
         Some(image) => Error::new(Code::Failed, format!("{} cannot be put into the drive", image.display()))
             .because(error),
         None => Error::new(Code::Failed, "the disc cannot be taken out").because(error),

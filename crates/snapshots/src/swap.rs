@@ -1,5 +1,6 @@
 //! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,8 @@ use warden::Armed;
 
 use crate::capture::Unwritten;
 use crate::catalog::{Memory, OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::check::existing_file;
+use crate::config::CdDrive;
 use crate::context::Context;
 use crate::disks::NewOverlay;
 use crate::engine::Engine;
@@ -69,8 +72,6 @@ pub(crate) struct Swapped {
     pub(crate) took_us: Option<u64>,
     /// Why the old process had to end before the new one could start, if it had to.
     pub(crate) in_place: Option<String>,
-    /// What did not come to be as it should.
-    pub(crate) warnings: Vec<String>,
 }
 
 /// Both machines while either may still be the one that stays. Dropped before the commit, by an error or a panic, it ends the new
@@ -109,6 +110,19 @@ pub(crate) fn rescue_if_lost(still: &Armed<'_>, failed: bool, old: Option<&Runni
     }
 }
 
+/// The snapshot, with an empty drive if the file of its disc is gone: a disc is not worth a machine.
+fn without_lost_disc<'a>(cx: &Context, snapshot: &'a SnapshotRow) -> Cow<'a, SnapshotRow> {
+    let image = snapshot.config.cdrom.as_ref().and_then(|drive| drive.image.as_deref());
+    let Some(image) = image.filter(|image| existing_file("disc", image).is_err()) else {
+        return Cow::Borrowed(snapshot);
+    };
+    let name = snapshot.full_name();
+    cx.warn(format!("the disc of {name} is gone, so its drive is empty now: {}", image.display()));
+    let mut without = snapshot.clone();
+    without.config.cdrom = Some(CdDrive { image: None });
+    Cow::Owned(without)
+}
+
 /// Ends a process that did not become the machine's.
 fn abandon(new: &Running) {
     new.process.kill();
@@ -123,6 +137,8 @@ impl Engine {
         swap: &Swap<'_>,
         end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
     ) -> Result<Swapped> {
+        let there = without_lost_disc(swap.cx, swap.snapshot);
+        let swap = &Swap { snapshot: &there, ..*swap };
         let Swap { cx, row, wanted, was, old, .. } = *swap;
         let mut standby = Standby { new: None, old, was_running: was == Power::Running };
         if matches!(wanted, Power::Paused | Power::Running) {
@@ -158,7 +174,7 @@ impl Engine {
         undo_point: Option<&Unwritten<'_>>,
         end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
     ) -> Result<Swapped> {
-        let Swap { row, snapshot, wanted, old, .. } = *swap;
+        let Swap { cx, row, snapshot, wanted, old, .. } = *swap;
         let point = undo_point.map(|point| &point.row);
         let process = standby.new.as_ref().map(|new| new.row.clone());
         // What is here now is not given up for a machine that is gone already.
@@ -190,7 +206,6 @@ impl Engine {
             step("goto.ended");
         }
         let mut power = wanted;
-        let mut warnings = Vec::new();
         if let Some(new) = new {
             let new = Arc::new(new);
             self.running_map().insert(row.id.clone(), Arc::clone(&new));
@@ -200,7 +215,7 @@ impl Engine {
                 && let Err(error) = set_ports(&new.qmp, &row.name, ports)
             {
                 tracing::error!(%error, target = row.name, "a port could not be opened");
-                warnings.push(error.to_string());
+                cx.warn(error.to_string());
             }
             if wanted == Power::Running
                 && let Err(error) = settle(&new.qmp, "running")
@@ -213,7 +228,7 @@ impl Engine {
         }
         let took_us = old.map(|_| micros(ended));
         let undo_point = point.map(|point| point.id.clone());
-        Ok(Swapped { undo_point, power, took_us, in_place: None, warnings })
+        Ok(Swapped { undo_point, power, took_us, in_place: None })
     }
 
     /// Here's disks become the snapshot's: overlays over what it wrote to, what it only read as it is, and no others.
@@ -255,7 +270,18 @@ impl Engine {
         }
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         cx.phase("starting", 0);
-        let new = self.launch(row, &snapshot.config, &snapshot.machine, disks, begin)?;
+        let launch = || self.launch(row, &snapshot.config, &snapshot.machine, disks.clone(), begin);
+        let new = match launch() {
+            // There is no machine any more that could stay: this one takes what room there is.
+            Err(error)
+                if error.code() == Code::NoSpace
+                    && swap.plan.brought_back_by.is_some()
+                    && self.catalog.give_up_reserve() =>
+            {
+                launch()?
+            }
+            launched => launched?,
+        };
         step("goto.started");
         let loaded = self
             .catalog

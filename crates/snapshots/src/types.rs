@@ -197,9 +197,6 @@ pub struct GotoReport {
     pub took_us: u64,
     /// Why the old process had to end before the new one could start, which takes longer; none if it did not have to.
     pub in_place: Option<String>,
-    /// What did not come to be as it should: a port of the host that somebody else has by now.
-    #[serde(default)]
-    pub warnings: Vec<String>,
 }
 
 /// Changes of `edit`; what is `None` stays.

@@ -1,14 +1,15 @@
 //! Live takes: the guest runs on while its memory is saved, and who looks or waits meanwhile is told the truth.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
+use vm_tests::underway::reached;
 use vm_tests::walk::{Card, NAME, SOON, Walk};
 
 /// A walk whose next operation waits at this step until the file is removed.
@@ -18,14 +19,6 @@ fn waiting_at(walk: &mut Walk, step: &str) -> PathBuf {
     // The next command starts a daemon that knows the step.
     walk.spinney.kill_daemon();
     marker
-}
-
-fn reached(marker: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !marker.exists() {
-        assert!(Instant::now() < deadline, "{} was not reached", marker.display());
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn running_guest(seed: u64) -> Walk {
@@ -46,7 +39,7 @@ fn until_it_is_durable_a_snapshot_is_shown_as_saving_and_others_wait_for_it() {
     let marker = waiting_at(&mut walk, "take.saved");
     let port = walk.spinney.port(NAME).unwrap().expect("a port");
     let taken = walk.spinney.ok(&format!("take {NAME} x --mode live --no-wait")).unwrap();
-    reached(&marker);
+    reached(&marker, "take.saved");
     assert_eq!(taken["state"], "saving", "{taken}");
     assert!(taken["pause_us"].as_u64().is_some_and(|us| us > 0), "{taken}");
     walk.ticks_within(&port, SOON).unwrap();
@@ -90,7 +83,7 @@ fn a_qemu_that_dies_while_its_memory_is_saved_fails_the_take() {
     let mut walk = running_guest(22);
     let marker = waiting_at(&mut walk, "take.resumed");
     let take = walk.spinney.under_way(&format!("take {NAME} x --mode live"));
-    reached(&marker);
+    reached(&marker, "take.resumed");
     for pid in walk.spinney.machines() {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
         kill_process(pid, Signal::KILL).unwrap();
@@ -146,7 +139,7 @@ fn pace_beside_a_slow_store(fault: &str, seed: u64) -> f64 {
     let alone = pace();
     let marker = waiting_at(&mut walk, "take.resumed");
     let take = walk.spinney.under_way(&format!("take {NAME} x --mode live"));
-    reached(&marker);
+    reached(&marker, "take.resumed");
     fs::remove_file(&marker).unwrap();
     let beside = pace();
     // The port serves one.

@@ -2,30 +2,16 @@
 //! again everything does.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use vm_tests::crash::{Act, ROWS, Scene, Stage, Victim};
 use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
 use vm_tests::small_disk::SmallDisk;
-use vm_tests::underway::{Underway, reached};
 use vm_tests::walk::{Card, NAME, SOON, Walk};
-
-/// Steps of a take and a goto at which the disk becomes full.
-const TAKE: &[(&str, &str)] = &[
-    ("stop-copy", "take.overlays"),
-    ("stop-copy", "take.memory"),
-    ("stop-copy", "take.read"),
-    ("stop-copy", "take.resumed"),
-    ("pre-copy", "take.announced"),
-    ("pre-copy", "take.memory"),
-    ("live", "take.switched"),
-    ("live", "take.resumed"),
-    ("live", "take.saved"),
-];
-const GOTO: &[&str] = &["goto.memory", "goto.loaded", "goto.still", "goto.decided"];
 
 /// A guest with a snapshot on a small disk. It writes to its memory and, from now on, not to its disk.
 fn guest_on(disk: &SmallDisk, variables: &[(&str, &str)]) -> Walk {
@@ -133,7 +119,6 @@ fn a_disk_that_is_full_already() {
     assert_eq!(spinney.ok("fsck").unwrap()["damage"], serde_json::json!([]));
 }
 
-/// The check itself: without its reserve the catalog has no room for what makes room.
 /// The machine whose memory has no room is not the one that has to wait for some.
 #[test]
 fn pages_leave_the_last_of_a_disk_to_guests() {
@@ -158,6 +143,7 @@ fn pages_leave_the_last_of_a_disk_to_guests() {
     assert!((5 << 20..20 << 20).contains(&least), "{least}");
 }
 
+/// The check itself: without its reserve the catalog has no room for what makes room.
 #[test]
 fn without_the_reserve_nothing_makes_room() {
     let Some(disk) = SmallDisk::new(64) else { return };
@@ -172,52 +158,43 @@ fn without_the_reserve_nothing_makes_room() {
     assert_eq!(refused.expect("a catalog that has no room").code, Some(7));
 }
 
+/// Strikes every step of every act of a stage: what had no room is as it was, the rest is done.
+fn becomes_full(stage: Stage) {
+    let Some(disk) = SmallDisk::new(600) else { return };
+    let mut scene = Scene::begin_on(disk, stage).unwrap();
+    scene.play(ROWS, Victim::Room, false).unwrap_or_else(|violation| panic!("{violation}"));
+    let done = scene.strokes.iter().filter(|stroke| stroke.happened).count();
+    println!("{stage:?}: full {} times, {done} were done all the same", scene.strokes.len());
+    assert!((1..scene.strokes.len()).contains(&done));
+    scene.end().unwrap();
+}
+
 #[test]
-fn a_disk_that_becomes_full_in_a_take_or_goto() {
-    let Some(disk) = SmallDisk::new(420) else { return };
-    let mut walk = guest_on(&disk, &[]);
-    let takes = TAKE.iter().map(|(mode, step)| (format!("take {NAME} x --mode {mode}"), *step, None));
-    let gotos = GOTO.iter().map(|step| (format!("goto {NAME}@s1"), *step, Some(0)));
-    let (mut done, mut without) = (0, 0);
-    for (number, (words, step, to)) in takes.chain(gotos).enumerate() {
-        let words = words.replace(" x ", &format!(" x{number} "));
-        walk.play(Card::Mutate).unwrap();
-        quiet(&walk);
-        let marker = std::env::temp_dir().join(format!("full-{}-{number}", std::process::id()));
-        walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
-        walk.spinney.kill_daemon();
-        walk.spinney.ok("ls").unwrap();
-        let mut blow = |walk: &Walk, command: &mut Underway, _: &Path| {
-            reached(&marker, step);
-            disk.fill();
-            fs::remove_file(&marker).unwrap();
-            // To its end.
-            while command.reaches("") {}
-            let port = walk.spinney.port(NAME).unwrap().expect("a port");
-            let ticked = walk.ticks_within(&port, SOON);
-            disk.empty();
-            ticked
-        };
-        let (happened, ended) = walk
-            .cut_short(&words, to, &mut blow)
-            .unwrap_or_else(|violation| panic!("{words} at {step}: {violation}"));
-        println!("{words}, full at {step}: {:?} {}", ended.code, ended.problem()["detail"]);
-        match happened {
-            true => assert_eq!(ended.code, Some(0), "{step}: {}", ended.stderr),
-            false => assert_eq!(ended.code, Some(7), "{step}: {}", ended.stderr),
-        }
-        if happened {
-            done += 1
-        } else {
-            without += 1
-        }
-        standing(&walk.spinney);
-    }
-    println!("{done} were done, {without} had no room");
-    assert!(done > 0 && without >= 8, "{done} were done, {without} had no room");
-    walk.spinney.set("SPINNEY_CRASH", "");
-    walk.spinney.kill_daemon();
-    walk.end().unwrap();
+fn a_disk_that_becomes_full_at_every_step() {
+    becomes_full(Stage::Guest);
+}
+
+#[test]
+fn a_disk_that_becomes_full_at_every_step_of_a_goto_in_place() {
+    becomes_full(Stage::GuestWithPort);
+}
+
+/// The check itself: a machine that ends before the next one starts needs the reserve then.
+#[test]
+fn a_machine_that_has_no_room_to_come_back_is_found() {
+    let Some(disk) = SmallDisk::new(600) else { return };
+    let mut scene = Scene::begin_on(disk, Stage::GuestWithPort).unwrap();
+    scene.spinney.set("SPINNEY_FAULT", "no-reserve");
+    scene.spinney.kill_daemon();
+    fs::remove_file(scene.spinney.state().join("reserve")).unwrap();
+    let found = scene.strike(Act::GotoInPlace, "goto.alone", Victim::Room).expect_err("who made room?");
+    assert!(found.to_string().contains("GotoInPlace"), "{found}");
+    println!("{found}");
+}
+
+#[test]
+fn a_disk_that_becomes_full_at_every_step_of_a_machine_that_is_off() {
+    becomes_full(Stage::Cold);
 }
 
 #[test]

@@ -159,6 +159,12 @@ fn discs_are_changed_at_once_and_come_back() {
     spinney.ok("take m live --mode live").unwrap();
     spinney.ok(&format!("set m --cdrom {b}")).unwrap();
     assert!(held(&b) && !held(&a));
+    // Another file by the same name.
+    std::fs::remove_file(&b).unwrap();
+    raw(&spinney, "b.iso", 3);
+    assert!(!held(&b));
+    spinney.ok(&format!("set m --cdrom {b}")).unwrap();
+    assert!(held(&b));
     refused(&spinney, "set m --cdrom /no/such.iso", 3, &["/no/such.iso"]);
     spinney.ok("set m --cdrom none").unwrap();
     assert!(!held(&a) && !held(&b));
@@ -180,6 +186,17 @@ fn discs_are_changed_at_once_and_come_back() {
     refused(&spinney, "start m", 3, &[&a, "--cdrom none"]);
     spinney.ok("set m --cdrom none").unwrap();
     spinney.ok("start m").unwrap();
+    // Snapshots that had it in are worth having without it.
+    for snapshot in ["one", "live"] {
+        let gone = spinney.ok(&format!("goto m@{snapshot}")).unwrap();
+        let warning = gone["warnings"][0].as_str().unwrap_or_default();
+        assert!(warning.contains(&a) && warning.contains("empty"), "{gone}");
+        let machine = spinney.ok("show m").unwrap();
+        assert_eq!(
+            (&machine["power"], &machine["config"]["cdrom"]["image"]),
+            (&"running".into(), &Value::Null)
+        );
+    }
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
             let (value, origin) = setting.unzip();
             json!({ "key": key, "value": value, "origin": origin.unwrap_or_else(|| "default".to_owned()) })
         });
-        session.out.document("spinney.config/1", &json!({ "settings": values }));
+        session.document("spinney.config/1", &json!({ "settings": values }));
         return Ok(());
     }
     let mut rows = vec![vec!["KEY".to_owned(), "VALUE".to_owned()]];

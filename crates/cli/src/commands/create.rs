@@ -103,7 +103,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     };
     let machine: Machine = session.change(Method::POST, "/v1/targets", &request)?;
     if session.out.json {
-        session.out.document("spinney.machine/1", &machine);
+        session.document("spinney.machine/1", &machine);
     } else {
         let config = &machine.config;
         session.out.line(format_args!(

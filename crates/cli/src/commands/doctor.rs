@@ -19,7 +19,7 @@ pub(crate) fn run(session: &Session, _: &Args) -> Result<(), Problem> {
     let mut checks = Engine::doctor(&session.config.settings());
     checks.push(daemon(session));
     if session.out.json {
-        session.out.document("spinney.doctor/1", &json!({ "checks": checks }));
+        session.document("spinney.doctor/1", &json!({ "checks": checks }));
     } else {
         print(session.out, &checks);
     }

@@ -43,7 +43,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     }
     let du: Du = session.client()?.get_with("/v1/du", &query)?;
     if session.out.json {
-        session.out.document("spinney.du/1", &du);
+        session.document("spinney.du/1", &du);
     } else {
         print(session.out, &du);
     }

@@ -41,7 +41,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let edit = Edit { name: args.name, note: args.message, keep: args.keep, accept_disks: args.accept_disks };
     let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
     if session.out.json {
-        session.out.document("spinney.edit/1", &renamed);
+        session.document("spinney.edit/1", &renamed);
     } else {
         match has_name {
             true => session.out.line(format_args!("{} is now {}", args.address, renamed.address)),

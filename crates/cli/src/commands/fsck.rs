@@ -24,7 +24,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let body = FsckRequest { repair: args.repair };
     let report: FsckReport = session.change(Method::POST, "/v1/fsck", &body)?;
     if session.out.json {
-        session.out.document("spinney.fsck/1", &report);
+        session.document("spinney.fsck/1", &report);
     } else {
         print(session.out, &report);
     }

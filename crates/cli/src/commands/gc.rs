@@ -26,7 +26,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let body = GcRequest { now: args.now, dry_run: args.dry_run };
     let report: GcReport = session.change(Method::POST, "/v1/gc", &body)?;
     if session.out.json {
-        session.out.document("spinney.gc/1", &report);
+        session.document("spinney.gc/1", &report);
         return Ok(());
     }
     let verb = if report.dry_run { "would free" } else { "freed" };

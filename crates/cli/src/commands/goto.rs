@@ -98,15 +98,12 @@ fn confirm(
 /// Prints where a machine stands now.
 fn print(session: &Session, report: &GotoReport, took_us: u64, was_on: bool) {
     if session.out.json {
-        session.out.document("spinney.goto/1", report);
+        session.document("spinney.goto/1", report);
         return;
     }
     session.out.line(line(report, took_us, was_on));
     if let Some(why) = &report.in_place {
         session.out.note(format_args!("ended first, because it cannot be there twice: {why}"));
-    }
-    for warning in &report.warnings {
-        session.out.note(format_args!("warning: {warning}"));
     }
     if let Some(undo) = &report.undo_point {
         session.out.note(format_args!(

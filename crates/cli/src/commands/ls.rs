@@ -34,7 +34,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
 fn machines(session: &Session) -> Result<(), Problem> {
     let machines: Vec<Machine> = session.get("/v1/targets")?;
     if session.out.json {
-        session.out.document("spinney.machines/1", &json!({ "machines": machines }));
+        session.document("spinney.machines/1", &json!({ "machines": machines }));
         return Ok(());
     }
     if machines.is_empty() {
@@ -78,7 +78,7 @@ pub(super) fn lost_in_goto(name: &str, point: &str) -> String {
 fn snapshots(session: &Session, target: &str) -> Result<(), Problem> {
     let tree: Tree = session.get(&format!("{}/tree", address::target(target)?))?;
     if session.out.json {
-        session.out.document("spinney.snapshots/1", &json!({ "snapshots": tree.snapshots }));
+        session.document("spinney.snapshots/1", &json!({ "snapshots": tree.snapshots }));
         return Ok(());
     }
     let now = Timestamp::now();

@@ -46,7 +46,7 @@ fn log(session: &Session, limit: u16) -> Result<(), Problem> {
     let operations: Vec<Operation> =
         session.client()?.get_with("/v1/operations", &[("limit", &limit.to_string())])?;
     if session.out.json {
-        session.out.document("spinney.operations/1", &json!({ "operations": operations }));
+        session.document("spinney.operations/1", &json!({ "operations": operations }));
         return Ok(());
     }
     if operations.is_empty() {

@@ -20,7 +20,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let path = format!("{}/pause", address::target(&args.target)?);
     let machine: Machine = session.post(&path)?;
     if session.out.json {
-        session.out.document("spinney.machine/1", &machine);
+        session.document("spinney.machine/1", &machine);
     } else {
         session.out.line(format_args!("{} is paused", machine.name));
     }

@@ -19,7 +19,7 @@ pub(crate) struct Args {
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let _: Value = session.post(&address::verb(&args.address, "protect")?)?;
     if session.out.json {
-        session.out.document("spinney.protection/1", &json!({ "address": args.address, "protected": true }));
+        session.document("spinney.protection/1", &json!({ "address": args.address, "protected": true }));
     } else {
         session.out.line(format_args!("{} is protected", args.address));
     }

@@ -50,7 +50,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     }
     let done: RemovePlan = session.operate(&client, Method::DELETE, &place, None::<&()>)?;
     if session.out.json {
-        session.out.document("spinney.rm/1", &done);
+        session.document("spinney.rm/1", &done);
     } else {
         session.out.line(result(&done, &undo_points));
     }

@@ -36,7 +36,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     if args.stop {
         let was_there = Client::shutdown(&session.config.state.value)?;
         if session.out.json {
-            session.out.document("spinney.stop/1", &json!({ "stopped": was_there }));
+            session.document("spinney.stop/1", &json!({ "stopped": was_there }));
         } else {
             session.out.note(if was_there {
                 "the daemon has ended; machines run on"

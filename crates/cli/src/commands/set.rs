@@ -94,7 +94,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     }
     let machine: Machine = session.operate(&client, Method::POST, &path, Some(&options))?;
     if session.out.json {
-        session.out.document("spinney.machine/1", &machine);
+        session.document("spinney.machine/1", &machine);
     } else {
         session.out.line(format_args!("{} is set", machine.name));
     }

@@ -31,14 +31,14 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         let client = session.client()?;
         let snapshot: Snapshot = client.get(&path)?;
         if session.out.json {
-            session.out.document("spinney.snapshot/1", &snapshot);
+            session.document("spinney.snapshot/1", &snapshot);
         } else {
             page(session, &of_snapshot(&snapshot, parent(&client, &snapshot)));
         }
     } else {
         let machine: Machine = session.get(&path)?;
         if session.out.json {
-            session.out.document("spinney.machine/1", &machine);
+            session.document("spinney.machine/1", &machine);
         } else {
             page(session, &of_machine(&machine));
         }

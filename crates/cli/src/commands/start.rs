@@ -29,7 +29,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let machine: Machine =
         session.operate(&client, Method::POST, &format!("{place}/start"), Some(&json!({})))?;
     if session.out.json {
-        session.out.document("spinney.machine/1", &machine);
+        session.document("spinney.machine/1", &machine);
     } else {
         session.out.line(format_args!("{} runs", machine.name));
     }

@@ -39,7 +39,7 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let body = StopRequest { timeout_seconds, kill: args.kill };
     let machine: Machine = session.change(Method::POST, &path, &body)?;
     if session.out.json {
-        session.out.document("spinney.machine/1", &machine);
+        session.document("spinney.machine/1", &machine);
     } else {
         session.out.line(format_args!("{} is off", machine.name));
     }

@@ -38,8 +38,8 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     }
     if session.out.json {
         match (&args.target, trees.first()) {
-            (Some(_), Some(tree)) => session.out.document("spinney.tree/1", tree),
-            _ => session.out.document("spinney.trees/1", &json!({ "trees": trees })),
+            (Some(_), Some(tree)) => session.document("spinney.tree/1", tree),
+            _ => session.document("spinney.trees/1", &json!({ "trees": trees })),
         }
         return Ok(());
     }

@@ -22,7 +22,7 @@ pub(crate) struct Args {
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let undone: Undone = session.change(Method::POST, "/v1/undo", &UndoRequest { id: args.id })?;
     if session.out.json {
-        session.out.document("spinney.undo/2", &undone);
+        session.document("spinney.undo/2", &undone);
         return Ok(());
     }
     session.out.line(format_args!(

@@ -19,7 +19,7 @@ pub(crate) struct Args {
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     let _: Value = session.post(&address::verb(&args.address, "unprotect")?)?;
     if session.out.json {
-        session.out.document("spinney.protection/1", &json!({ "address": args.address, "protected": false }));
+        session.document("spinney.protection/1", &json!({ "address": args.address, "protected": false }));
     } else {
         session.out.line(format_args!("{} is not protected", args.address));
     }

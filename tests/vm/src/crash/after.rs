@@ -83,8 +83,11 @@ impl Scene {
         if ended.code == Some(0) && !happened {
             return wrong(format!("the command said that it was done, and it was not: {}", ended.document));
         }
+        if victim == Victim::Room && !matches!(ended.code, Some(0 | 7)) {
+            return wrong(format!("it should have had no room: {:?} {}", ended.code, ended.stderr));
+        }
         if victim.spares_the_daemon() && ended.code != Some(0) {
-            let other = victim == Victim::Warden || problem["code"] == "interrupted";
+            let other = matches!(victim, Victim::Warden | Victim::Room) || problem["code"] == "interrupted";
             let about_qemu = other || problem.to_string().contains("QEMU");
             if problem["detail"].as_str().is_none_or(str::is_empty) || !about_qemu {
                 return wrong(format!("no clear error: {:?} {}", ended.code, ended.stderr));

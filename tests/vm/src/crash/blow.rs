@@ -11,6 +11,7 @@ use super::act::{Act, Plan, Stage};
 use super::scene::{Scene, words_file};
 use crate::guest::Guest;
 use crate::harness::{Spinney, kill};
+use crate::small_disk::SmallDisk;
 use crate::walk::Violation;
 
 /// How soon a guest ticks whose daemon is gone.
@@ -43,6 +44,8 @@ pub enum Victim {
     Incoming,
     /// All of them, and what was not synced.
     Power,
+    /// Nobody: the disk has no room from then on, until the command has ended.
+    Room,
 }
 
 impl Victim {
@@ -51,6 +54,8 @@ impl Victim {
         let guest = act.stage() != Stage::Cold;
         match self {
             Victim::Daemon | Victim::Power => true,
+            // Nothing has no room that is taken back for another reason.
+            Victim::Room => act != Act::TakeCancelled,
             Victim::Successor(_) => false,
             Victim::Warden | Victim::Stopped => guest && !act.switches(),
             Victim::Both => act.takes() || act.goes(),
@@ -89,7 +94,7 @@ impl Victim {
 
     /// The daemon lives on, and answers for the act itself.
     pub(super) fn spares_the_daemon(self) -> bool {
-        matches!(self, Victim::Warden | Victim::Qemu | Victim::Incoming)
+        matches!(self, Victim::Warden | Victim::Qemu | Victim::Incoming | Victim::Room)
     }
 
     /// The machine may be off afterwards.
@@ -124,6 +129,10 @@ impl Scene {
             words.push_str(&format!("take.memory wait {}-first\n", marker.display()));
         }
         self.say(&words)?;
+        if victim == Victim::Room && self.spinney.port(&self.machine())?.is_some() {
+            // Nothing of its own is on its way to the disk: a guest without room stands still, which is another test's.
+            self.guest()?.sync()?;
+        }
         let mut command = self.spinney.under_way(&plan.words);
         let deadline = Instant::now() + REACHED;
         if act == Act::TakeCancelled {
@@ -153,6 +162,7 @@ impl Scene {
             let _ = self.release(&marker);
         }
         let ended = command.end();
+        self.disk.iter().for_each(SmallDisk::empty);
         if let Victim::Successor(_) = victim {
             // Whoever started it, the next daemon dies on its way; the one after that does not.
             let deadline = Instant::now() + REACHED;
@@ -175,7 +185,7 @@ impl Scene {
 
     fn deal(&mut self, victim: Victim, act: Act, marker: &Path, old: &[u32]) -> Result<(), Violation> {
         let daemon = self.spinney.daemon();
-        if !matches!(victim, Victim::Daemon | Victim::Stopped | Victim::Successor(_)) {
+        if !matches!(victim, Victim::Daemon | Victim::Stopped | Victim::Successor(_) | Victim::Room) {
             self.sample();
         }
         // Without any new command.
@@ -214,6 +224,10 @@ impl Scene {
                 self.release(marker)?;
             }
             Victim::Power => self.spinney.cut_power(),
+            Victim::Room => {
+                self.disk.iter().for_each(SmallDisk::fill);
+                self.release(marker)?;
+            }
         }
         Ok(())
     }

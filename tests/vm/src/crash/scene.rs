@@ -13,6 +13,7 @@ use super::view::View;
 use super::{Row, Stroke};
 use crate::guest::{Guest, Mix};
 use crate::harness::{Failed, Spinney};
+use crate::small_disk::SmallDisk;
 use crate::walk::Violation;
 
 /// The snapshot that everything begins with.
@@ -43,6 +44,8 @@ pub struct Scene {
     pub spinney: Spinney,
     /// What was done.
     pub strokes: Vec<Stroke>,
+    /// The disk that it lies on, if that is to become full.
+    pub(super) disk: Option<SmallDisk>,
     pub(super) stage: Stage,
     pub(super) number: u64,
     pub(super) here: Moment,
@@ -56,12 +59,22 @@ pub struct Scene {
 
 impl Scene {
     /// Makes the machine.
-    pub fn begin(mut spinney: Spinney, stage: Stage) -> Result<Self, Violation> {
+    pub fn begin(spinney: Spinney, stage: Stage) -> Result<Self, Violation> {
+        Self::make(spinney, stage, None)
+    }
+
+    /// Makes the machine on a disk that is to become full.
+    pub fn begin_on(disk: SmallDisk, stage: Stage) -> Result<Self, Violation> {
+        Self::make(Spinney::at(&disk.path(), &[]), stage, Some(disk))
+    }
+
+    fn make(mut spinney: Spinney, stage: Stage, disk: Option<SmallDisk>) -> Result<Self, Violation> {
         let words = words_file(&spinney).display().to_string();
         spinney.set("SPINNEY_CRASH", &format!("@{words}"));
         let mut scene = Self {
             spinney,
             strokes: Vec::new(),
+            disk,
             stage,
             number: 0,
             here: Moment::default(),
@@ -234,7 +247,9 @@ impl Scene {
         let mut guest = self.guest()?;
         guest.fill(FILL, Mix::default())?;
         guest.log_step(5)?;
-        guest.log_start(LOG_RATE)?;
+        if self.disk.is_none() {
+            guest.log_start(LOG_RATE)?;
+        }
         drop(guest);
         self.here = self.moment()?;
         self.ok(&format!("take web {BASE} --mode stop-copy"))?;
