@@ -180,7 +180,7 @@ impl Operations {
     /// Asks for the operation to be rolled back; one that has ended is left as it is. None if it is not known.
     pub fn cancel(&self, id: &str) -> Option<OperationView> {
         let entry = self.table().find(id)?;
-        if entry.end().is_none() {
+        if !entry.has_ended() {
             tracing::info!(id = entry.context.id, kind = entry.kind, "cancel");
             entry.context.cancel.store(true, Ordering::SeqCst);
         }
@@ -213,7 +213,7 @@ impl Operations {
     /// Those that run, oldest first.
     pub fn running(&self) -> Vec<OperationView> {
         let mut views: Vec<_> =
-            self.table().by_id.values().filter(|e| e.end().is_none()).map(|e| e.view()).collect();
+            self.table().by_id.values().filter(|e| !e.has_ended()).map(|e| e.view()).collect();
         views.sort_by(|a, b| (a.started, &a.id).cmp(&(b.started, &b.id)));
         views
     }
@@ -229,8 +229,7 @@ impl Operations {
     }
 
     fn ended(&self, entry: &Entry, result: Result<Value, Problem>) {
-        *entry.end.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(End { at: Timestamp::now(), result });
+        *entry.end() = Some(End { at: Timestamp::now(), result });
         {
             let mut table = self.table();
             table.running = table.running.saturating_sub(1);
@@ -312,8 +311,13 @@ impl Table {
 }
 
 impl Entry {
-    fn end(&self) -> Option<End> {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn end(&self) -> MutexGuard<'_, Option<End>> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There may be thousands to ask, with results of some size.
+    fn has_ended(&self) -> bool {
+        self.end().is_some()
     }
 
     fn view(&self) -> OperationView {
@@ -337,7 +341,7 @@ impl Entry {
             subject: self.subject.clone(),
             state,
             started: self.started,
-            ended: end.map(|end| end.at),
+            ended: end.as_ref().map(|end| end.at),
             progress: ProgressView {
                 done: progress.done.load(Ordering::Relaxed),
                 total: progress.total.load(Ordering::Relaxed),
