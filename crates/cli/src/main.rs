@@ -5,6 +5,8 @@
 //!
 //! **Must not know:** the engine's insides. It asks the daemon, through `server::client`.
 
+#![forbid(unsafe_code)]
+
 mod address;
 mod commands;
 mod complete;

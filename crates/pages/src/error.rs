@@ -97,6 +97,9 @@ pub enum Error {
     /// An earlier write of this session failed, so it cannot be committed.
     #[error("a write of this session has failed before")]
     SessionFailed,
+    /// A repair has given up damaged pages that this session may have met before.
+    #[error("damaged pages were given up by a repair meanwhile")]
+    Forgotten,
     /// The plan was made by a store that has been closed since, so it does not know what happened in between.
     #[error("the collection was planned before the store was last opened; plan it again")]
     StalePlan,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use crate::error::{Error, Result};
 use crate::sync::lock;
 
 /// Counts events, and knows which of them somebody still relies on. No relation to time.
@@ -12,6 +13,8 @@ pub(crate) struct Clock(Mutex<Ticks>);
 #[derive(Default)]
 struct Ticks {
     now: u64,
+    /// How often something damaged was forgotten, which no hold keeps.
+    losses: u64,
     /// Start of each hold, with the number of holds that share it.
     held: BTreeMap<u64, u64>,
 }
@@ -37,7 +40,12 @@ impl Clock {
         ticks.now += 1;
         let since = since(&ticks);
         *ticks.held.entry(since).or_default() += 1;
-        Hold { clock: self.clone(), since }
+        Hold { clock: self.clone(), since, losses: ticks.losses }
+    }
+
+    /// Something that sessions may rely on is gone all the same.
+    pub(crate) fn lose(&self) {
+        lock(&self.0).losses += 1;
     }
 }
 
@@ -48,6 +56,17 @@ pub struct Hold {
     clock: Arc<Clock>,
     /// Everything touched at this tick or later is held.
     pub(crate) since: u64,
+    losses: u64,
+}
+
+impl Hold {
+    /// Whoever records a root asks this at that moment.
+    ///
+    /// # Errors
+    /// [`Error::Forgotten`] if a repair has given up pages since the hold was made: those of the root may be among them.
+    pub fn check(&self) -> Result<()> {
+        if lock(&self.clock.0).losses == self.losses { Ok(()) } else { Err(Error::Forgotten) }
+    }
 }
 
 impl Drop for Hold {

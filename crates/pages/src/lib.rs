@@ -15,11 +15,13 @@
 //! | **read, map_range** | | | yes | yes | yes: a pack gone between look-up and open is looked up once more; an open file outlives its name |
 //! | **usage, fsck** | | | | yes | yes: as read |
 //! | **plan_gc, run_gc** | | | | | no: the collector's lock |
+//! | **repair** | yes; what it gives up is told by [`Hold::check`] to whoever records a root | as put | yes: as run_gc | yes | no: the collector's lock |
 //!
 //! The *gate* is a reader-writer lock: look-ups that a session will rely on hold it shared; the collector holds it alone for
 //! the moment in which it decides that a pack goes. A session counts from `begin` to the end of `commit`; whoever
 //! records a root after that keeps a [`Hold`] until the record is durable (see [`Store::plan_gc`]).
 
+#![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
@@ -54,6 +55,7 @@ const RUN: usize = 256;
 
 /// How often a read that failed is tried again.
 const RETRIES: u32 = 3;
+const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 /// Rounds in which what was found may show what else is missing: one for each level of a map, and one to see that nothing is.
 const ROUNDS: usize = 12;
@@ -132,6 +134,9 @@ impl Inner {
                 let bad: Vec<PageHash> =
                     self.index(kind).in_pack(pack.number).into_iter().map(|(name, _)| name).collect();
                 done.lost += bad.len() as u64;
+                if !bad.is_empty() {
+                    self.clock.lose();
+                }
                 self.index(kind).remove(pack.number, &bad);
             }
             pack.retire();
@@ -343,12 +348,15 @@ impl Inner {
     }
 }
 
-/// Reads, and again if the disk fails: what it only fails at for a moment is not lost.
+/// Reads, and again a moment later if the disk fails, before anything is called lost.
 fn read_patiently(file: &dyn DiskFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
     let mut attempts = 0;
     loop {
         match file.read_at(bytes, offset) {
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && attempts < RETRIES => attempts += 1,
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && attempts < RETRIES => {
+                attempts += 1;
+                std::thread::sleep(RETRY_AFTER);
+            }
             other => return other,
         }
     }

@@ -48,7 +48,14 @@ pub(crate) struct Unwritten<'a> {
     /// Shows it until it is written, or given up.
     _saving: Option<saving::Entry<'a>>,
     /// Keeps its pages from the collector until the catalog refers to them.
-    _hold: pages::Hold,
+    hold: pages::Hold,
+}
+
+impl Unwritten<'_> {
+    /// Asked in the transaction that writes it: fails if a repair has given up pages meanwhile, which may be its own.
+    pub(crate) fn check(&self) -> Result<()> {
+        Ok(self.hold.check()?)
+    }
 }
 
 impl Engine {
@@ -110,7 +117,7 @@ impl Engine {
         facts.disk_bytes = frozen.iter().map(|layer| allocated(&self.layer_file(layer))).sum();
         facts.saved = captured.saved;
         row.memory = captured.memory;
-        Ok(Unwritten { row, still: captured.still, _saving: captured.saving, _hold: hold })
+        Ok(Unwritten { row, still: captured.still, _saving: captured.saving, hold })
     }
 
     /// Steps 3 to 7.

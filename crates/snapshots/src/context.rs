@@ -65,6 +65,11 @@ impl Context {
         self.progress.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(words);
     }
 
+    /// What was said so far.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.progress.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Adds units done.
     pub(crate) fn advance(&self, units: u64) {
         self.progress.done.fetch_add(units, Ordering::Relaxed);

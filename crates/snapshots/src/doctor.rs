@@ -98,7 +98,10 @@ fn accel_check(settings: &Settings, qemu: &Qemu) -> Check {
             "accelerator",
             CheckLevel::Limited,
             format!("tcg (emulation): {why}"),
-            Some("guests run several times slower; on a host with KVM make /dev/kvm accessible (group kvm)"),
+            Some(
+                "guests run several times slower; KVM takes virtualization (the firmware's setting, or nesting on the host of this one) and \
+                  access to /dev/kvm (group kvm)",
+            ),
         ),
     }
 }

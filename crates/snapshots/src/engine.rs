@@ -300,6 +300,8 @@ impl From<pages::Error> for Error {
             (Code::NoSpace, "there is no room for pages in the page store")
         } else if error.is_damage() {
             (Code::Damaged, "pages in the page store are damaged or gone")
+        } else if matches!(error, pages::Error::Forgotten) {
+            (Code::Failed, "a repair has changed the page store meanwhile: do it again")
         } else {
             (Code::Failed, "the page store failed")
         };

@@ -230,6 +230,7 @@ impl Engine {
                 check(&point.row)?;
                 let plan = GotoPlan { brought_back_by: Some(point.row.id.clone()), ..swap.plan.clone() };
                 self.catalog.write(|tx| {
+                    point.check()?;
                     point.row.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
                     point_here_at(tx, &row.id, &spare)?;
                     TargetRow::set_process(tx, &row.id, Power::LostPower, None)?;

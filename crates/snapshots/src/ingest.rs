@@ -187,7 +187,12 @@ pub(crate) fn ingest<T>(
     });
     let named = std::mem::take(&mut *shared.named.lock().unwrap_or_else(PoisonError::into_inner));
     let value = done?;
-    let blocks = named.blocks.into_iter().map(|block| block.close(session)).collect::<Result<_>>()?;
+    let goes_on = || {
+        (intake.stored)();
+        cx.check()
+    };
+    let blocks =
+        named.blocks.into_iter().map(|block| block.close(session, &goes_on)).collect::<Result<_>>()?;
     Ok((value, blocks))
 }
 

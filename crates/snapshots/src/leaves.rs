@@ -93,9 +93,16 @@ impl OpenBlock {
         Ok(())
     }
 
-    /// Stores what is still open: no more pages come.
-    pub(crate) fn close(mut self, session: &dyn Session) -> Result<BlockLeaves> {
+    /// Stores what is still open: no more pages come. `goes_on` is asked after each MiB or so.
+    pub(crate) fn close(
+        mut self,
+        session: &dyn Session,
+        goes_on: &dyn Fn() -> Result<()>,
+    ) -> Result<BlockLeaves> {
         for number in 0..self.leaves.len() {
+            if number.is_multiple_of(4) {
+                goes_on()?;
+            }
             let pages = self.pages_of(number);
             if let (Some(Leaf::Open(names)), Some(stored)) =
                 (self.leaves.get(number), self.block.leaves.get_mut(number))
@@ -150,7 +157,7 @@ mod tests {
                 }
                 open.set(i, names[i], once, session.as_ref()).unwrap();
             }
-            let closed = open.close(session.as_ref()).unwrap();
+            let closed = open.close(session.as_ref(), &|| Ok(())).unwrap();
             assert_eq!(session.put_map_over(&closed.leaves, closed.pages).unwrap(), whole, "{once} {step}");
         }
     }

@@ -5,6 +5,8 @@
 //! Verbs are files: `take.rs` is the story of one snapshot from top to bottom, `goto.rs` the way back; `recover.rs` is what
 //! happens when either was cut short.
 
+#![forbid(unsafe_code)]
+
 mod address;
 mod autostart;
 mod capture;

@@ -303,9 +303,9 @@ fn press_and_wait(
             let message = format!(
                 "{target} did not power off within {seconds} s; it was asked to, and may still do so"
             );
-            return Err(Error::new(Code::TimedOut, message).hint(format!(
-                "`spinney stop {target} --kill` cuts the power when the guest ignores the button"
-            )));
+            return Err(
+                Error::new(Code::TimedOut, message).hint(format!("`spinney kill {target}` cuts its power"))
+            );
         }
         // A guest that was just booting had nobody at the button yet.
         if pressed.elapsed() > Duration::from_secs(5) {

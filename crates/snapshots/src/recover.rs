@@ -118,7 +118,10 @@ impl Engine {
         if row.process.is_some() || point.removed.is_some() {
             return Ok(());
         }
-        if let Err(error) = self.bring_back(&Context::new(), target, &point.id, &GotoPlan::default()) {
+        let cx = Context::new();
+        let brought = self.bring_back(&cx, target, &point.id, &GotoPlan::default());
+        notes.extend(cx.warnings());
+        if let Err(error) = brought {
             let name = point.full_name();
             notes.push(format!(
                 "{} is off: `spinney goto {name}` brings it back as it was ({error})",
@@ -226,7 +229,7 @@ impl Engine {
 
     /// Brings what can be changed on a running machine to what the catalog says.
     fn mend_settings(&self, target: &TargetRow, running: &Running) {
-        if let Err(error) = self.apply_settings(target, running) {
+        if let Err(error) = self.apply_settings(target, running, false) {
             tracing::warn!(%error, target = target.name, "a running machine is not as its settings say");
         }
     }

@@ -25,6 +25,13 @@ struct Doomed {
 impl Engine {
     /// What [`Engine::rm`] would take away.
     pub fn rm_plan(&self, address: &str, whole_tree: bool) -> Result<RemovePlan> {
+        // Whoever asks does not wait for it, and `~1` will be another one when it is there.
+        if let Some(saving) = self.catalog.read(|tx| Ok(self.saving.by_address(tx, address)))? {
+            let name = format!("{}@{}", saving.target, saving.name);
+            return Err(Error::new(Code::Refused, format!("{name} is still being saved")).hint(
+                "wait until it is there; or give it up: `spinney op log` has the id for `spinney op cancel`",
+            ));
+        }
         self.show_plan(&self.doomed(address, whole_tree)?)
     }
 

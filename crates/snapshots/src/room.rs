@@ -31,9 +31,17 @@ impl Engine {
         self.check_free(SMALLEST + OVERLAY * overlays as u64 + left)
     }
 
+    /// Refuses nothing as long as anything has room: what has failed then has failed for another reason.
+    pub(crate) fn check_not_out_of_room(&self) -> Result<()> {
+        self.check_least(SMALLEST)
+    }
+
     fn check_free(&self, least: u64) -> Result<()> {
         // What the catalog needs to get out of a full disk is not for what fills it.
-        let least = least + self.catalog.reserve_lacks();
+        self.check_least(least + self.catalog.reserve_lacks())
+    }
+
+    fn check_least(&self, least: u64) -> Result<()> {
         match free(self.state()) {
             Ok(free) if free < least => Err(Error::new(
                 Code::NoSpace,

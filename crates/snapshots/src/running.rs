@@ -75,9 +75,12 @@ impl Engine {
     ) -> Result<Running> {
         let launched = self.launch_anywhere(target, config, machine, disks, begin);
         // On a full disk it has no log in which it could say why.
-        launched.map_err(|error| match self.check_room(0) {
-            Err(full) => full.because(error),
-            Ok(()) => error,
+        launched.map_err(|error| {
+            let vague = matches!(error.code(), Code::Failed | Code::Precondition) && !error.is_in_the_way();
+            match self.check_not_out_of_room() {
+                Err(full) if vague => full.because(error),
+                _ => error,
+            }
         })
     }
 
@@ -127,6 +130,7 @@ impl Engine {
         };
         let args = spec.arguments(&run);
         let process = Process::spawn(&qemu.path, &args, &run.log()).map_err(|error| {
+            let _ = fs::remove_dir_all(&run.0);
             Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
                 .because(error)
         })?;
@@ -143,7 +147,7 @@ impl Engine {
                 process.kill();
                 let words = log_tail(&run);
                 let _ = fs::remove_dir_all(&run.0);
-                Err(start_error(&target.name, error, &words))
+                Err(start_error(&target.name, config, error, &words))
             }
         }
     }
@@ -324,7 +328,7 @@ pub(crate) fn log_tail(run: &RunFolder) -> String {
     last.join("; ").chars().take(600).collect()
 }
 
-fn start_error(name: &str, error: QmpError, words: &str) -> Error {
+fn start_error(name: &str, config: &MachineConfig, error: QmpError, words: &str) -> Error {
     let failed = |code, message: String| {
         if words.is_empty() {
             Error::new(code, message).because(error)
@@ -358,8 +362,16 @@ fn start_error(name: &str, error: QmpError, words: &str) -> Error {
         return failed(Code::Precondition, format!("{name} has a card without a boot ROM"))
             .hint("install it (Debian: apt install ipxe-qemu), or do not boot from the network");
     }
-    failed(Code::Failed, format!("QEMU could not start {name}"))
-        .hint("if --qemu-arg was used, look there first")
+    let error = failed(Code::Failed, format!("QEMU could not start {name}"));
+    if words.to_lowercase().contains("kvm") {
+        return error
+            .hint("`spinney doctor` says whether KVM can be used here; the accelerator `tcg` does without");
+    }
+    match &config.kernel {
+        _ if !config.qemu_args.is_empty() => error.hint("it has words of --qemu-arg: look there first"),
+        Some(kernel) if words.contains("kernel") => error.hint(format!("its kernel is {}", kernel.display())),
+        _ => error,
+    }
 }
 
 /// `Device nvme is not migratable, but --only-migratable was specified`.

@@ -43,12 +43,8 @@ impl Engine {
             self.make_new_disks(&disks)?;
             let after = TargetRow { config, ..row.clone() };
             let done = match &running {
-                Some(running) => {
-                    // A disc that is named is put in, though the file that was there had the same name.
-                    let again = options.cdrom.as_ref().filter(|_| after.config.cdrom == row.config.cdrom);
-                    let again = again.map_or(Ok(()), |drive| insert(running, drive, true));
-                    again.and_then(|()| self.change_running(cx, &row, &after, running))
-                }
+                // A disc that is named is put in, though the file that was there had the same name.
+                Some(running) => self.change_running(cx, &row, &after, running, options.cdrom.is_some()),
                 None => self.write_settings(cx, &after, &options.rm_disks, &disks),
             };
             if done.is_err() {
@@ -83,10 +79,10 @@ impl Engine {
         )))
     }
 
-    /// Brings what can be changed on a running machine to what its settings say.
-    pub(crate) fn apply_settings(&self, row: &TargetRow, running: &Running) -> Result<()> {
+    /// Brings what can be changed on a running machine to what its settings say; a disc that is in is opened `again`.
+    pub(crate) fn apply_settings(&self, row: &TargetRow, running: &Running, again: bool) -> Result<()> {
         if let Some(drive) = &row.config.cdrom {
-            insert(running, drive, false)?;
+            insert(running, drive, again)?;
         }
         if row.config.networks.is_empty() {
             return Ok(());
@@ -100,13 +96,14 @@ impl Engine {
         before: &TargetRow,
         after: &TargetRow,
         running: &Running,
+        again: bool,
     ) -> Result<()> {
         check_ports(&after.name, &after.config.forwards, &before.config.forwards)?;
         let done = self
-            .apply_settings(after, running)
+            .apply_settings(after, running, again)
             .and_then(|()| self.write_settings(cx, after, &[], &NewDisks::default()));
         if done.is_err()
-            && let Err(error) = self.apply_settings(before, running)
+            && let Err(error) = self.apply_settings(before, running, false)
         {
             tracing::error!(%error, target = before.name, "its settings could not be taken back");
         }
@@ -157,6 +154,9 @@ fn known_disk(row: &TargetRow, id: &str) -> Result<()> {
     Err(if ids.is_empty() { error } else { error.hint(format!("its disks are {}", ids.join(", "))) })
 }
 
+/// A drive cannot come while it runs, only a disc.
+const NO_DRIVE: &str = "lack of a CD drive";
+
 /// Refuses what a machine with a state cannot be given.
 fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Result<()> {
     let now = &row.config;
@@ -166,11 +166,18 @@ fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Resu
         ("set of disks", now.disks != wanted.disks),
         ("boot order", now.boot != wanted.boot),
         ("display", now.display != wanted.display),
-        ("lack of a CD drive", now.cdrom.is_none() && wanted.cdrom.is_some()),
+        (NO_DRIVE, now.cdrom.is_none() && wanted.cdrom.is_some()),
         // The state that is kept knows which disc is in.
         ("disc", power == Power::Suspended && other_disc(now, wanted)),
     ];
     let Some((what, _)) = fixed.iter().find(|(_, changes)| *changes) else { return Ok(()) };
+    if *what == NO_DRIVE {
+        return Err(Error::new(
+            Code::Refused,
+            format!("{} has no CD drive, and can be given one only while it is off", row.name),
+        )
+        .hint(format!("`spinney stop {}` first", row.name)));
+    }
     let (name, state) = (&row.name, if power == Power::Suspended { "suspended" } else { "on" });
     let hint = match power {
         Power::Suspended => {

@@ -51,9 +51,12 @@ impl Engine {
             step("suspend.memory");
             let none = || Error::new(Code::Failed, "the machine has no memory to keep");
             let memory = point.row.memory.clone().ok_or_else(none)?;
+            let still = point.still.take();
+            let kept = &point;
             let decide = || {
                 cx.check()?;
                 self.catalog.write(|tx| {
+                    kept.check()?;
                     TargetRow::set_suspended(tx, &row.id, &memory)?;
                     OpRow::finish(tx, &cx.id, None)
                 })?;
@@ -63,7 +66,7 @@ impl Engine {
                 step("suspend.ended");
                 Ok(())
             };
-            match point.still.take() {
+            match still {
                 // It was paused, and stays so by itself.
                 None => decide(),
                 Some(still) => {

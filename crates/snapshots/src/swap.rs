@@ -1,6 +1,7 @@
 //! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
 
 use std::borrow::Cow;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -110,17 +111,17 @@ pub(crate) fn rescue_if_lost(still: &Armed<'_>, failed: bool, old: Option<&Runni
     }
 }
 
-/// The snapshot, with an empty drive if the file of its disc is gone: a disc is not worth a machine.
-fn without_lost_disc<'a>(cx: &Context, snapshot: &'a SnapshotRow) -> Cow<'a, SnapshotRow> {
+/// The snapshot, with an empty drive if the file of its disc is gone, and what to say of that: a disc is not worth a machine.
+fn without_lost_disc(snapshot: &SnapshotRow) -> (Cow<'_, SnapshotRow>, Option<String>) {
     let image = snapshot.config.cdrom.as_ref().and_then(|drive| drive.image.as_deref());
-    let Some(image) = image.filter(|image| existing_file("disc", image).is_err()) else {
-        return Cow::Borrowed(snapshot);
-    };
+    let is_gone =
+        |image: &Path| existing_file("disc", image).is_err_and(|error| error.code() == Code::NotFound);
+    let Some(image) = image.filter(|image| is_gone(image)) else { return (Cow::Borrowed(snapshot), None) };
     let name = snapshot.full_name();
-    cx.warn(format!("the disc of {name} is gone, so its drive is empty now: {}", image.display()));
+    let words = format!("the disc of {name} is gone, so its drive is empty now: {}", image.display());
     let mut without = snapshot.clone();
     without.config.cdrom = Some(CdDrive { image: None });
-    Cow::Owned(without)
+    (Cow::Owned(without), Some(words))
 }
 
 /// Ends a process that did not become the machine's.
@@ -137,8 +138,17 @@ impl Engine {
         swap: &Swap<'_>,
         end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
     ) -> Result<Swapped> {
-        let there = without_lost_disc(swap.cx, swap.snapshot);
-        let swap = &Swap { snapshot: &there, ..*swap };
+        let (there, lost) = without_lost_disc(swap.snapshot);
+        let swapped = self.swap_to(&Swap { snapshot: &there, ..*swap }, end)?;
+        lost.into_iter().for_each(|words| swap.cx.warn(words));
+        Ok(swapped)
+    }
+
+    fn swap_to(
+        &self,
+        swap: &Swap<'_>,
+        end: &dyn Fn(&Transaction<'_>, Option<&SnapshotRow>) -> Result<()>,
+    ) -> Result<Swapped> {
         let Swap { cx, row, wanted, was, old, .. } = *swap;
         let mut standby = Standby { new: None, old, was_running: was == Power::Running };
         if matches!(wanted, Power::Paused | Power::Running) {
@@ -183,6 +193,7 @@ impl Engine {
             return Err(Error::new(Code::Failed, format!("the QEMU that {name} was loaded into has ended")));
         }
         self.catalog.write(|tx| {
+            undo_point.map_or(Ok(()), Unwritten::check)?;
             if let Some(point) = point {
                 point.insert(tx, &TargetRow::disks(tx, &row.id)?)?;
             }
@@ -248,7 +259,14 @@ impl Engine {
         let held = swap.old.map_or(&[][..], |_| &row.config.forwards);
         // What had its ports is brought back without them rather than not at all.
         if swap.coming != Coming::Back {
-            check_ports(&row.name, &snapshot.config.forwards, held)?;
+            check_ports(&row.name, &snapshot.config.forwards, held).map_err(|error| {
+                let snapshot = snapshot.full_name();
+                error.hint(format!(
+                    "{snapshot} was taken with it: end what has it (another machine?); or `spinney goto {snapshot} --off` brings its \
+                     disks, and `spinney set {} --forward` another port",
+                    row.name
+                ))
+            })?;
         }
         let disks = self.catalog.read(|tx| {
             let read_only = Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
@@ -271,13 +289,11 @@ impl Engine {
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         cx.phase("starting", 0);
         let launch = || self.launch(row, &snapshot.config, &snapshot.machine, disks.clone(), begin);
+        // Its old process has ended already.
+        let is_last = swap.coming == Coming::Back || swap.plan.brought_back_by.is_some();
         let new = match launch() {
-            // There is no machine any more that could stay: this one takes what room there is.
-            Err(error)
-                if error.code() == Code::NoSpace
-                    && swap.plan.brought_back_by.is_some()
-                    && self.catalog.give_up_reserve() =>
-            {
+            // There is no machine that could stay: this one takes what room there is.
+            Err(error) if error.code() == Code::NoSpace && is_last && self.catalog.give_up_reserve() => {
                 launch()?
             }
             launched => launched?,

@@ -141,6 +141,7 @@ impl Engine {
             // The last moment in which it can be called off.
             cx.check()?;
             self.catalog.write(|tx| {
+                snapshot.check()?;
                 if running.is_none() {
                     point_here_at(tx, &target.id, &overlays)?;
                 }

@@ -36,11 +36,11 @@ impl Engine {
     /// Takes an operation back: the one with this id; the last of the machine with this name; or, without either, the last of the
     /// machine that was worked on last.
     pub fn undo(&self, cx: &Context, what: Option<&str>) -> Result<Undone> {
-        let op = self.catalog.read(|tx| match what {
-            None => last_undoable(tx, None),
+        let (op, by_id) = self.catalog.read(|tx| match what {
+            None => Ok((last_undoable(tx, None)?, false)),
             Some(what) => match TargetRow::by_name(tx, what) {
-                Ok(row) => last_undoable(tx, Some(row.id)),
-                Err(_) => OpRow::by_id(tx, what).map_err(|error| match error.code() {
+                Ok(row) => Ok((last_undoable(tx, Some(row.id))?, false)),
+                Err(_) => OpRow::by_id(tx, what).map(|op| (op, true)).map_err(|error| match error.code() {
                     Code::NotFound => {
                         Error::new(Code::NotFound, format!("there is no operation or machine {what:?}"))
                             .hint("`spinney op log` lists the operations, `spinney ls` the machines")
@@ -51,9 +51,9 @@ impl Engine {
         })?;
         undoable(&op)?;
         let _guard = op.target.as_ref().map(|id| self.locks.acquire(id, "undo", cx)).transpose()?;
-        // Under the lock: another undo may have been quicker.
+        // Under the lock: another undo may have been quicker, or what was under way is the last one now.
         let (op, first) = self.catalog.read(|tx| {
-            let op = OpRow::by_id(tx, &op.id)?;
+            let op = if by_id { OpRow::by_id(tx, &op.id)? } else { last_undoable(tx, op.target.clone())? };
             let first = op.undid().map(|first| OpRow::by_id(tx, first)).transpose()?;
             Ok((op, first))
         })?;

@@ -18,6 +18,8 @@
 //!
 //! **Must not know:** stores, the catalog, anything that comes from a guest.
 
+#![forbid(unsafe_code)]
+
 pub mod client;
 mod deadlines;
 pub mod process;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vm_tests::guest::Guest;
 use vm_tests::harness::Spinney;
+use vm_tests::underway::reached;
 
 /// Bytes of a page, and of a pack before its first one.
 const PAGE: usize = 4096;
@@ -359,4 +360,30 @@ fn an_old_copy_of_the_catalog_takes_nothing_from_a_machine_that_went_on() {
     assert_eq!(spinney.machines(), runs, "no machine is ended");
     put_the_copy_back(&spinney);
     spinney.ok("ls").unwrap();
+}
+
+/// The take has met pages that are given up before it is in the catalog: nobody would look for them there.
+#[test]
+fn a_take_that_has_met_what_a_repair_gives_up_fails_and_the_next_one_is_whole() {
+    let (mut spinney, packs) = taken_twice();
+    let marker = spinney.folder().join("saved");
+    spinney.set("SPINNEY_CRASH", &format!("take.saved wait {}", marker.display()));
+    spinney.kill_daemon();
+    let take = spinney.under_way("take m three --mode live");
+    reached(&marker, "take.saved");
+    // Pages of its kernel, which are in the guest as ever.
+    (100..140).for_each(|slot| flip(&packs[0], PAGE + slot * PAGE + 7));
+    let report = fsck(&spinney, "fsck --repair");
+    assert_ne!(report["damage"], json!([]), "nobody else has these pages");
+    fs::remove_file(&marker).unwrap();
+    let ended = take.end();
+    let problem = ended.problem();
+    assert_eq!(ended.code, Some(1), "{problem}");
+    assert!(problem["detail"].as_str().is_some_and(|words| words.contains("repair")), "{problem}");
+    guest(&spinney).counter().unwrap();
+    // What the guest still has is stored again.
+    spinney.ok("take m four --mode live").unwrap();
+    assert!(!touched(&fsck(&spinney, "fsck")).contains(&"m@four"));
+    spinney.ok("goto m@four --discard --yes").unwrap();
+    assert_eq!(guest(&spinney).cmd("cat /tmp/word /data/word").unwrap().1, "two\ntwo\n");
 }

@@ -207,3 +207,25 @@ fn a_guest_whose_monitor_is_lost_in_the_middle_goes_on_and_is_found_again() {
         walk.ticks_within(&port, SOON).unwrap();
     }
 }
+
+/// What is under way is neither passed over nor unknown.
+#[test]
+fn undo_and_rm_know_of_a_snapshot_that_is_being_saved() {
+    let mut walk = running_guest(27);
+    let marker = waiting_at(&mut walk, "take.saved");
+    walk.spinney.ok(&format!("take {NAME} x --mode live --no-wait")).unwrap();
+    reached(&marker, "take.saved");
+    for address in ["x", "~1"] {
+        let ended = walk.spinney.run(["rm", &format!("{NAME}@{address}")]);
+        let problem = ended.problem();
+        assert_eq!(ended.code, Some(4), "{problem}");
+        assert_eq!(problem["detail"], format!("{NAME}@x is still being saved"));
+    }
+    let undo = walk.spinney.under_way("undo");
+    thread::sleep(Duration::from_millis(300));
+    fs::remove_file(&marker).unwrap();
+    let undone = undo.end().done().unwrap();
+    assert_eq!(undone["operation"], format!("take {NAME}@x"), "{undone}");
+    let tree = walk.spinney.ok(&format!("tree {NAME}")).unwrap();
+    assert_eq!(names(&tree), ["s1"]);
+}

@@ -179,6 +179,18 @@ fn a_disk_that_becomes_full_at_every_step_of_a_goto_in_place() {
     becomes_full(Stage::GuestWithPort);
 }
 
+/// Nor does the daemon that has to bring it back find any room.
+#[test]
+fn a_machine_that_a_goto_in_place_has_ended_comes_back_on_a_full_disk() {
+    let Some(disk) = SmallDisk::new(600) else { return };
+    let mut scene = Scene::begin_on(disk, Stage::GuestWithPort).unwrap();
+    for step in ["in-place.kept", "goto.alone", "goto.loaded"] {
+        scene.strike(Act::GotoInPlace, step, Victim::RoomThenDaemon).unwrap();
+        assert!(!scene.strokes.last().unwrap().happened);
+    }
+    scene.end().unwrap();
+}
+
 /// The check itself: a machine that ends before the next one starts needs the reserve then.
 #[test]
 fn a_machine_that_has_no_room_to_come_back_is_found() {

@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// Leave memory out
     #[arg(long, conflicts_with = "mode")]
     disk_only: bool,
-    /// Let nothing but rm remove it
+    /// Let nothing but rm, or an undo of this take, remove it
     #[arg(long)]
     keep: bool,
     /// Roll back rather than let the guest stand still for longer than this

@@ -6,8 +6,8 @@
 //! when a pack is to go: so a page that a session found in the store cannot vanish under it, and what a session
 //! committed in the meantime is in no plan. Anything else that is alive is reached by a root of the plan.
 //!
-//! A node may outlive pages below it (when its pack is kept and theirs goes). That is harmless: `put_map` builds from the
-//! leaves up and looks every page up, so it never takes an old node's word for what lies below.
+//! A node may outlive pages below it (when its pack is kept and theirs goes). That is harmless: `put_leaves`
+//! looks every page up, and `put_map_over` takes only leaves of its own session, so no old node's word is taken for what lies below.
 
 mod plan;
 mod run;

@@ -34,6 +34,26 @@ fn three_maps() -> (CrashDisk, Kept, PathBuf) {
     (disk, vec![a, b, c], first)
 }
 
+#[test]
+fn who_may_have_met_what_a_repair_gives_up_is_told() {
+    let (disk, kept, first) = three_maps();
+    let store = open(&disk).unwrap();
+    let before = store.hold();
+    repair(&store, &kept);
+    before.check().expect("nothing was wrong");
+    // Page 2, which no other pack has; the session has been told that it is there.
+    let session = store.begin().unwrap();
+    let (mut name, mut leaf) = (names(1), names(1));
+    session.put(&pages(&[2]), &mut name).unwrap();
+    session.put_leaves(&name, &mut leaf).unwrap();
+    flip(&disk, &first, 4096 + 4096);
+    assert_eq!(repair(&store, &kept).lost, 1);
+    session.put_map_over(&leaf, 1).unwrap();
+    session.commit().unwrap();
+    assert!(matches!(before.check(), Err(Error::Forgotten)));
+    store.hold().check().unwrap();
+}
+
 fn repair(store: &Store, kept: &Kept) -> Repaired {
     let roots: Vec<MapRoot> = kept.iter().map(|(root, _)| *root).collect();
     store.repair(&roots, &|| true).unwrap()

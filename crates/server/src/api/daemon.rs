@@ -60,12 +60,12 @@ pub(super) async fn shutdown(State(app): Shared) -> Result<StatusCode, Problem> 
     let running = app.operations.running();
     if let Some(first) = running.first() {
         let (kind, subject) = (&first.kind, &first.subject);
-        let detail = match running.len() {
-            1 => format!("the daemon is busy with {kind} {subject}"),
-            n => format!("the daemon is busy with {n} operations, first {kind} {subject}"),
+        let (detail, it) = match running.len() {
+            1 => (format!("the daemon is busy with {kind} {subject}"), "it"),
+            n => (format!("the daemon is busy with {n} operations, first {kind} {subject}"), "that"),
         };
         return Err(Problem::new(Code::Refused, detail)
-            .hint("wait for them, or cancel them with `spinney op cancel`"));
+            .hint(format!("wait, or give {it} up: `spinney op cancel {}`", first.id)));
     }
     app.stop.send_replace(true);
     Ok(StatusCode::ACCEPTED)

@@ -108,17 +108,36 @@ impl Catalog {
     /// wait for it.
     pub(crate) fn keep_copy(&self) -> Result<()> {
         let changes = self.lock().total_changes();
-        if *self.copied.lock().unwrap_or_else(PoisonError::into_inner) == Some(changes) {
+        let copy = copy_of(&self.path);
+        if *self.copied.lock().unwrap_or_else(PoisonError::into_inner) == Some(changes) && copy.exists() {
             return Ok(());
         }
-        let (copy, half) = (copy_of(&self.path), self.path.with_extension("db.copy.tmp"));
+        let half = self.path.with_extension("db.copy.tmp");
+        let made = self.make_copy(&copy, &half);
+        match &made {
+            Ok(()) => *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Some(changes),
+            // Half a copy would take room for nothing.
+            Err(_) => drop(std::fs::remove_file(&half)),
+        }
+        made
+    }
+
+    fn make_copy(&self, copy: &Path, half: &Path) -> Result<()> {
         let io = |error: std::io::Error| {
             Error::new(Code::Failed, format!("the copy of the catalog {} cannot be made", copy.display()))
                 .because(error)
         };
-        match std::fs::remove_file(&half) {
+        match std::fs::remove_file(half) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             _ => {}
+        }
+        // The last of a disk is for others.
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let bytes = |path: &Path| std::fs::metadata(path).map_or(0, |meta| meta.len());
+        let least = bytes(&self.path) + bytes(&self.path.with_extension("db-wal")) + self.reserve_lacks();
+        let least = least + pages::left_to_others(folder).map_err(io)?;
+        if crate::room::free(folder).map_err(io)? < least {
+            return Err(Error::new(Code::NoSpace, "there is no room for a copy of the catalog"));
         }
         // A connection of its own: others work on meanwhile.
         let reader = Connection::open_with_flags(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
@@ -126,22 +145,19 @@ impl Catalog {
         if let Some(problem) = problems(&reader)?.first() {
             return Err(damaged(&self.path).because(problem.as_str()));
         }
-        let made = reader.execute("VACUUM INTO ?1", [half.to_string_lossy()]);
-        if let Err(error) = made {
-            // On a full disk half a copy would take room for nothing.
-            let _ = std::fs::remove_file(&half);
-            return Err(error.into());
+        // Another file may lie there by now.
+        let version: i64 = reader.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if version != VERSION {
+            return Err(damaged(&self.path).because(format!("its version is {version}")));
         }
+        reader.execute("VACUUM INTO ?1", [half.to_string_lossy()])?;
         // Whoever opens it in place of the catalog must know that it is older than what lies on the disk.
-        let marked = Connection::open(&half)?;
+        let marked = Connection::open(half)?;
         marked.pragma_update(None, "application_id", IS_COPY)?;
         drop(marked);
-        std::fs::File::open(&half).and_then(|file| file.sync_all()).map_err(io)?;
-        std::fs::rename(&half, &copy).map_err(io)?;
-        let folder = self.path.parent();
-        folder.map_or(Ok(()), |folder| std::fs::File::open(folder)?.sync_all()).map_err(io)?;
-        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Some(changes);
-        Ok(())
+        std::fs::File::open(half).and_then(|file| file.sync_all()).map_err(io)?;
+        std::fs::rename(half, copy).map_err(io)?;
+        std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
     }
 
     /// True if this catalog is a copy that was put back, and is older than what lies beside it.
@@ -353,8 +369,18 @@ mod tests {
         catalog.write(|tx| Ok(tx.execute("INSERT INTO groups VALUES ('a', 'a', 0, 0)", [])?)).unwrap();
         catalog.keep_copy().unwrap();
         assert_eq!(groups(), 1);
+        let made = || std::fs::metadata(copy_of(&path)).unwrap().modified().unwrap();
+        let before = made();
+        catalog.keep_copy().unwrap();
+        assert_eq!(made(), before, "nothing has changed");
         std::fs::remove_file(copy_of(&path)).unwrap();
         catalog.keep_copy().unwrap();
-        assert!(!copy_of(&path).exists(), "nothing has changed");
+        assert_eq!(groups(), 1, "it was gone");
+        // Somebody has put an empty file in its place.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::File::create(&path).unwrap();
+        catalog.write(|tx| Ok(tx.execute("INSERT INTO groups VALUES ('b', 'b', 0, 0)", [])?)).unwrap();
+        assert_eq!(catalog.keep_copy().unwrap_err().code(), Code::Damaged);
+        assert_eq!(groups(), 1);
     }
 }

@@ -46,6 +46,8 @@ pub enum Victim {
     Power,
     /// Nobody: the disk has no room from then on, until the command has ended.
     Room,
+    /// The daemon, with a disk that has no room either for the next one, until that has put in order what it can.
+    RoomThenDaemon,
 }
 
 impl Victim {
@@ -56,7 +58,7 @@ impl Victim {
             Victim::Daemon | Victim::Power => true,
             // Nothing has no room that is taken back for another reason.
             Victim::Room => act != Act::TakeCancelled,
-            Victim::Successor(_) => false,
+            Victim::Successor(_) | Victim::RoomThenDaemon => false,
             Victim::Warden | Victim::Stopped => guest && !act.switches(),
             Victim::Both => act.takes() || act.goes(),
             Victim::WardenThenDaemon => {
@@ -129,7 +131,7 @@ impl Scene {
             words.push_str(&format!("take.memory wait {}-first\n", marker.display()));
         }
         self.say(&words)?;
-        if victim == Victim::Room && self.spinney.port(&self.machine())?.is_some() {
+        if self.disk.is_some() && self.spinney.port(&self.machine())?.is_some() {
             // Nothing of its own is on its way to the disk: a guest without room stands still, which is another test's.
             self.guest()?.sync()?;
         }
@@ -185,7 +187,7 @@ impl Scene {
 
     fn deal(&mut self, victim: Victim, act: Act, marker: &Path, old: &[u32]) -> Result<(), Violation> {
         let daemon = self.spinney.daemon();
-        if !matches!(victim, Victim::Daemon | Victim::Stopped | Victim::Successor(_) | Victim::Room) {
+        if !matches!(victim, Victim::Daemon | Victim::Stopped | Victim::Successor(_)) && self.disk.is_none() {
             self.sample();
         }
         // Without any new command.
@@ -224,6 +226,11 @@ impl Scene {
                 self.release(marker)?;
             }
             Victim::Power => self.spinney.cut_power(),
+            Victim::RoomThenDaemon => {
+                self.disk.iter().for_each(SmallDisk::fill);
+                daemon.into_iter().for_each(kill);
+                self.ok("ls")?;
+            }
             Victim::Room => {
                 self.disk.iter().for_each(SmallDisk::fill);
                 self.release(marker)?;
