@@ -1,6 +1,6 @@
 //! Checking everything: each pack's structure, each page and node against its name, each root's map.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
@@ -24,6 +24,8 @@ pub struct Report {
     pub roots: u64,
     /// What is wrong; empty if nothing is.
     pub damage: Vec<Damage>,
+    /// Packs of it: what a repair has something to save from.
+    pub damaged_packs: u64,
     /// The caller stopped the check before its end.
     pub stopped: bool,
 }
@@ -31,7 +33,7 @@ pub struct Report {
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
-    /// The thing: a pack, or the map of a root by its label.
+    /// The thing: a pack, or the maps of roots by their labels.
     pub what: String,
     /// What is wrong with it.
     pub problem: String,
@@ -70,6 +72,7 @@ impl Store {
             let labels = lost.iter().cloned().collect();
             report.damage.push(Damage { what: format!("pack {name}"), problem: problem.to_string(), labels });
         }
+        report.damaged_packs = (aside.len() + found.len()) as u64;
         report.damage.extend(found.into_iter().map(Found::into_damage));
         Ok(report)
     }
@@ -119,8 +122,10 @@ impl Inner {
         let (pages, nodes) = (count(Kind::Page), count(Kind::Node));
         let Some(first) = bad.first() else { return Ok(None) };
         let problem = format!(
-            "{pages} pages and {nodes} map nodes do not fit their names, first the {} {:?}",
-            first.kind, first.name
+            "{} unlike what was stored, first the {} {:?}",
+            pages_and_nodes(pages, nodes),
+            first.kind,
+            first.name
         );
         let pages = bad.iter().filter(|e| e.kind == Kind::Page);
         Ok(found(problem, pages.map(|e| Place { pack: pack.number, at: e.at }).collect()))
@@ -190,7 +195,7 @@ impl Inner {
         let forest = Forest::read(self, &maps)?;
         let pages: HashMap<Place, usize> =
             (0..).zip(found.iter()).flat_map(|(i, f)| f.pages.iter().map(move |p| (*p, i))).collect();
-        let mut lost = BTreeSet::new();
+        let (mut lost, mut by_problem) = (BTreeSet::new(), BTreeMap::<String, Vec<String>>::new());
         for (top, (_, label)) in forest.tops.iter().zip(roots) {
             report.roots += 1;
             let (mut lacks, mut seen) = (BTreeSet::new(), vec![false; forest.nodes().len()]);
@@ -213,24 +218,42 @@ impl Inner {
                     }
                 }
             }
-            if let Some(damage) = describe(&forest, &lacks, label) {
-                report.damage.push(damage);
+            if let Some(problem) = describe(&forest, &lacks) {
+                by_problem.entry(problem).or_default().push(label.clone());
                 lost.insert(label.clone());
             }
         }
+        // A page that is gone is mostly gone for many.
+        report.damage.extend(by_problem.into_iter().map(|(problem, mut labels)| {
+            labels.sort_unstable();
+            let more = labels.len().saturating_sub(1);
+            let first = labels.first().cloned().unwrap_or_default();
+            let what = if more == 0 {
+                format!("map of {first}")
+            } else {
+                format!("maps of {first} and {more} more")
+            };
+            Damage { what, problem, labels }
+        }));
         Ok(lost)
     }
 }
 
-/// What one root lacks, in one entry of the report.
-fn describe(forest: &Forest, lacks: &BTreeSet<(Kind, PageHash, u32)>, label: &str) -> Option<Damage> {
+/// What one root lacks, in words.
+fn describe(forest: &Forest, lacks: &BTreeSet<(Kind, PageHash, u32)>) -> Option<String> {
     let (_, _, first) = lacks.first()?;
     let names: BTreeSet<_> = lacks.iter().map(|(kind, name, _)| (*kind, *name)).collect();
     let nodes = names.iter().filter(|(kind, _)| *kind == Kind::Node).count();
     let why = forest.missing.get(*first as usize).map(|m| m.why.to_string()).unwrap_or_default();
-    Some(Damage {
-        what: format!("map of {label}"),
-        problem: format!("lacks {} pages and {nodes} map nodes: {why}", names.len() - nodes),
-        labels: vec![label.to_owned()],
-    })
+    Some(format!("{} missing: {why}", pages_and_nodes(names.len() - nodes, nodes)))
+}
+
+/// `1 page`, `3 pages and 1 map node`.
+fn pages_and_nodes(pages: usize, nodes: usize) -> String {
+    let count = |n: usize, one: &str| format!("{n} {one}{}", if n == 1 { "" } else { "s" });
+    match (pages, nodes) {
+        (pages, 0) => count(pages, "page"),
+        (0, nodes) => count(nodes, "map node"),
+        (pages, nodes) => format!("{} and {}", count(pages, "page"), count(nodes, "map node")),
+    }
 }

@@ -105,9 +105,16 @@ impl Engine {
         report.snapshots = snapshots.len() as u64;
         self.check_pages(cx, &memories, &mut report)?;
         cx.phase("checking disk layers", users.len() as u64);
-        // A layer that nothing needs is the collector's business.
-        for layer in &layers {
+        // From below: what lies over a layer that is damaged cannot be right, and has said so if it cannot be read.
+        let (mut bad, mut by_depth) = (HashSet::new(), Vec::from_iter(&layers));
+        by_depth.sort_by_key(|layer| layer.depth);
+        for layer in by_depth {
+            // A layer that nothing needs is the collector's business.
             let Some(needed_by) = users.get(&layer.id) else { continue };
+            if layer.below.as_ref().is_some_and(|below| bad.contains(below)) {
+                bad.insert(layer.id.clone());
+                continue;
+            }
             // One that a guest writes to at this moment is never seen whole.
             if written.contains(&layer.id) {
                 continue;
@@ -115,11 +122,13 @@ impl Engine {
             cx.check()?;
             report.layers += 1;
             if let Some(problem) = self.layer_problem(layer)? {
-                report.damage.push(Damage {
-                    what: self.layer_file(layer).display().to_string(),
-                    problem,
-                    snapshots: needed_by.clone(),
-                });
+                bad.insert(layer.id.clone());
+                let what = self.layer_file(layer).display().to_string();
+                // An image may lie under several machines.
+                match report.damage.iter_mut().find(|known| known.what == what && known.problem == problem) {
+                    Some(known) => known.snapshots.extend(needed_by.iter().cloned()),
+                    None => report.damage.push(Damage { what, problem, snapshots: needed_by.clone() }),
+                }
             }
             cx.advance(1);
         }
@@ -145,6 +154,7 @@ impl Engine {
         })?;
         cx.check()?;
         report.packs = pages.packs;
+        report.mendable = pages.damaged_packs > 0;
         report.pages = pages.pages;
         let found = pages.damage.into_iter();
         report.damage.extend(found.map(|d| Damage { what: d.what, problem: d.problem, snapshots: d.labels }));
@@ -165,11 +175,16 @@ impl Engine {
         let path = self.layer_file(layer);
         let found = match stamp(&path) {
             Ok(found) => found,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Some("it is gone: put it back where it was".into()));
+            }
             Err(error) => return Ok(Some(error.to_string())),
         };
         if let Some(known) = layer.stamp {
             let changed = known != found;
-            return Ok(changed.then(|| "the image was changed since a machine was made over it".into()));
+            return Ok(changed.then(|| "the image was changed since a machine was made over it: put it back as it was, or `spinney edit MACHINE --accept-disks` if its \
+                 content is the same"
+                    .into()));
         }
         if let Ok(Some(lacks)) = qemu::qcow2::is_cut(&path) {
             return Ok(Some(format!("it is cut off: it lacks {lacks}")));

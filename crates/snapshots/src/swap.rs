@@ -343,7 +343,18 @@ impl Engine {
             })
         });
         if let Some(error) = store_failed {
-            return Err(Error::from(error));
+            let error = Error::from(error);
+            return Err(match error.code() {
+                Code::Damaged => {
+                    // A snapshot, or a machine that is suspended.
+                    let way_out = match name.contains('@') {
+                        true => format!("`spinney goto {name} --off` brings its disks, without the memory"),
+                        false => format!("`spinney kill {name}` turns it off: its disks are another matter"),
+                    };
+                    error.hint(format!("`spinney fsck --repair` mends what can be mended; {way_out}"))
+                }
+                _ => error,
+            });
         }
         cx.check()?;
         loaded.map_err(|error| {

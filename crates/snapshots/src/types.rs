@@ -324,6 +324,9 @@ pub struct FsckReport {
     pub damage: Vec<Damage>,
     /// What a repair did, in sentences.
     pub mended: Vec<String>,
+    /// There are packs from which a repair may save something.
+    #[serde(default)]
+    pub mendable: bool,
 }
 
 /// State of a journalled operation.

@@ -38,9 +38,9 @@ impl Engine {
     pub fn undo(&self, cx: &Context, what: Option<&str>) -> Result<Undone> {
         let (op, by_id) = self.catalog.read(|tx| match what {
             None => Ok((last_undoable(tx, None)?, false)),
-            Some(what) => match TargetRow::by_name(tx, what) {
-                Ok(row) => Ok((last_undoable(tx, Some(row.id))?, false)),
-                Err(_) => OpRow::by_id(tx, what).map(|op| (op, true)).map_err(|error| match error.code() {
+            Some(what) => match machine(tx, what)? {
+                Some(id) => Ok((last_undoable(tx, Some(id))?, false)),
+                None => OpRow::by_id(tx, what).map(|op| (op, true)).map_err(|error| match error.code() {
                     Code::NotFound => {
                         Error::new(Code::NotFound, format!("there is no operation or machine {what:?}"))
                             .hint("`spinney op log` lists the operations, `spinney ls` the machines")
@@ -105,6 +105,14 @@ impl Engine {
         self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)?;
         Ok(())
     }
+}
+
+/// The machine of this name; else the one that had it when it was removed, the last if there were several.
+fn machine(tx: &Transaction<'_>, name: &str) -> Result<Option<String>> {
+    let mut named = TargetRow::all(tx, true)?;
+    named.retain(|row| row.name == name);
+    let there = named.iter().find(|row| row.removed.is_none());
+    Ok(there.or_else(|| named.iter().max_by_key(|row| row.removed)).map(|row| row.id.clone()))
 }
 
 /// What `undo` without an id takes back. Undos themselves are passed over, and what was rolled back; but what cannot be taken back

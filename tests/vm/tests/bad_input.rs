@@ -94,7 +94,7 @@ fn what_is_protected_or_off_or_needs_a_yes() {
     spinney.ok("start web").unwrap();
     fails(&spinney, "start web", REFUSED, &["web"]);
     fails(&spinney, "rm web --yes", REFUSED, &["web", "spinney stop web"]);
-    fails(&spinney, "stop web --timeout 1s", 9, &["web", "--kill"]);
+    fails(&spinney, "stop web --timeout 1s", 9, &["web", "spinney kill web"]);
     spinney.ok("kill web").unwrap();
     spinney.ok("rm web@base").unwrap();
     spinney.ok("rm web --yes").unwrap();

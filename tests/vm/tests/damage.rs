@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use vm_tests::guest::Guest;
-use vm_tests::harness::Spinney;
+use vm_tests::harness::{Spinney, tool};
 use vm_tests::underway::reached;
 
 /// Bytes of a page, and of a pack before its first one.
@@ -386,4 +386,28 @@ fn a_take_that_has_met_what_a_repair_gives_up_fails_and_the_next_one_is_whole() 
     assert!(!touched(&fsck(&spinney, "fsck")).contains(&"m@four"));
     spinney.ok("goto m@four --discard --yes").unwrap();
     assert_eq!(guest(&spinney).cmd("cat /tmp/word /data/word").unwrap().1, "two\ntwo\n");
+}
+
+/// One thing is wrong, for two machines and all of their snapshots.
+#[test]
+fn an_image_that_is_gone_is_named_once() {
+    let spinney = Spinney::new();
+    let image = spinney.folder().join("own.qcow2");
+    tool("qemu-img", ["create", "-q", "-f", "qcow2", &image.display().to_string(), "8M"]);
+    for name in ["a", "b"] {
+        spinney.ok(&format!("create {name} --memory 64M --network none --disk {}", image.display())).unwrap();
+        for snapshot in ["one", "two"] {
+            spinney.ok(&format!("take {name} {snapshot}")).unwrap();
+        }
+    }
+    let moved = image.with_extension("moved");
+    fs::rename(&image, &moved).unwrap();
+    let report = fsck(&spinney, "fsck");
+    assert_eq!(report["damage"].as_array().map(Vec::len), Some(1), "{report}");
+    assert_eq!(report["damage"][0]["what"], image.display().to_string());
+    assert_eq!(touched(&report), ["a (here)", "a@one", "a@two", "b (here)", "b@one", "b@two"]);
+    let hint = spinney.run(["fsck"]).problem()["hint"].to_string();
+    assert!(!hint.contains("--repair") && hint.contains("docs/failures.md"), "{hint}");
+    fs::rename(&moved, &image).unwrap();
+    assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
 }

@@ -29,4 +29,9 @@ fn the_name_of_an_undo_point_is_not_given_again_while_undo_can_bring_it_back() {
     let removal = log["operations"].as_array().unwrap().iter().find(|op| op["kind"] == "rm").unwrap();
     spinney.ok(&format!("undo {}", removal["id"].as_str().unwrap())).unwrap();
     assert!(names().contains(&"undo-8".to_owned()), "{:?}", names());
+
+    // By its name, though it has none at the moment.
+    spinney.ok("rm web --yes").unwrap();
+    spinney.ok("undo web").unwrap();
+    assert!(names().contains(&"base".to_owned()), "{:?}", names());
 }

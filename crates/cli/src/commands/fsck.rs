@@ -30,18 +30,18 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     }
     match report.damage.len() as u64 {
         0 => Ok(()),
-        n if args.repair => Err(Problem::new(
-            Code::Damaged,
-            format!("{} could not be mended", count(n, "thing")),
-        )
-        .hint(
-            "snapshots that are not named are whole; docs/failures.md says what can be done for the others",
-        )),
-        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing"))).hint(
-            "snapshots that are not named are whole; `spinney fsck --repair` mends what can be mended",
-        )),
+        n if args.repair => {
+            Err(Problem::new(Code::Damaged, format!("{} could not be mended", count(n, "thing"))).hint(REST))
+        }
+        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing")))
+            .hint(if report.mendable { MENDABLE } else { REST })),
     }
 }
+
+const MENDABLE: &str =
+    "snapshots that are not named are whole; `spinney fsck --repair` mends what can be mended";
+const REST: &str = "snapshots that are not named are whole; of the others `spinney goto SNAPSHOT --off` brings the disks, if these are \
+                    whole, and docs/failures.md says what else there is";
 
 fn print(out: Output, report: &FsckReport) {
     for mended in &report.mended {

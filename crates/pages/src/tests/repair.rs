@@ -67,7 +67,7 @@ fn damaged(store: &Store, kept: &Kept) -> (Vec<String>, Vec<String>) {
     let mut labels: Vec<String> = report.damage.iter().flat_map(|d| d.labels.clone()).collect();
     labels.sort();
     labels.dedup();
-    let others = report.damage.iter().map(|d| d.what.clone()).filter(|what| !what.starts_with("map of"));
+    let others = report.damage.iter().map(|d| d.what.clone()).filter(|what| !what.starts_with("map"));
     (labels, others.collect())
 }
 
