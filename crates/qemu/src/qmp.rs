@@ -242,6 +242,10 @@ impl Qmp {
                 let _ = self.socket.shutdown(Shutdown::Both);
                 match inbox.closed.clone() {
                     Some(reason) => QmpError::Closed { command: command.to_owned(), reason },
+                    // The reader has not seen it yet.
+                    None if is_gone(&source) => {
+                        QmpError::Closed { command: command.to_owned(), reason: source.to_string() }
+                    }
                     None => QmpError::Send { command: command.to_owned(), source },
                 }
             })?;
@@ -297,6 +301,11 @@ impl Drop for Qmp {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Nobody is at the other end any more.
+fn is_gone(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset)
 }
 
 /// Connects, or fails: a QEMU that is stopped accepts nobody, and once its queue is full the system would have us wait without end.
