@@ -277,8 +277,7 @@ fn capture_and_hold<'a>(
 ) -> Result<Captured<'a>> {
     let progress = || armed.renew(STILL_LIMIT);
     // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
-    let intake =
-        Intake { once: false, lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
+    let intake = Intake::of_still_guest(job.target.config.memory, &progress);
     let (held, blocks) = ingest(session.as_ref(), cx, intake, |sink| {
         let held = save::read(&running.qmp, CopyMode::StopCopy, None, sink, &cx.cancel, &progress);
         if held.is_err() {
@@ -341,8 +340,7 @@ fn read_from_outside(
 ) -> Result<Option<(SavedState, Vec<BlockLeaves>)>> {
     let mut outcome = Ok(Vec::new());
     let progress = || armed.renew(still_limit(job.max_pause));
-    let intake =
-        Intake { once: false, lead: Lead::Short, memory: job.target.config.memory, stored: &progress };
+    let intake = Intake::of_still_guest(job.target.config.memory, &progress);
     let outside = Outside {
         qmp: &running.qmp,
         process: running.process.id(),

@@ -78,7 +78,12 @@ pub(crate) struct Intake<'a> {
     pub(crate) stored: &'a (dyn Fn() + Sync),
 }
 
-impl Intake<'_> {
+impl<'a> Intake<'a> {
+    /// For a guest that stands still meanwhile: whoever reads may wait for the store.
+    pub(crate) fn of_still_guest(memory: u64, stored: &'a (dyn Fn() + Sync)) -> Self {
+        Self { lead: Lead::Short, memory, once: false, stored }
+    }
+
     /// Refuses more memory than the machine can have, before any is taken for it.
     pub(crate) fn check(&self, bytes: u64) -> Result<(), String> {
         let limit = self.memory.saturating_add(OTHER_BLOCKS);

@@ -154,9 +154,6 @@ fn known_disk(row: &TargetRow, id: &str) -> Result<()> {
     Err(if ids.is_empty() { error } else { error.hint(format!("its disks are {}", ids.join(", "))) })
 }
 
-/// A drive cannot come while it runs, only a disc.
-const NO_DRIVE: &str = "lack of a CD drive";
-
 /// Refuses what a machine with a state cannot be given.
 fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Result<()> {
     let now = &row.config;
@@ -166,27 +163,24 @@ fn can_change_now(row: &TargetRow, power: Power, wanted: &MachineConfig) -> Resu
         ("set of disks", now.disks != wanted.disks),
         ("boot order", now.boot != wanted.boot),
         ("display", now.display != wanted.display),
-        (NO_DRIVE, now.cdrom.is_none() && wanted.cdrom.is_some()),
         // The state that is kept knows which disc is in.
         ("disc", power == Power::Suspended && other_disc(now, wanted)),
     ];
-    let Some((what, _)) = fixed.iter().find(|(_, changes)| *changes) else { return Ok(()) };
-    if *what == NO_DRIVE {
-        return Err(Error::new(
-            Code::Refused,
-            format!("{} has no CD drive, and can be given one only while it is off", row.name),
-        )
-        .hint(format!("`spinney stop {}` first", row.name)));
-    }
-    let (name, state) = (&row.name, if power == Power::Suspended { "suspended" } else { "on" });
-    let hint = match power {
+    let name = &row.name;
+    let (state, hint) = match power {
         Power::Suspended => {
-            format!("`spinney start {name}` goes on where it was; then `spinney stop {name}`")
+            ("suspended", format!("`spinney start {name}` goes on where it was; then `spinney stop {name}`"))
         }
-        _ => format!("`spinney stop {name}` first"),
+        _ => ("on", format!("`spinney stop {name}` first")),
     };
-    Err(Error::new(Code::Refused, format!("the {what} of {name} cannot change while it is {state}"))
-        .hint(hint))
+    let sentence = match fixed.iter().find(|(_, changes)| *changes) {
+        Some((what, _)) => format!("the {what} of {name} cannot change while it is {state}"),
+        None if now.cdrom.is_none() && wanted.cdrom.is_some() => {
+            format!("{name} has no CD drive, and can be given one only while it is off")
+        }
+        None => return Ok(()),
+    };
+    Err(Error::new(Code::Refused, sentence).hint(hint))
 }
 
 /// A disc in place of another one; one whose file is gone may be taken out, and put back.

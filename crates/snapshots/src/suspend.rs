@@ -24,7 +24,7 @@ use crate::fault::step;
 use crate::forwards::check_ports;
 use crate::let_go::{STILL_LIMIT, too_late};
 use crate::running::{Begin, check_host_memory};
-use crate::swap::{GotoPlan, Standby, rescue_if_lost};
+use crate::swap::{GotoPlan, Standby, rescue_if_lost, with_way_out};
 use crate::types::{Machine, Power};
 
 impl Engine {
@@ -102,7 +102,11 @@ impl Engine {
             let still = standby.new.as_ref().map(|new| {
                 let plan = GotoPlan { new: Some(process.clone()), ..GotoPlan::default() };
                 self.catalog.write(|tx| OpRow::set_plan(tx, &cx.id, &json!(plan)))?;
-                self.load_memory(cx, &row.name, memory, new)?;
+                self.load_memory(cx, &row.name, memory, new).map_err(|error| {
+                    let off =
+                        format!("`spinney kill {}` turns it off: its disks are another matter", row.name);
+                    with_way_out(error, off)
+                })?;
                 self.open_ports(row, new)?;
                 step("wake.loaded");
                 // Not to run on by itself: until the commit the disks belong to the memory that is kept.

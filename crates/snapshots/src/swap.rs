@@ -124,6 +124,14 @@ fn without_lost_disc(snapshot: &SnapshotRow) -> (Cow<'_, SnapshotRow>, Option<St
     (Cow::Owned(without), Some(words))
 }
 
+/// What can be done about memory that is damaged, besides a repair.
+pub(crate) fn with_way_out(error: Error, way_out: String) -> Error {
+    match error.code() {
+        Code::Damaged => error.hint(format!("`spinney fsck --repair` mends what can be mended; {way_out}")),
+        _ => error,
+    }
+}
+
 /// Ends a process that did not become the machine's.
 fn abandon(new: &Running) {
     new.process.kill();
@@ -308,7 +316,13 @@ impl Engine {
             .and_then(|()| {
                 step("goto.noted");
                 match &snapshot.memory {
-                    Some(memory) => self.load_memory(cx, &snapshot.full_name(), memory, &new),
+                    Some(memory) => {
+                        let name = snapshot.full_name();
+                        self.load_memory(cx, &name, memory, &new).map_err(|error| {
+                            let way_out = "brings its disks, without the memory";
+                            with_way_out(error, format!("`spinney goto {name} --off` {way_out}"))
+                        })
+                    }
                     None => Ok(()),
                 }
             });
@@ -343,18 +357,7 @@ impl Engine {
             })
         });
         if let Some(error) = store_failed {
-            let error = Error::from(error);
-            return Err(match error.code() {
-                Code::Damaged => {
-                    // A snapshot, or a machine that is suspended.
-                    let way_out = match name.contains('@') {
-                        true => format!("`spinney goto {name} --off` brings its disks, without the memory"),
-                        false => format!("`spinney kill {name}` turns it off: its disks are another matter"),
-                    };
-                    error.hint(format!("`spinney fsck --repair` mends what can be mended; {way_out}"))
-                }
-                _ => error,
-            });
+            return Err(Error::from(error));
         }
         cx.check()?;
         loaded.map_err(|error| {

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use vm_tests::harness::{Ended, Spinney};
-use vm_tests::underway::Underway;
+use vm_tests::underway::{Underway, reached};
 use vm_tests::walk::{Card, NAME, SOON, Violation, Walk};
 
 /// Exit code of what was interrupted.
@@ -44,9 +44,7 @@ fn interrupted(
     // The next command starts one that knows the step.
     walk.spinney.kill_daemon();
     let mut blow = |walk: &Walk, command: &mut Underway, port: &Path| {
-        while !marker.exists() {
-            thread::sleep(Duration::from_millis(5));
-        }
+        reached(&marker, step);
         command.interrupt();
         // Until the daemon has heard of it.
         thread::sleep(Duration::from_millis(500));
@@ -74,9 +72,7 @@ fn too_late(walk: &mut Walk, mode: &str) {
     walk.spinney.set("SPINNEY_CRASH", &format!("take.written wait {}", marker.display()));
     walk.spinney.kill_daemon();
     let mut blow = |_: &Walk, command: &mut Underway, _: &Path| {
-        while !marker.exists() {
-            thread::sleep(Duration::from_millis(5));
-        }
+        reached(&marker, "take.written");
         command.interrupt();
         thread::sleep(Duration::from_millis(500));
         fs::remove_file(&marker).unwrap();

@@ -14,8 +14,8 @@ use vm_tests::small_disk::SmallDisk;
 use vm_tests::walk::{Card, NAME, SOON, Walk};
 
 /// A guest with a snapshot on a small disk. It writes to its memory and, from now on, not to its disk.
-fn guest_on(disk: &SmallDisk, variables: &[(&str, &str)]) -> Walk {
-    let mut walk = Walk::begin(Spinney::at(&disk.path(), variables), 7, 64).unwrap();
+fn guest_on(disk: &SmallDisk) -> Walk {
+    let mut walk = Walk::begin(Spinney::at(&disk.path(), &[]), 7, 64).unwrap();
     for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::Writer] {
         walk.play(card).unwrap();
     }
@@ -58,7 +58,7 @@ fn has_no_room(spinney: &Spinney, words: &str) {
 #[test]
 fn a_disk_that_is_full_already() {
     let Some(disk) = SmallDisk::new(420) else { return };
-    let walk = guest_on(&disk, &[]);
+    let walk = guest_on(&disk);
     let spinney = &walk.spinney;
     spinney.ok("create idle --memory 64M --network none --disk 16M").unwrap();
     spinney.ok(&format!("take {NAME} s2 --mode stop-copy")).unwrap();
@@ -212,7 +212,7 @@ fn a_disk_that_becomes_full_at_every_step_of_a_machine_that_is_off() {
 #[test]
 fn a_guest_whose_own_write_has_no_room_goes_on_when_there_is_some() {
     let Some(disk) = SmallDisk::new(420) else { return };
-    let mut walk = guest_on(&disk, &[]);
+    let mut walk = guest_on(&disk);
     walk.play(Card::LogRate).unwrap();
     let show = |walk: &Walk| walk.spinney.ok(&format!("show {NAME}")).unwrap();
     let port = walk.spinney.port(NAME).unwrap().expect("a port");
