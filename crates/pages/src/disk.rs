@@ -11,6 +11,7 @@ use std::sync::Arc;
 use rustix::fs::{Advice, StatVfs};
 
 use crate::fault::syncs;
+use crate::index::Mapping;
 
 /// Operations on names. None is durable before [`Disk::sync_folder`].
 pub(crate) trait Disk: Send + Sync {
@@ -39,6 +40,10 @@ pub(crate) trait DiskFile: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Bytes that the file takes on the disk.
     fn allocated(&self) -> io::Result<u64>;
+    /// When the content was last changed, in nanoseconds since 1970.
+    fn modified(&self) -> io::Result<i128>;
+    /// The whole content, which nobody changes.
+    fn map(&self) -> io::Result<Mapping>;
 }
 
 /// The host's file system.
@@ -140,5 +145,13 @@ impl DiskFile for File {
 
     fn allocated(&self) -> io::Result<u64> {
         self.metadata().map(|m| m.blocks() * 512)
+    }
+
+    fn modified(&self) -> io::Result<i128> {
+        self.metadata().map(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()))
+    }
+
+    fn map(&self) -> io::Result<Mapping> {
+        crate::index::map(self)
     }
 }

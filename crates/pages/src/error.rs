@@ -43,14 +43,14 @@ pub enum Error {
         set_aside: Vec<String>,
     },
     /// A page or map node was read and is not what its name says.
-    #[error("{kind} {name:?} in pack {pack} is damaged: {problem}")]
+    #[error("{kind} {name:?} in {file} is damaged: {problem}")]
     Damaged {
         /// What it is.
         kind: Kind,
         /// Its name.
         name: PageHash,
-        /// File name of the pack.
-        pack: String,
+        /// The pack or the image, in words.
+        file: String,
         /// What is wrong with it.
         problem: Problem,
     },
@@ -94,6 +94,12 @@ pub enum Error {
         /// The store's folder.
         path: PathBuf,
     },
+    /// An image has changed while its blocks were read.
+    #[error("{path} changes while it is read")]
+    ImageChanges {
+        /// The file.
+        path: PathBuf,
+    },
     /// An earlier write of this session failed, so it cannot be committed.
     #[error("a write of this session has failed before")]
     SessionFailed,
@@ -116,7 +122,8 @@ impl Error {
             // A sector that cannot be read; a file that is cut or gone under a store that is open.
             Self::Io { act: "read" | "open", source, .. } => {
                 let bad_sector = source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error());
-                bad_sector || matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
+                use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+                bad_sector || matches!(source.kind(), NotFound | UnexpectedEof | InvalidData)
             }
             _ => false,
         }
@@ -174,6 +181,9 @@ pub enum Problem {
     /// Content that does not have the hash by which it is named.
     #[error("content does not fit its name")]
     Content,
+    /// A block of an image that is not what it was.
+    #[error("the file has changed since its blocks were stored")]
+    Changed,
     /// Intact, but written for another group.
     #[error("belongs to another group")]
     OtherGroup,

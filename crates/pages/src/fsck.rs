@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
-use crate::index::Place;
 use crate::map::{Child, Forest};
-use crate::pack::{Entry, Pack, Refused, read_footer, read_layout};
+use crate::pack::{Entry, Pack, Place, Refused, read_footer, read_layout};
+use crate::read::read_span;
 use crate::store::{Inner, Store};
 use crate::sync::read;
+use crate::threads::side_by_side;
 use crate::{MapRoot, PAGE_SIZE, PageHash};
 
 /// What a check found.
@@ -43,6 +44,8 @@ pub struct Damage {
 
 /// Pages read at once.
 const RUN: usize = 256;
+/// Runs looked at between two signs of progress: 64 MiB.
+const RUNS: usize = 64;
 
 impl Store {
     /// Checks the whole store and the maps of `roots`, each with a label for the report. Changes nothing. `progress` gets
@@ -51,18 +54,18 @@ impl Store {
     pub fn fsck(&self, roots: &[(MapRoot, String)], progress: &dyn Fn(u64, u64) -> bool) -> Result<Report> {
         let store = &*self.inner;
         let packs = store.packs.all();
-        let total = packs.iter().map(|pack| pack.layout.len).sum();
+        let total = packs.iter().map(|pack| work(pack)).sum();
         let mut report = Report::default();
         let mut found: Vec<Found> = Vec::new();
         let mut before = 0;
         for pack in &packs {
-            let mut go_on = |done: u64| progress(before + done, total);
-            let own = store.check_pack(pack, &mut report, &mut go_on)?;
+            let go_on = |done: u64| progress(before + done, total);
+            let own = store.check_pack(pack, &mut report, &go_on)?;
             found.extend(own);
             if report.stopped {
                 break;
             }
-            before += pack.layout.len;
+            before += work(pack);
         }
         let aside = read(&store.set_aside).clone();
         report.packs += aside.len() as u64;
@@ -78,9 +81,15 @@ impl Store {
     }
 }
 
+/// Bytes that are looked at for a pack.
+fn work(pack: &Pack) -> u64 {
+    u64::from(pack.layout.pages) * PAGE_SIZE as u64 + pack.layout.node_end - pack.layout.node_offset
+}
+
 /// Damage of one pack that is in use.
 struct Found {
-    pack: String,
+    /// The pack, or the image whose blocks it names.
+    what: String,
     problem: String,
     pages: HashSet<Place>,
     labels: BTreeSet<String>,
@@ -89,7 +98,7 @@ struct Found {
 impl Found {
     fn into_damage(self) -> Damage {
         let labels = self.labels.into_iter().collect();
-        Damage { what: format!("pack {}", self.pack), problem: self.problem, labels }
+        Damage { what: self.what, problem: self.problem, labels }
     }
 }
 
@@ -99,10 +108,10 @@ impl Inner {
         &self,
         pack: &Pack,
         report: &mut Report,
-        go_on: &mut dyn FnMut(u64) -> bool,
+        go_on: &dyn Fn(u64) -> bool,
     ) -> Result<Option<Found>> {
         let found = |problem: String, pages| {
-            Some(Found { pack: pack.name(), problem, pages, labels: BTreeSet::new() })
+            Some(Found { what: pack.in_words(), problem, pages, labels: BTreeSet::new() })
         };
         let file = match self.open_pack(pack.number) {
             Ok(Some((_, file))) => file,
@@ -117,18 +126,23 @@ impl Inner {
             Ok(entries) => entries,
             Err(problem) => return Ok(found(problem.to_string(), HashSet::new())),
         };
-        let bad = self.check_content(pack, &*file, entries, report, go_on);
-        let count = |kind| bad.iter().filter(|entry| entry.kind == kind).count();
-        let (pages, nodes) = (count(Kind::Page), count(Kind::Node));
+        let pages = |entries: &[Entry]| {
+            let pages = entries.iter().filter(|e| e.kind() == Kind::Page);
+            pages.map(|e| Place { pack: pack.number, at: e.at }).collect()
+        };
+        if let Err(Error::Io { source, .. }) = self.packs.body(pack) {
+            return Ok(found(format!("cannot be opened: {source}"), pages(&entries)));
+        }
+        let bad = self.check_content(pack, &*file, entries, report, go_on)?;
+        let count = |kind| bad.iter().filter(|entry| entry.kind() == kind).count();
         let Some(first) = bad.first() else { return Ok(None) };
         let problem = format!(
             "{} unlike what was stored, first the {} {:?}",
-            pages_and_nodes(pages, nodes),
-            first.kind,
+            pages_and_nodes(count(Kind::Page), count(Kind::Node)),
+            first.kind(),
             first.name
         );
-        let pages = bad.iter().filter(|e| e.kind == Kind::Page);
-        Ok(found(problem, pages.map(|e| Place { pack: pack.number, at: e.at }).collect()))
+        Ok(found(problem, pages(&bad)))
     }
 
     /// Reads header, trailer and footer again, as they are now.
@@ -141,45 +155,57 @@ impl Inner {
         }
     }
 
-    /// Entries whose content does not fit the name.
-    fn check_content(
+    /// Entries whose content does not fit the name, in the order in which they lie.
+    pub(crate) fn check_content(
         &self,
         pack: &Pack,
         file: &dyn DiskFile,
         mut entries: Vec<Entry>,
         report: &mut Report,
-        go_on: &mut dyn FnMut(u64) -> bool,
-    ) -> Vec<Entry> {
+        go_on: &dyn Fn(u64) -> bool,
+    ) -> Result<Vec<Entry>> {
         entries.sort_unstable_by_key(|entry| entry.at);
-        let mut bad = Vec::new();
-        let mut bytes = vec![[0; PAGE_SIZE]; RUN];
-        for run in entries.chunk_by(|a, b| a.kind == b.kind).flat_map(|run| run.chunks(RUN)) {
-            let Some(first) = run.first() else { continue };
-            let offset = u64::from(first.at) * 8;
-            if !go_on(offset) {
+        let (pages, nodes) = entries.split_at(entries.partition_point(|entry| entry.kind() == Kind::Page));
+        let body = self.packs.body(pack)?;
+        let next = |a: &Entry, b: &Entry| b.at.slot().zip(a.at.slot()).is_some_and(|(b, a)| b == a + 1);
+        let runs: Vec<&[Entry]> = pages.chunk_by(next).flat_map(|run| run.chunks(RUN)).collect();
+        let mut bad: Vec<Entry> = Vec::new();
+        let mut done = 0;
+        for runs in runs.chunks(RUNS) {
+            if !go_on(done) {
                 report.stopped = true;
-                break;
+                return Ok(bad);
             }
-            if first.kind == Kind::Node {
-                report.nodes += run.len() as u64;
-                let wrong = |e: &&Entry| {
-                    let node = self.read_node_at(pack, file, u64::from(e.at) * 8, &e.name);
-                    !node.is_ok_and(|(_, len)| len == usize::from(e.len))
-                };
-                bad.extend(run.iter().filter(wrong));
-                continue;
-            }
-            report.pages += run.len() as u64;
-            let bytes = bytes.get_mut(..run.len()).unwrap_or_default();
-            let whole = file.read_at(bytes.as_flattened_mut(), offset).is_ok();
-            for (entry, page) in run.iter().zip(bytes) {
-                // A run that cannot be read as a whole may have good pages.
-                let readable = whole || file.read_at(page, u64::from(entry.at) * 8).is_ok();
-                if !readable || self.names.page(page) != entry.name {
-                    bad.push(*entry);
-                }
-            }
+            let wrong = side_by_side(runs.iter(), |run| self.wrong_pages(pack, &*body, run));
+            bad.extend(wrong.into_iter().flatten());
+            let count = runs.iter().map(|run| run.len() as u64).sum::<u64>();
+            report.pages += count;
+            done += count * PAGE_SIZE as u64;
         }
+        report.nodes += nodes.len() as u64;
+        let wrong = |entry: &&Entry| {
+            let node = self.node_bytes(pack, file, entry);
+            !node.is_ok_and(|bytes| bytes.len() == usize::from(entry.len))
+        };
+        bad.extend(nodes.iter().filter(wrong));
+        Ok(bad)
+    }
+
+    /// Those of a run of pages that cannot be read, or are not what their names say.
+    fn wrong_pages(&self, pack: &Pack, body: &dyn DiskFile, run: &[Entry]) -> Vec<Entry> {
+        let Some(first) = run.first().and_then(|entry| entry.at.slot()) else { return Vec::new() };
+        let mut bytes = vec![[0; PAGE_SIZE]; run.len()];
+        if read_span(pack, body, first, &mut bytes).is_err() {
+            // A run that cannot be read as a whole may have good pages.
+            return match run {
+                [entry] => vec![*entry],
+                _ => run.chunks(1).flat_map(|one| self.wrong_pages(pack, body, one)).collect(),
+            };
+        }
+        let mut bad = Vec::new();
+        self.names.pages(bytes.iter(), |i, name| {
+            bad.extend(run.get(i).filter(|entry| !entry.name.is_of(&name)));
+        });
         bad
     }
 

@@ -4,6 +4,7 @@ use std::io;
 
 use crate::disk::DiskFile;
 use crate::group::{GroupKey, Names};
+use crate::index::{Mapping, Run};
 use crate::map::Node;
 use crate::pack::{PackId, read_footer, read_layout};
 
@@ -34,6 +35,14 @@ impl DiskFile for Bytes {
 
     fn allocated(&self) -> io::Result<u64> {
         self.len()
+    }
+
+    fn modified(&self) -> io::Result<i128> {
+        Ok(0)
+    }
+
+    fn map(&self) -> io::Result<Mapping> {
+        Ok(Mapping::Read(self.0.clone()))
     }
 }
 
@@ -69,4 +78,19 @@ pub fn node(bytes: &[u8]) {
             "a node has one encoding"
         );
     }
+}
+
+/// Opens a file of the index and looks names up in it.
+pub fn index(bytes: &[u8], names: &[[u8; 32]]) -> usize {
+    let group = Names::new(&GroupKey::from_bytes([0; 32])).fingerprint;
+    let run = Run::new(1, "run".into(), Mapping::Read(bytes.to_vec()), &group, |_| Some(0), true);
+    run.map_or(0, |run| {
+        let found = names.iter().filter(|name| run.get(crate::PageHash(**name).fingerprint()).is_some());
+        found.count() + run.iter().count()
+    })
+}
+
+/// Decodes a frame of pages.
+pub fn frame(bytes: &[u8]) {
+    let _ = crate::pack::decode_frame(bytes, 256);
 }

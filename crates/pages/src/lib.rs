@@ -21,7 +21,6 @@
 //! the moment in which it decides that a pack goes. A session counts from `begin` to the end of `commit`; whoever
 //! records a root after that keeps a [`Hold`] until the record is durable (see [`Store::plan_gc`]).
 
-#![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic))]
 
@@ -37,6 +36,7 @@ mod gc;
 mod group;
 mod hash;
 mod hold;
+mod images;
 mod index;
 mod map;
 mod pack;
@@ -62,9 +62,10 @@ use serde::{Deserialize, Serialize};
 pub use disk::left_to_others;
 pub use error::{Error, Kind, Problem, Result};
 pub use fsck::{Damage, Report};
-pub use gc::{GcDone, GcPlan, PackPlan};
+pub use gc::{Cold, GcDone, GcPlan, GcRequest, PackPlan};
 pub use group::GroupKey;
 pub use hold::Hold;
+pub use images::{Extent, ImageInfo, NewImage};
 pub use repair::{Repaired, Salvaged};
 pub use store::Store;
 pub use usage::Usage;
@@ -91,6 +92,52 @@ impl fmt::Debug for PageHash {
     }
 }
 
+impl PageHash {
+    fn fingerprint(&self) -> Fingerprint {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, ..] = self.0;
+        Fingerprint([a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p])
+    }
+}
+
+/// The first 16 bytes of a name: what indexes keep of it. Two names never share them: of 2^40 different pages (4 PiB) two do with a
+/// chance of one in 2^49. What is read is compared with the whole name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Fingerprint(pub(crate) [u8; 16]);
+
+impl Fingerprint {
+    /// A name that begins with it.
+    fn padded(self) -> PageHash {
+        let mut name = [0; 32];
+        name.iter_mut().zip(self.0).for_each(|(byte, own)| *byte = own);
+        PageHash(name)
+    }
+
+    /// It is the beginning of this name.
+    fn is_of(self, name: &PageHash) -> bool {
+        name.fingerprint() == self
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.padded().fmt(f)
+    }
+}
+
+/// Who brings pages: the caller's own number for it, a machine. It tells pages that the same one brought earlier from those of others
+/// in [`Saved`], and nothing else.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Origin(pub [u8; 16]);
+
+/// What a session is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Purpose {
+    /// Who brings the pages.
+    pub origin: Origin,
+    /// Labels of the private images that these pages may be left on: those that whoever keeps the maps depends on anyway.
+    pub images: Vec<String>,
+}
+
 /// A page map: which page lies where in an image of `pages` pages. This is all that a caller has to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MapRoot {
@@ -109,8 +156,14 @@ pub struct Saved {
     pub zero: u64,
     /// Pages equal to one that came earlier in the same session.
     pub same: u64,
-    /// Pages that the store held before the session began.
+    /// Pages that the same origin brought in an earlier session.
     pub earlier: u64,
+    /// Pages that another origin brought.
+    #[serde(default)]
+    pub other: u64,
+    /// Pages that are blocks of an image.
+    #[serde(default)]
+    pub disk: u64,
     /// Pages written.
     pub new: u64,
     /// Bytes that the session added to the disk, map nodes and footers included.
@@ -120,7 +173,11 @@ pub struct Saved {
 /// Access to one group's pages; used as `dyn`, so that callers can be tested against a store that fails.
 pub trait PageStore: Send + Sync {
     /// Opens a session that adds pages. Nothing of it is visible after a crash before [`Session::commit`].
-    fn begin(&self) -> Result<Box<dyn Session>>;
+    fn begin_for(&self, purpose: &Purpose) -> Result<Box<dyn Session>>;
+    /// As [`PageStore::begin_for`], for nobody in particular.
+    fn begin(&self) -> Result<Box<dyn Session>> {
+        self.begin_for(&Purpose::default())
+    }
     /// Hashes of pages `first .. first + out.len()` of a map; past the end of the map is an error.
     fn map_range(&self, root: &MapRoot, first: u64, out: &mut [PageHash]) -> Result<()>;
     /// Reads pages, checking each against its name; `out` is `hashes.len()` pages long.
@@ -134,6 +191,15 @@ pub trait Session: Send + Sync {
     /// Stores leaves of a page map over pages put in this session or held by the store; writes their names to `leaves`, one for
     /// [`LEAF_PAGES`] pages. Best done while the pages are fresh: then looking after them costs next to nothing.
     fn put_leaves(&self, pages: &[PageHash], leaves: &mut [PageHash]) -> Result<()>;
+    /// Stores a run of an image, whole leaves of it, in one go: [`Session::put`] of the pages that are there, the others being zero, then
+    /// [`Session::put_leaves`] over all of them. What was stored just now need not be looked up again, so this is the fastest way.
+    fn put_run(
+        &self,
+        bytes: &[u8],
+        there: &[bool],
+        names: &mut [PageHash],
+        leaves: &mut [PageHash],
+    ) -> Result<()>;
     /// Stores a page map of `pages` pages over leaves put in this session.
     fn put_map_over(&self, leaves: &[PageHash], pages: u64) -> Result<MapRoot>;
     /// Stores a page map over pages put in this session or held by the store.

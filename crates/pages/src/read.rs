@@ -1,32 +1,39 @@
-//! Reading pages and map nodes: look up, sort by place, read neighbours at once, check everything against its name.
+//! Reading pages and map nodes: look up, sort by place, read neighbours at once, check everything against its name. What cannot be
+//! read, or is not what its name says, is looked for elsewhere before it counts as damaged: every copy is as good.
 
+use std::io;
 use std::sync::Arc;
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
-use crate::index::{Index, Place};
+use crate::index::ATTEMPTS;
 use crate::map::{MAX_NODE, Node};
-use crate::pack::Pack;
+use crate::pack::{At, Body, HEADER, Pack, decode_frame};
 use crate::store::Inner;
 use crate::{PAGE_SIZE, PageHash};
 
 /// Pages read at once at most: 1 MiB.
 const RUN: usize = 256;
 
-/// Places of one page and the next differ by this.
-const STEP: u32 = (PAGE_SIZE / 8) as u32;
-
-/// Look-ups of one name before it counts as missing. The collector moves a page at most once while we look.
-const ATTEMPTS: usize = 3;
-
 /// A pack with its open file.
 pub(crate) type OpenPack = (Arc<Pack>, Arc<dyn DiskFile>);
 
 /// One page to be read: where it lies, and where it goes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Wanted {
-    place: Place,
+    pack: u32,
+    slot: u32,
     out: usize,
+}
+
+/// The pages of a caller, and which of them are still to be read.
+struct Reading<'a> {
+    names: &'a [PageHash],
+    out: &'a mut [[u8; PAGE_SIZE]],
+    /// Moved by the collector between look-up and reading.
+    again: Vec<usize>,
+    /// Not to be had from where they lie, with the reason.
+    bad: Vec<(usize, Error)>,
 }
 
 impl Inner {
@@ -36,47 +43,70 @@ impl Inner {
         if !rest.is_empty() || pages.len() != names.len() {
             return Err(Error::Misuse("read needs room for as many whole pages as names"));
         }
-        let mut wanted: Vec<usize> = Vec::with_capacity(names.len());
+        let mut todo: Vec<usize> = Vec::with_capacity(names.len());
         for (i, (name, page)) in names.iter().zip(pages.iter_mut()).enumerate() {
-            if *name == PageHash::ZERO { page.fill(0) } else { wanted.push(i) }
+            if *name == PageHash::ZERO { page.fill(0) } else { todo.push(i) }
         }
         for _ in 0..ATTEMPTS {
-            wanted = self.read_found(names, &wanted, pages)?;
-            if wanted.is_empty() {
+            let mut reading = Reading { names, out: pages, again: Vec::new(), bad: Vec::new() };
+            self.read_found(&todo, &mut reading)?;
+            let (again, bad) = (reading.again, reading.bad);
+            for (i, why) in bad {
+                self.read_elsewhere(names, i, why, pages)?;
+            }
+            todo = again;
+            if todo.is_empty() {
                 return Ok(());
             }
         }
-        let name = wanted.first().and_then(|i| names.get(*i)).copied().unwrap_or(PageHash::ZERO);
+        let name = todo.first().and_then(|i| names.get(*i)).copied().unwrap_or(PageHash::ZERO);
         Err(self.missing(Kind::Page, name))
     }
 
-    /// Reads the numbered pages. Returns the numbers of those whose pack was collected between look-up and reading.
-    fn read_found(
-        &self,
-        names: &[PageHash],
-        numbers: &[usize],
-        out: &mut [[u8; PAGE_SIZE]],
-    ) -> Result<Vec<usize>> {
-        let own: Vec<PageHash> = numbers.iter().filter_map(|i| names.get(*i)).copied().collect();
+    /// Reads the numbered pages from where the index has them.
+    fn read_found(&self, numbers: &[usize], reading: &mut Reading<'_>) -> Result<()> {
+        let own: Vec<PageHash> = numbers.iter().filter_map(|i| reading.names.get(*i)).copied().collect();
         let mut wanted: Vec<Wanted> = Vec::with_capacity(own.len());
-        self.pages.lookup(&own, |i, place| {
-            wanted.extend(numbers.get(i).map(|out| Wanted { place, out: *out }));
+        let mut packs: Vec<Arc<Pack>> = Vec::new();
+        let mut known = vec![false; own.len()];
+        self.index.lookup_surely(&own, |i, place, pack| {
+            let (Some(out), Some(slot)) = (numbers.get(i), place.at.slot()) else { return };
+            if let Some(known) = known.get_mut(i) {
+                *known = true;
+            }
+            wanted.push(Wanted { pack: place.pack, slot, out: *out });
+            if packs.last().is_none_or(|last| last.number != place.pack) {
+                packs.push(pack.clone());
+            }
         });
-        if wanted.len() != own.len() {
-            let unknown = own.iter().find(|name| self.pages.get(name).is_none());
-            // A name that is back by now was never gone: the collector switches, it does not remove and add.
-            return Err(self.missing(Kind::Page, *unknown.or(own.first()).unwrap_or(&PageHash::ZERO)));
+        for (i, _) in numbers.iter().zip(&known).filter(|(_, known)| !**known) {
+            let name = reading.names.get(*i).copied().unwrap_or(PageHash::ZERO);
+            reading.bad.push((*i, self.missing(Kind::Page, name)));
         }
-        wanted.sort_unstable_by_key(|w| (w.place, w.out));
-        let mut again = Vec::new();
-        for group in wanted.chunk_by(|a, b| a.place.pack == b.place.pack) {
-            let Some(number) = group.first().map(|w| w.place.pack) else { continue };
-            match self.open_pack(number)? {
-                Some((pack, file)) => self.read_group(&pack, &*file, group, names, out)?,
-                None => again.extend(group.iter().map(|w| w.out)),
+        wanted.sort_unstable();
+        packs.sort_unstable_by_key(|pack| pack.number);
+        for group in wanted.chunk_by(|a, b| a.pack == b.pack) {
+            let number = group.first().map_or(0, |w| w.pack);
+            let found = packs.binary_search_by_key(&number, |pack| pack.number);
+            let Some(pack) = found.ok().and_then(|i| packs.get(i)) else { continue };
+            match self.packs.body(pack) {
+                Ok(file) => reading.group(self, pack, &*file, group)?,
+                Err(e) if e.is_not_found() && self.packs.get(number).is_none() => {
+                    reading.again.extend(group.iter().map(|w| w.out));
+                }
+                Err(e) if e.is_damage() => {
+                    let mut why = Some(e);
+                    for wanted in group {
+                        let name = reading.names.get(wanted.out).copied().unwrap_or(PageHash::ZERO);
+                        let why =
+                            why.take().unwrap_or_else(|| damaged(Kind::Page, name, pack, Problem::Content));
+                        reading.bad.push((wanted.out, why));
+                    }
+                }
+                Err(e) => return Err(e),
             }
         }
-        Ok(again)
+        Ok(())
     }
 
     /// Pack and file, or None if it was collected.
@@ -89,48 +119,56 @@ impl Inner {
         }
     }
 
-    /// Reads pages of one pack, sorted by place.
-    fn read_group(
+    /// One page of a pack, checked; None if it is not there, or not that page.
+    pub(crate) fn page_at(&self, pack: &Pack, slot: u32, name: &PageHash) -> Result<Option<[u8; PAGE_SIZE]>> {
+        let file = self.packs.body(pack)?;
+        let mut page = [[0; PAGE_SIZE]];
+        let wanted = [Wanted { pack: pack.number, slot, out: 0 }];
+        let mut reading =
+            Reading { names: std::slice::from_ref(name), out: &mut page, again: Vec::new(), bad: Vec::new() };
+        reading.group(self, pack, &*file, &wanted)?;
+        let good = reading.bad.is_empty();
+        let [page] = page;
+        Ok(good.then_some(page))
+    }
+
+    /// Reads one page from any pack that has it; else fails for the reason given.
+    fn read_elsewhere(
         &self,
-        pack: &Pack,
-        file: &dyn DiskFile,
-        group: &[Wanted],
         names: &[PageHash],
+        i: usize,
+        why: Error,
         out: &mut [[u8; PAGE_SIZE]],
     ) -> Result<()> {
-        let next = |a: &Wanted, b: &Wanted| b.place.at - a.place.at <= STEP;
-        for run in group.chunk_by(next).flat_map(|run| run.chunks(RUN)) {
-            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
-            let len = ((last.place.at - first.place.at) / STEP) as usize + 1;
-            let in_order = run.windows(2).all(|w| matches!(w, [a, b] if a.out + 1 == b.out));
-            let direct = in_order && len == run.len();
-            let mut scratch = Vec::new();
-            let bytes: &mut [[u8; PAGE_SIZE]] = if direct {
-                out.get_mut(first.out..=last.out).unwrap_or_default()
-            } else {
-                scratch.resize(len, [0; PAGE_SIZE]);
-                &mut scratch
-            };
-            file.read_at(bytes.as_flattened_mut(), first.place.offset())
-                .map_err(Error::io("read", &pack.path))?;
-            let slot = |wanted: &Wanted| ((wanted.place.at - first.place.at) / STEP) as usize;
-            let mut bad = None;
-            self.names.pages(run.iter().filter_map(|wanted| bytes.get(slot(wanted))), |number, found| {
-                let name = run.get(number).and_then(|wanted| names.get(wanted.out));
-                bad = bad.or(name.filter(|name| **name != found));
-            });
-            if let Some(name) = bad {
-                return Err(damaged(Kind::Page, *name, pack, Problem::Content));
-            }
-            if !direct {
-                for wanted in run {
-                    if let (Some(to), Some(from)) = (out.get_mut(wanted.out), scratch.get(slot(wanted))) {
-                        to.copy_from_slice(from);
-                    }
-                }
+        let (Some(name), Some(out)) = (names.get(i), out.get_mut(i)) else { return Err(why) };
+        for (pack, at) in self.all_places(name) {
+            if let Some(slot) = at.slot()
+                && let Ok(Some(page)) = self.page_at(&pack, slot, name)
+            {
+                tracing::warn!(pack = pack.name(), error = %why, "a page was read from another pack");
+                *out = page;
+                return Ok(());
             }
         }
-        Ok(())
+        Err(why)
+    }
+
+    /// Every place that a name has, from the packs themselves.
+    pub(crate) fn all_places(&self, name: &PageHash) -> Vec<(Arc<Pack>, At)> {
+        let mut places = Vec::new();
+        for pack in self.packs.all() {
+            let footer = self
+                .packs
+                .file(&pack)
+                .ok()
+                .and_then(|file| crate::pack::read_footer(&*file, &pack.layout).ok());
+            let footer = footer.unwrap_or_default();
+            let found = footer.binary_search_by_key(&name.fingerprint(), |entry| entry.name).ok();
+            if let Some(entry) = found.and_then(|i| footer.get(i)) {
+                places.push((pack, entry.at));
+            }
+        }
+        places
     }
 
     /// A node by its name, which must be of this level; from the cache if it was used lately.
@@ -149,12 +187,30 @@ impl Inner {
 
     /// Reads and checks a node, past the cache; with its length in bytes.
     pub(crate) fn read_node(&self, name: &PageHash) -> Result<(Node, usize)> {
+        let mut why = None;
         for _ in 0..ATTEMPTS {
-            let Some(place) = self.nodes.get(name) else { break };
-            let Some((pack, file)) = self.open_pack(place.pack)? else { continue };
-            return self.read_node_at(&pack, &*file, place.offset(), name);
+            let Some((place, _)) = self.index.get(name) else { break };
+            let found = self.open_pack(place.pack).and_then(|open| {
+                open.map(|(pack, file)| self.read_node_at(&pack, &*file, place.at, name)).transpose()
+            });
+            match found {
+                Ok(Some(node)) => return Ok(node),
+                Ok(None) => {}
+                Err(e) if e.is_damage() => {
+                    why = Some(e);
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
         }
-        Err(self.missing(Kind::Node, *name))
+        for (pack, at) in self.all_places(name) {
+            if let Ok(file) = self.packs.file(&pack)
+                && let Ok(node) = self.read_node_at(&pack, &*file, at, name)
+            {
+                return Ok(node);
+            }
+        }
+        Err(why.unwrap_or_else(|| self.missing(Kind::Node, *name)))
     }
 
     /// Reads and checks a node at a known place.
@@ -162,11 +218,14 @@ impl Inner {
         &self,
         pack: &Pack,
         file: &dyn DiskFile,
-        offset: u64,
+        at: At,
         name: &PageHash,
     ) -> Result<(Node, usize)> {
         let bad = |problem| damaged(Kind::Node, *name, pack, problem);
-        let room = pack.layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
+        let layout = &pack.layout;
+        let offset = at.node_offset().and_then(|offset| layout.node_offset.checked_add(offset));
+        let offset = offset.ok_or_else(|| bad(Problem::Content))?;
+        let room = layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
         let mut bytes = [0; MAX_NODE];
         let bytes = bytes.get_mut(..room).unwrap_or_default();
         file.read_at(bytes, offset).map_err(Error::io("read", &pack.path))?;
@@ -179,23 +238,138 @@ impl Inner {
 
     /// A node that is intact, but at a place of the tree where it cannot be.
     pub(crate) fn wrong_level(&self, name: &PageHash) -> Error {
-        let pack = self.nodes.get(name).and_then(|place| self.packs.get(place.pack));
-        let pack = pack.map_or_else(String::new, |pack| pack.name());
-        Error::Damaged { kind: Kind::Node, name: *name, pack, problem: Problem::Field("node level") }
+        let file = self.index.get(name).map_or_else(|| "a pack".into(), |(_, pack)| pack.in_words());
+        Error::Damaged { kind: Kind::Node, name: *name, file, problem: Problem::Field("node level") }
     }
 
     pub(crate) fn missing(&self, kind: Kind, name: PageHash) -> Error {
         Error::Missing { kind, name, set_aside: self.set_aside_names() }
     }
+}
 
-    pub(crate) fn index(&self, kind: Kind) -> &Index {
-        match kind {
-            Kind::Page => &self.pages,
-            Kind::Node => &self.nodes,
+impl Reading<'_> {
+    /// Reads pages of one pack, sorted by slot.
+    fn group(&mut self, store: &Inner, pack: &Pack, file: &dyn DiskFile, group: &[Wanted]) -> Result<()> {
+        let next = |a: &Wanted, b: &Wanted| b.slot - a.slot <= 1;
+        for run in group.chunk_by(next).flat_map(|run| run.chunks(RUN)) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let len = (last.slot - first.slot) as usize + 1;
+            let in_order = run.windows(2).all(|w| matches!(w, [a, b] if a.out + 1 == b.out));
+            let direct = in_order && len == run.len();
+            let mut scratch = Vec::new();
+            let bytes: &mut [[u8; PAGE_SIZE]] = if direct {
+                self.out.get_mut(first.out..=last.out).unwrap_or_default()
+            } else {
+                scratch.resize(len, [0; PAGE_SIZE]);
+                &mut scratch
+            };
+            if let Err(e) = read_span(pack, file, first.slot, bytes) {
+                if run.len() == 1 {
+                    self.all_bad(pack, run, Error::io("read", pack.body_path())(e))?;
+                } else {
+                    // A run that cannot be read as a whole may have good pages.
+                    for one in run.chunks(1) {
+                        self.group(store, pack, file, one)?;
+                    }
+                }
+                continue;
+            }
+            if direct {
+                let bad = wrong(store, self.names, run, self.out, |wanted| wanted.out);
+                self.note(pack, &bad);
+            } else {
+                let bad =
+                    wrong(store, self.names, run, &scratch, |wanted| (wanted.slot - first.slot) as usize);
+                self.note(pack, &bad);
+                for wanted in run {
+                    let from = scratch.get((wanted.slot - first.slot) as usize);
+                    if let (Some(to), Some(from)) = (self.out.get_mut(wanted.out), from) {
+                        to.copy_from_slice(from);
+                    }
+                }
+            }
         }
+        Ok(())
+    }
+
+    fn note(&mut self, pack: &Pack, bad: &[usize]) {
+        for out in bad {
+            let name = self.names.get(*out).copied().unwrap_or(PageHash::ZERO);
+            let problem = match pack.layout.image() {
+                Some(_) => Problem::Changed,
+                None => Problem::Content,
+            };
+            self.bad.push((*out, damaged(Kind::Page, name, pack, problem)));
+        }
+    }
+
+    /// None of them can be read; what is no damage is the caller's error.
+    fn all_bad(&mut self, pack: &Pack, run: &[Wanted], why: Error) -> Result<()> {
+        if !why.is_damage() {
+            return Err(why);
+        }
+        let mut why = Some(why);
+        for wanted in run {
+            let name = self.names.get(wanted.out).copied().unwrap_or(PageHash::ZERO);
+            let why = why.take().unwrap_or_else(|| damaged(Kind::Page, name, pack, Problem::Content));
+            self.bad.push((wanted.out, why));
+        }
+        Ok(())
     }
 }
 
+/// Reads the pages of slots that follow each other, unchecked, from the file that has the pack's pages: as they lie, in one request;
+/// of frames, whole ones. A frame that cannot be decoded is `InvalidData`.
+pub(crate) fn read_span(
+    pack: &Pack,
+    file: &dyn DiskFile,
+    first: u32,
+    out: &mut [[u8; PAGE_SIZE]],
+) -> io::Result<()> {
+    let frames = match &pack.layout.body {
+        Body::Raw => {
+            return file.read_at(out.as_flattened_mut(), HEADER + u64::from(first) * PAGE_SIZE as u64);
+        }
+        Body::Image(_) => return file.read_at(out.as_flattened_mut(), u64::from(first) * PAGE_SIZE as u64),
+        Body::Frames(frames) => frames,
+    };
+    let Some(last) = out.len().checked_sub(1) else { return Ok(()) };
+    let (from, to) = (frames.find(first).0, frames.find(first.saturating_add(last as u32)).0);
+    let ends = frames.range(from).zip(frames.range(to));
+    let Some(((start, _), (end, len))) = ends else { return Err(io::ErrorKind::UnexpectedEof.into()) };
+    let mut bytes = vec![0; (end - start) as usize + len];
+    file.read_at(&mut bytes, HEADER + start)?;
+    let (mut rest, mut skip) = (out, frames.find(first).1);
+    for frame in from..=to {
+        let own = frames.range(frame).and_then(|(at, len)| bytes.get((at - start) as usize..)?.get(..len));
+        let pages = decode_frame(own.unwrap_or_default(), frames.pages)
+            .map_err(|problem| io::Error::new(io::ErrorKind::InvalidData, problem))?;
+        let pages = pages.get(skip..).unwrap_or_default();
+        let count = pages.len().min(rest.len());
+        let (own, behind) = rest.split_at_mut(count);
+        own.copy_from_slice(pages.get(..count).unwrap_or_default());
+        (rest, skip) = (behind, 0);
+    }
+    if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Numbers of the callers' pages whose bytes are not what their names say.
+fn wrong(
+    store: &Inner,
+    names: &[PageHash],
+    run: &[Wanted],
+    bytes: &[[u8; PAGE_SIZE]],
+    slot: impl Fn(&Wanted) -> usize,
+) -> Vec<usize> {
+    let mut bad = Vec::new();
+    store.names.pages(run.iter().filter_map(|wanted| bytes.get(slot(wanted))), |number, found| {
+        let out = run.get(number).map(|wanted| wanted.out);
+        bad.extend(out.filter(|out| names.get(*out) != Some(&found)));
+    });
+    bad
+}
+
+/// Damage of a page or node; of a block of an image, that image's.
 pub(crate) fn damaged(kind: Kind, name: PageHash, pack: &Pack, problem: Problem) -> Error {
-    Error::Damaged { kind, name, pack: pack.name(), problem }
+    Error::Damaged { kind, name, file: pack.in_words(), problem }
 }

@@ -6,18 +6,20 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
-use crate::index::Place;
+use crate::fsck::Report;
 use crate::map::{Forest, MAX_NODE, Node};
-use crate::pack::{Building, Entry, HEADER, Pack, page_at, read_footer, read_layout};
+use crate::pack::{
+    At, Building, Entry, FRAME_MAGIC, HEADER, NewBody, Pack, Place, decode_frame, read_footer, read_layout,
+};
+use crate::read::read_span;
 use crate::store::{Inner, Store};
 use crate::sync::{lock, read, write};
-use crate::{MapRoot, PAGE_SIZE, PageHash};
+use crate::{Fingerprint, MapRoot, Origin, PAGE_SIZE, PageHash};
 
 /// What a repair did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,20 +44,15 @@ pub struct Salvaged {
 /// A page or node as maps name it.
 type Name = (Kind, PageHash);
 
-/// One that was read and has the content that its name says.
-#[derive(Clone, Copy)]
-struct Good {
-    name: Name,
-    offset: u64,
-    len: u16,
-}
-
 /// Pages read at once.
 const RUN: usize = 256;
 
 /// How often a read that failed is tried again.
 const RETRIES: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(20);
+
+/// Bytes of a frame at most.
+const MAX_FRAME: u64 = (1 << 20) + 64;
 
 /// Rounds in which what was found may show what else is missing: one for each level of a map, and one to see that nothing is.
 const ROUNDS: usize = 12;
@@ -100,7 +97,7 @@ impl Inner {
         let file = match self.disk.open(&pack.path) {
             Ok(file) => Some(file),
             // Another reason to fail than that the file is gone may pass.
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::io("open", &pack.path)(e));
             }
             Err(_) => None,
@@ -111,127 +108,96 @@ impl Inner {
         });
         let whole = footer.is_some();
         // A footer that cannot be read any more is still in the index, but for names that lie in other packs too.
-        let names: Vec<(Name, u64)> = match footer {
-            Some(entries) => entries.iter().map(|e| ((e.kind, e.name), u64::from(e.at) * 8)).collect(),
-            None => self.names_in(pack),
-        };
-        let good = |(name, at): &(Name, u64)| self.verify(file.as_deref()?, *name, *at);
-        let mut good: Vec<Good> = names.iter().filter_map(good).collect();
-        if whole && good.len() == names.len() {
+        let mut good = footer.unwrap_or_else(|| self.index.in_pack(pack.number));
+        let all = good.len();
+        good.sort_unstable_by_key(|entry| entry.at);
+        match &file {
+            None => good.clear(),
+            Some(file) => {
+                let checked =
+                    self.check_content(pack, &**file, good.clone(), &mut Report::default(), &|_| true);
+                let bad: HashSet<At> = match checked {
+                    Ok(bad) => bad.into_iter().map(|entry| entry.at).collect(),
+                    Err(e) if e.is_damage() => good.iter().map(|entry| entry.at).collect(),
+                    Err(e) => return Err(e),
+                };
+                good.retain(|entry| !bad.contains(&entry.at) || self.content(pack, &**file, entry).is_some());
+            }
+        }
+        if whole && good.len() == all {
             return Ok(());
         }
-        tracing::warn!(pack = pack.name(), good = good.len(), of = names.len(), "mending a pack");
-        let own = |name: Name| self.index(name.0).get(&name.1).is_some_and(|place| place.pack == pack.number);
-        good.retain(|good| own(good.name));
-        good.sort_unstable_by_key(|good| good.offset);
-        if let Some(file) = &file {
-            self.copy(&**file, &pack.path, &good, Some(pack.number))?;
-        }
+        tracing::warn!(pack = pack.in_words(), good = good.len(), of = all, "mending a pack");
+        good.retain(|entry| {
+            self.index.get(&entry.name.padded()).is_some_and(|(place, _)| place.pack == pack.number)
+        });
+        let new = match &file {
+            Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good)?),
+            _ => None,
+        };
         {
             let _gate = write(&self.gate);
-            for kind in [Kind::Page, Kind::Node] {
-                // Whatever has not moved is bad.
-                let bad: Vec<PageHash> =
-                    self.index(kind).in_pack(pack.number).into_iter().map(|(name, _)| name).collect();
-                done.lost += bad.len() as u64;
-                if !bad.is_empty() {
-                    self.clock.lose();
-                }
-                self.index(kind).remove(pack.number, &bad);
+            if let Some((new, entries)) = &new {
+                let place = |at: At| Place { pack: new.number, at };
+                let moved: Vec<_> = entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
+                self.index.switch(pack.number, &moved);
             }
+            // Whatever has not moved is bad, but for what lies elsewhere too.
+            let bad = self.index.in_pack(pack.number);
+            done.lost += bad.len() as u64;
+            if !bad.is_empty() {
+                self.clock.lose();
+            }
+            self.index.retain(|place| place.pack != pack.number);
             pack.retire();
         }
+        new.iter().for_each(|(new, _)| new.publish());
         self.packs.forget(pack.number);
         if file.is_some() {
             // It may have what another pack has lost: it goes aside at the end.
             write(&self.set_aside).push((pack.name(), Problem::Content));
         }
-        done.aside.entry(pack.name()).or_default().add(&good);
+        let saved = done.aside.entry(pack.name()).or_default();
+        good.iter().for_each(|entry| saved.count(entry.kind()));
         Ok(())
     }
 
-    /// Everything that the index has in a pack.
-    fn names_in(&self, pack: &Pack) -> Vec<(Name, u64)> {
-        let mut known = Vec::new();
-        for kind in [Kind::Page, Kind::Node] {
-            let own = self.index(kind).in_pack(pack.number).into_iter();
-            known.extend(own.map(|(name, place)| ((kind, name), place.offset())));
-        }
-        known.sort_unstable_by_key(|(_, offset)| *offset);
-        known
+    /// The bytes of a page or node, if they are what its name says.
+    fn content(&self, pack: &Pack, file: &dyn DiskFile, entry: &Entry) -> Option<Vec<u8>> {
+        patiently(|| match entry.at.slot() {
+            Some(slot) => {
+                let body = self.packs.body(pack).map_err(io::Error::other)?;
+                let mut page = [[0; PAGE_SIZE]];
+                read_span(pack, &*body, slot, &mut page)?;
+                let [page] = page;
+                Ok(entry.name.is_of(&self.names.page(&page)).then(|| page.to_vec()))
+            }
+            None => match self.node_bytes(pack, file, entry) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(Error::Io { source, .. }) => Err(source),
+                Err(_) => Ok(None),
+            },
+        })
+        .ok()
+        .flatten()
     }
 
-    /// Reads what should lie at an offset, and compares it with its name.
-    fn verify(&self, file: &dyn DiskFile, name: Name, offset: u64) -> Option<Good> {
-        match name.0 {
-            Kind::Page => {
-                let mut page = [0; PAGE_SIZE];
-                read_patiently(file, &mut page, offset).ok()?;
-                (self.names.page(&page) == name.1).then_some(Good { name, offset, len: PAGE_SIZE as u16 })
+    /// Copies what is good in a pack to a new one, durably. Of an image only the names are kept: its blocks stay where they are.
+    fn copy_good(&self, pack: &Pack, file: &dyn DiskFile, good: &[Entry]) -> Result<(Arc<Pack>, Vec<Entry>)> {
+        let body = pack.layout.image().map_or(NewBody::Raw, |image| NewBody::Image(image.clone()));
+        let mut salvage = Salvage::begin(self, pack.layout.origin, body)?;
+        let filled = good.iter().try_for_each(|entry| match (entry.at.slot(), pack.layout.image()) {
+            (Some(_), Some(_)) => {
+                salvage.leave(entry);
+                Ok(())
             }
-            Kind::Node => {
-                let room = file.len().ok()?.saturating_sub(offset).min(MAX_NODE as u64) as usize;
-                let mut bytes = vec![0; room];
-                read_patiently(file, &mut bytes, offset).ok()?;
-                let (_, len) = Node::decode(&bytes).ok()?;
-                let same = bytes.get(..len).is_some_and(|own| self.names.node(own) == name.1);
-                same.then_some(Good { name, offset, len: len as u16 })
-            }
-        }
-    }
-
-    /// Copies what was verified to a new pack; when that is durable the index follows. With `from`, only for names that lie there.
-    fn copy(&self, file: &dyn DiskFile, path: &Path, good: &[Good], from: Option<u32>) -> Result<()> {
-        if good.is_empty() {
-            return Ok(());
-        }
-        let mut building = Building::create(&*self.disk, &self.folder, self.names.fingerprint)?;
-        let filled = self.copy_into(&mut building, file, path, good);
-        let sealed = filled.and_then(|mut entries| {
-            let layout = building.seal(&mut entries)?;
-            let path = building.rename(&*self.disk)?;
-            self.disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))?;
-            Ok((entries, layout, path))
+            _ => match self.content(pack, file, entry) {
+                Some(bytes) => salvage.add(entry.kind(), entry.name, &bytes),
+                // It could be read a moment ago. The next repair may have more luck.
+                None => Err(Error::DamagedPack { pack: pack.name(), problem: Problem::Content }),
+            },
         });
-        let (entries, layout, path) = sealed.inspect_err(|_| building.discard(&*self.disk))?;
-        let Some(from) = from else {
-            self.publish(path, layout, &entries);
-            return Ok(());
-        };
-        let new = self.packs.add(path, layout, self.clock.now()).number;
-        let _gate = write(&self.gate);
-        for kind in [Kind::Page, Kind::Node] {
-            let moved = entries.iter().filter(|entry| entry.kind == kind);
-            let moved: Vec<_> = moved.map(|entry| (entry.name, Place { pack: new, at: entry.at })).collect();
-            self.index(kind).switch(from, &moved);
-        }
-        Ok(())
-    }
-
-    fn copy_into(
-        &self,
-        to: &mut Building,
-        file: &dyn DiskFile,
-        path: &Path,
-        good: &[Good],
-    ) -> Result<Vec<Entry>> {
-        let (pages, nodes): (Vec<&Good>, Vec<&Good>) =
-            good.iter().partition(|good| good.name.0 == Kind::Page);
-        let mut entries = Vec::with_capacity(good.len());
-        let mut bytes = vec![0; PAGE_SIZE];
-        for page in pages {
-            file.read_at(&mut bytes, page.offset).map_err(Error::io("read", path))?;
-            let at = page_at(to.pages());
-            to.claim(1).write(&[&bytes])?;
-            entries.push(Entry { name: page.name.1, at, len: page.len, kind: Kind::Page });
-        }
-        for node in nodes {
-            bytes.resize(usize::from(node.len), 0);
-            file.read_at(&mut bytes, node.offset).map_err(Error::io("read", path))?;
-            let at = to.nodes_at() + to.add_node(&bytes);
-            entries.push(Entry { name: node.name.1, at, len: node.len, kind: Kind::Node });
-        }
-        Ok(entries)
+        salvage.finish(filled)
     }
 
     /// Looks for lost names in the footers of all packs: a name may lie in several. What is found is no longer wanted.
@@ -239,14 +205,16 @@ impl Inner {
         let before = wanted.len();
         for pack in self.packs.all() {
             let Some((pack, file)) = self.open_pack(pack.number)? else { continue };
+            let names: HashMap<Fingerprint, Name> = wanted.iter().map(|w| (w.1.fingerprint(), *w)).collect();
             for entry in read_footer(&*file, &pack.layout).unwrap_or_default() {
-                let name = (entry.kind, entry.name);
-                if wanted.contains(&name) && self.verify(&*file, name, u64::from(entry.at) * 8).is_some() {
+                let Some(name) = names.get(&entry.name).filter(|name| name.0 == entry.kind()) else {
+                    continue;
+                };
+                if self.content(&pack, &*file, &entry).is_some() {
                     // A plan to collect it may have been made before anybody needed it.
                     pack.touch(self.clock.now());
-                    let place = Place { pack: pack.number, at: entry.at };
-                    self.index(entry.kind).set(&[(entry.name, place)]);
-                    wanted.remove(&name);
+                    self.index.set(&[(entry.name, Place { pack: pack.number, at: entry.at })]);
+                    wanted.remove(name);
                 }
             }
         }
@@ -269,25 +237,36 @@ impl Inner {
             }
             // What a file was searched for once it does not have.
             let known = scanned.entry(pack.clone()).or_default();
-            let asked: HashSet<Name> = wanted.iter().filter(|name| known.insert(**name)).copied().collect();
+            let mut asked: HashSet<Name> =
+                wanted.iter().filter(|name| known.insert(**name)).copied().collect();
             if asked.is_empty() {
                 continue;
             }
             let path = self.folder.join(&pack);
             let file = self.disk.open(&path).map_err(Error::io("open", &path))?;
-            let good = self.scan(&*file, &asked);
-            self.copy(&*file, &path, &good, None)?;
-            wanted.retain(|name| good.iter().all(|good| good.name != *name));
-            done.aside.entry(pack).or_default().add(&good);
-            sum += good.len() as u64;
+            let before = asked.clone();
+            let mut salvage = Salvage::begin(self, Origin::default(), NewBody::Raw)?;
+            let filled = self.scan(&*file, &mut asked, &mut salvage);
+            if salvage.entries.is_empty() && filled.is_ok() {
+                salvage.building.discard(&*self.disk);
+            } else {
+                let (new, entries) = salvage.finish(filled)?;
+                self.enter(&new, &entries);
+            }
+            let saved = done.aside.entry(pack).or_default();
+            for name in before.difference(&asked) {
+                saved.count(name.0);
+                wanted.remove(name);
+                sum += 1;
+            }
         }
         Ok(sum)
     }
 
-    /// Everything of `wanted` that lies anywhere in a file where a page or a node may lie.
-    fn scan(&self, file: &dyn DiskFile, wanted: &HashSet<Name>) -> Vec<Good> {
+    /// Saves everything of `wanted` that lies anywhere in a file where a page, a frame of pages or a node may lie; what it has found is
+    /// no longer wanted.
+    fn scan(&self, file: &dyn DiskFile, wanted: &mut HashSet<Name>, salvage: &mut Salvage<'_>) -> Result<()> {
         let len = file.len().unwrap_or(0);
-        let mut found: HashMap<Name, Good> = HashMap::new();
         let mut bytes = Vec::new();
         for start in (HEADER..len).step_by(RUN * PAGE_SIZE) {
             let own = (len - start).min((RUN * PAGE_SIZE) as u64) as usize;
@@ -303,27 +282,44 @@ impl Inner {
                     }
                 }
             }
-            for (i, page) in
-                bytes.get(..own).unwrap_or_default().as_chunks::<PAGE_SIZE>().0.iter().enumerate()
-            {
-                let name = (Kind::Page, self.names.page(page));
-                if wanted.contains(&name) {
-                    let offset = start + (i * PAGE_SIZE) as u64;
-                    found.entry(name).or_insert(Good { name, offset, len: PAGE_SIZE as u16 });
+            let mut page = |page: &[u8; PAGE_SIZE], wanted: &mut HashSet<Name>| -> Result<()> {
+                let name = self.names.page(page);
+                if wanted.remove(&(Kind::Page, name)) {
+                    salvage.add(Kind::Page, name.fingerprint(), page)?;
+                }
+                Ok(())
+            };
+            for one in bytes.get(..own).unwrap_or_default().as_chunks::<PAGE_SIZE>().0 {
+                page(one, wanted)?;
+            }
+            let starts = |magic: &[u8; 4]| {
+                let bytes = bytes.as_slice();
+                (0..own)
+                    .step_by(8)
+                    .filter(|at| bytes.get(*at..).is_some_and(|b| b.starts_with(magic)))
+                    .collect()
+            };
+            let frames: Vec<usize> = starts(FRAME_MAGIC);
+            for at in frames {
+                let at = start + at as u64;
+                let room = (len - at).min(MAX_FRAME) as usize;
+                let mut frame = vec![0; room];
+                if file.read_at(&mut frame, at).is_ok() {
+                    let pages = decode_frame(&frame, u32::MAX).unwrap_or_default();
+                    pages.iter().try_for_each(|one| page(one, wanted))?;
                 }
             }
             for at in (0..own).step_by(8) {
                 let here = bytes.get(at..).unwrap_or_default();
                 let Ok((_, len)) = Node::decode(here) else { continue };
-                let name = (Kind::Node, self.names.node(here.get(..len).unwrap_or_default()));
-                if wanted.contains(&name) {
-                    found.entry(name).or_insert(Good { name, offset: start + at as u64, len: len as u16 });
+                let node = here.get(..len).unwrap_or_default();
+                let name = self.names.node(node);
+                if wanted.remove(&(Kind::Node, name)) {
+                    salvage.add(Kind::Node, name.fingerprint(), node)?;
                 }
             }
         }
-        let mut found: Vec<Good> = found.into_values().collect();
-        found.sort_unstable_by_key(|good| good.offset);
-        found
+        Ok(())
     }
 
     /// Takes the damaged packs that nothing more can be had from out of the way of the next check.
@@ -349,17 +345,26 @@ impl Inner {
 }
 
 /// Reads, and again a moment later if the disk fails, before anything is called lost.
-fn read_patiently(file: &dyn DiskFile, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+fn patiently<T>(mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut attempts = 0;
     loop {
-        match file.read_at(bytes, offset) {
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && attempts < RETRIES => {
+        match read() {
+            Err(error) if is_lasting_error(&error) || attempts == RETRIES => return Err(error),
+            Err(_) => {
                 attempts += 1;
                 std::thread::sleep(RETRY_AFTER);
             }
-            other => return other,
+            done => return done,
         }
     }
+}
+
+/// No second attempt will tell more.
+fn is_lasting_error(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::NotFound
+    )
 }
 
 /// Damage that does not pass by itself, in a pack of our own.
@@ -368,9 +373,56 @@ fn is_lasting(problem: Problem) -> bool {
 }
 
 impl Salvaged {
-    fn add(&mut self, good: &[Good]) {
-        let pages = good.iter().filter(|good| good.name.0 == Kind::Page).count() as u64;
-        self.pages += pages;
-        self.nodes += good.len() as u64 - pages;
+    fn count(&mut self, kind: Kind) {
+        match kind {
+            Kind::Page => self.pages += 1,
+            Kind::Node => self.nodes += 1,
+        }
+    }
+}
+
+/// A pack of what was saved.
+struct Salvage<'a> {
+    store: &'a Inner,
+    building: Building,
+    entries: Vec<Entry>,
+}
+
+impl<'a> Salvage<'a> {
+    fn begin(store: &'a Inner, origin: Origin, body: NewBody) -> Result<Self> {
+        let building = Building::create(&*store.disk, &store.folder, store.names.fingerprint, origin, body)?;
+        Ok(Self { store, building, entries: Vec::new() })
+    }
+
+    fn add(&mut self, kind: Kind, name: Fingerprint, bytes: &[u8]) -> Result<()> {
+        let entry = match kind {
+            Kind::Page => {
+                let slot = self.building.pages();
+                self.building.append(bytes)?;
+                Entry::page(name, slot)
+            }
+            Kind::Node => Entry { name, at: self.building.add_node(bytes), len: bytes.len() as u16 },
+        };
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// A page stays where it is, in an image.
+    fn leave(&mut self, entry: &Entry) {
+        self.building.count_elsewhere(1);
+        self.entries.push(*entry);
+    }
+
+    /// Makes it durable, if filling it went well. The index does not know of it yet.
+    fn finish(mut self, filled: Result<()>) -> Result<(Arc<Pack>, Vec<Entry>)> {
+        let store = self.store;
+        let sealed = filled.and_then(|()| {
+            let layout = self.building.seal(&mut self.entries)?;
+            let path = self.building.rename(&*store.disk)?;
+            store.disk.sync_folder(&store.folder).map_err(Error::io("sync", &store.folder))?;
+            Ok((layout, path))
+        });
+        let (layout, path) = sealed.inspect_err(|_| self.building.discard(&*store.disk))?;
+        Ok((store.packs.add(&store.home, path, layout, store.clock.now()), self.entries))
     }
 }

@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex};
 use crate::error::{Error, Kind, Result};
 use crate::fault::step;
 use crate::hold::Hold;
-use crate::index::{Place, Table};
+use crate::index::{ATTEMPTS, Table};
 use crate::map;
-use crate::pack::{Building, Entry, Layout, Slots, page_at};
-use crate::store::Inner;
+use crate::pack::{At, Building, Entry, Layout, NewBody, Pack, Place, Slots};
+use crate::store::{Cause, Inner, Relying};
 use crate::sync::lock;
 use crate::threads::side_by_side;
-use crate::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, Saved, Session};
+use crate::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, Purpose, Saved, Session};
 
 /// Names looked up at once.
 const BATCH: usize = 4096;
@@ -27,6 +27,7 @@ const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 /// The store's [`Session`].
 pub(crate) struct Writer {
     store: Arc<Inner>,
+    relying: Relying,
     /// Keeps every pack with a hit from the collector.
     _hold: Hold,
     own: Mutex<Own>,
@@ -34,11 +35,12 @@ pub(crate) struct Writer {
     failed: AtomicBool,
 }
 
-/// What the session adds. Places count the session's own packs; a node's is relative to the start of its pack's nodes.
+/// What the session adds. Places count the session's own packs.
 #[derive(Default)]
 struct Own {
-    pages: Table,
-    nodes: Table,
+    /// Pages and nodes.
+    table: Table,
+    page_count: usize,
     /// Leaves whose pages were looked after.
     leaves: HashSet<PageHash>,
     packs: Vec<Building>,
@@ -63,9 +65,10 @@ const SPREAD_PAGES: usize = 8192;
 type Claim = (Slots, Vec<usize>);
 
 impl Writer {
-    pub(crate) fn new(store: Arc<Inner>) -> Self {
-        let hold = store.clock.hold();
-        Self { store, _hold: hold, own: Mutex::default(), failed: AtomicBool::new(false) }
+    pub(crate) fn new(store: Arc<Inner>, purpose: &Purpose) -> Self {
+        let (relying, hold) = (Relying::new(purpose), store.clock.hold());
+        store.watch_images(&purpose.images);
+        Self { store, relying, _hold: hold, own: Mutex::default(), failed: AtomicBool::new(false) }
     }
 
     /// Runs a step that may write; its failure is the session's.
@@ -77,29 +80,43 @@ impl Writer {
     }
 
     /// Counts the pages and claims slots for the new ones, all in one lane, which has one more writer then.
-    fn claim(&self, names: &[PageHash], known: &[bool]) -> Result<(Option<usize>, Vec<Claim>)> {
+    fn claim(&self, names: &[PageHash], known: &[Option<Cause>]) -> Result<(Option<usize>, Vec<Claim>)> {
+        let (mut saved, mut unknown) = (Saved::default(), Vec::new());
+        for (i, (name, known)) in names.iter().zip(known).enumerate() {
+            match known {
+                _ if *name == PageHash::ZERO => saved.zero += 1,
+                Some(Cause::Earlier) => saved.earlier += 1,
+                Some(Cause::Other) => saved.other += 1,
+                Some(Cause::Disk) => saved.disk += 1,
+                None => unknown.push((i, name.fingerprint())),
+            }
+        }
         let mut own = lock(&self.own);
+        own.saved.zero += saved.zero;
+        own.saved.earlier += saved.earlier;
+        own.saved.other += saved.other;
+        own.saved.disk += saved.disk;
+        if unknown.is_empty() {
+            return Ok((None, Vec::new()));
+        }
         let lane = own.choose_lane();
         let mut claims = Vec::new();
-        let mut todo = Vec::with_capacity(names.len());
+        let mut todo = Vec::with_capacity(unknown.len());
         let mut pack = 0;
-        for (i, (name, known)) in names.iter().zip(known).enumerate() {
-            if *name == PageHash::ZERO {
-                own.saved.zero += 1;
-            } else if own.pages.get(name).is_some() {
+        for (i, name) in unknown {
+            if own.table.get(name).is_some() {
                 own.saved.same += 1;
-            } else if *known {
-                own.saved.earlier += 1;
-            } else {
-                own.saved.new += 1;
-                pack = self.current(&mut own, lane)?;
-                let Own { pages, packs, .. } = &mut *own;
-                let Some(building) = packs.get_mut(pack as usize) else { continue };
-                pages.set(*name, Place { pack, at: page_at(building.pages() + todo.len() as u32) });
-                todo.push(i);
-                if building.pages() + todo.len() as u32 == self.store.limits.pack_pages {
-                    claims.push((building.claim(todo.len() as u32), std::mem::take(&mut todo)));
-                }
+                continue;
+            }
+            own.saved.new += 1;
+            own.page_count += 1;
+            pack = self.current(&mut own, lane)?;
+            let Own { table, packs, .. } = &mut *own;
+            let Some(building) = packs.get_mut(pack as usize) else { continue };
+            table.set(name, Place { pack, at: At::page(building.pages() + todo.len() as u32) });
+            todo.push(i);
+            if building.pages() + todo.len() as u32 == self.store.limits.pack_pages {
+                claims.push((building.claim(todo.len() as u32), std::mem::take(&mut todo)));
             }
         }
         if let (false, Some(building)) = (todo.is_empty(), own.packs.get_mut(pack as usize)) {
@@ -125,7 +142,8 @@ impl Writer {
             pack.close()?;
         }
         let (disk, folder) = (&*self.store.disk, &self.store.folder);
-        own.packs.push(Building::create(disk, folder, self.store.names.fingerprint)?);
+        let (group, origin) = (self.store.names.fingerprint, self.relying.origin);
+        own.packs.push(Building::create(disk, folder, group, origin, NewBody::Raw)?);
         let pack = (own.packs.len() - 1) as u32;
         match own.lanes.get_mut(lane) {
             Some(lane) => lane.pack = pack,
@@ -136,19 +154,43 @@ impl Writer {
 
     /// Checks that every page of a map is in the store or this session, and relies on it.
     fn check_pages(&self, pages: &[PageHash]) -> Result<()> {
-        let mut known = [false; BATCH];
         for batch in pages.chunks(BATCH) {
-            known.fill(false);
-            self.store.rely_on(&self.store.pages, batch, &mut known);
-            let own = lock(&self.own);
-            let unknown = batch
+            let mut known = vec![None; batch.len()];
+            self.store.rely_on(&self.relying, batch, &mut known);
+            let mut todo: Vec<PageHash> = batch
                 .iter()
                 .zip(&known)
-                .find(|(name, known)| !**known && **name != PageHash::ZERO && own.pages.get(name).is_none());
-            if let Some((name, _)) = unknown {
+                .filter(|(_, known)| known.is_none())
+                .map(|(name, _)| *name)
+                .collect();
+            for _ in 0..ATTEMPTS {
+                {
+                    let own = lock(&self.own);
+                    todo.retain(|name| {
+                        *name != PageHash::ZERO && own.table.get(name.fingerprint()).is_none()
+                    });
+                }
+                if todo.is_empty() {
+                    break;
+                }
+                // The collector may have moved it just then.
+                let mut known = vec![None; todo.len()];
+                self.store.rely_on(&self.relying, &todo, &mut known);
+                let mut known = known.into_iter();
+                todo.retain(|_| known.next().flatten().is_none());
+            }
+            if let Some(name) = todo.first() {
                 return Err(self.store.missing(Kind::Page, *name));
             }
         }
+        Ok(())
+    }
+
+    /// Keeps leaves over pages that were looked after.
+    fn keep_leaves(&self, pages: &[PageHash], leaves: &mut [PageHash]) -> Result<()> {
+        let names = self.step(|| map::level(0, pages, |level| self.keep_nodes(level)))?;
+        leaves.copy_from_slice(&names);
+        lock(&self.own).leaves.extend(names);
         Ok(())
     }
 
@@ -157,17 +199,18 @@ impl Writer {
         let name =
             |node: &Option<Vec<u8>>| node.as_ref().map_or(PageHash::ZERO, |n| self.store.names.node(n));
         let names: Vec<PageHash> = level.iter().map(name).collect();
-        let mut known = vec![false; names.len()];
-        self.store.rely_on(&self.store.nodes, &names, &mut known);
+        let mut known = vec![None; names.len()];
+        self.store.rely_on(&self.relying, &names, &mut known);
         let mut own = lock(&self.own);
         for ((name, node), known) in names.iter().zip(&level).zip(known) {
-            let Some(node) = node.as_ref().filter(|_| !known && own.nodes.get(name).is_none()) else {
+            let new = known.is_none() && own.table.get(name.fingerprint()).is_none();
+            let Some(node) = node.as_ref().filter(|_| new) else {
                 continue;
             };
             let pack = self.current(&mut own, 0)?;
-            let Own { nodes, packs, .. } = &mut *own;
+            let Own { table, packs, .. } = &mut *own;
             if let Some(building) = packs.get_mut(pack as usize) {
-                nodes.set(*name, Place { pack, at: building.add_node(node) });
+                table.set(name.fingerprint(), Place { pack, at: building.add_node(node) });
             }
         }
         Ok(names)
@@ -194,8 +237,8 @@ impl Session for Writer {
                 **place = name;
             }
         });
-        let mut known = vec![false; names.len()];
-        self.store.rely_on(&self.store.pages, names, &mut known);
+        let mut known = vec![None; names.len()];
+        self.store.rely_on(&self.relying, names, &mut known);
         self.step(|| {
             let (lane, claims) = self.claim(names, &known)?;
             let written = claims.iter().try_for_each(|(slots, numbers)| slots.write(&runs(bytes, numbers)));
@@ -211,10 +254,32 @@ impl Session for Writer {
             return Err(Error::Misuse("put_leaves needs a leaf for 64 pages"));
         }
         self.check_pages(pages)?;
-        let names = self.step(|| map::level(0, pages, |level| self.keep_nodes(level)))?;
-        leaves.copy_from_slice(&names);
-        lock(&self.own).leaves.extend(names);
-        Ok(())
+        self.keep_leaves(pages, leaves)
+    }
+
+    fn put_run(
+        &self,
+        bytes: &[u8],
+        there: &[bool],
+        names: &mut [PageHash],
+        leaves: &mut [PageHash],
+    ) -> Result<()> {
+        let count = there.iter().filter(|there| **there).count();
+        if names.len() != there.len() || leaves.len() != names.len().div_ceil(LEAF_PAGES) {
+            return Err(Error::Misuse("put_run needs a name for each page and a leaf for 64"));
+        }
+        if count == there.len() {
+            self.put(bytes, names)?;
+        } else {
+            let mut own = vec![PageHash::ZERO; count];
+            self.put(bytes, &mut own)?;
+            let mut own = own.into_iter();
+            for (name, there) in names.iter_mut().zip(there) {
+                *name = if *there { own.next().unwrap_or(PageHash::ZERO) } else { PageHash::ZERO };
+            }
+        }
+        // All of them were looked up just now, in this session.
+        self.keep_leaves(names, leaves)
     }
 
     fn put_map_over(&self, leaves: &[PageHash], pages: u64) -> Result<MapRoot> {
@@ -241,8 +306,7 @@ impl Session for Writer {
         let mut saved = own.saved;
         let mut entries = own.entries();
         // Of a large machine these are tens of megabytes, and the entries say the same.
-        own.pages = Table::default();
-        own.nodes = Table::default();
+        own.table = Table::default();
         own.leaves = HashSet::new();
         // 1. Content of every pack, behind names that an open removes. The disk may begin with all of them.
         own.packs.iter_mut().for_each(Building::write_back);
@@ -261,7 +325,7 @@ impl Session for Writer {
         own.packs.clear();
         saved.bytes_written = sealed.iter().map(|layout| layout.len).sum();
         let packs = paths.into_iter().zip(sealed).zip(entries);
-        side_by_side(packs, |((path, layout), entries)| self.store.publish(path, layout, &entries));
+        side_by_side(packs, |((path, layout), entries)| drop(self.store.publish(path, layout, &entries)));
         Ok(saved)
     }
 }
@@ -272,24 +336,18 @@ impl Own {
     fn choose_lane(&self) -> usize {
         match self.lanes.iter().position(|lane| lane.writers == 0) {
             Some(free) => free,
-            None if self.lanes.len() < LANES && self.pages.len() >= SPREAD_PAGES => self.lanes.len(),
+            None if self.lanes.len() < LANES && self.page_count >= SPREAD_PAGES => self.lanes.len(),
             None => 0,
         }
     }
 
-    /// Footer entries of each pack, with final places.
+    /// Footer entries of each pack.
     fn entries(&self) -> Vec<Vec<Entry>> {
         let mut entries: Vec<Vec<Entry>> = self.packs.iter().map(|_| Vec::new()).collect();
-        let pages = self.pages.iter().map(|(name, place)| (name, place, Kind::Page));
-        let nodes = self.nodes.iter().map(|(name, place)| (name, place, Kind::Node));
-        for (name, place, kind) in pages.chain(nodes) {
+        for (name, place) in self.table.iter() {
             let number = place.pack as usize;
             if let (Some(pack), Some(entries)) = (self.packs.get(number), entries.get_mut(number)) {
-                let (at, len) = match kind {
-                    Kind::Page => (place.at, PAGE_SIZE as u16),
-                    Kind::Node => (pack.nodes_at() + place.at, pack.node_len(place.at)),
-                };
-                entries.push(Entry { name: *name, at, len, kind });
+                entries.push(Entry { name: *name, at: place.at, len: pack.len_at(place.at) });
             }
         }
         entries
@@ -306,15 +364,9 @@ impl Drop for Writer {
 
 impl Inner {
     /// Adds a durable pack to table and index. Its names win over older places: it is newer than any plan.
-    pub(crate) fn publish(&self, path: std::path::PathBuf, layout: Layout, entries: &[Entry]) -> u32 {
-        let pack = self.packs.add(path, layout, self.clock.now()).number;
-        for (kind, index) in [(Kind::Page, &self.pages), (Kind::Node, &self.nodes)] {
-            for piece in entries.chunks(BATCH) {
-                let own = piece.iter().filter(|entry| entry.kind == kind);
-                let own: Vec<_> = own.map(|entry| (entry.name, Place { pack, at: entry.at })).collect();
-                index.set(&own);
-            }
-        }
+    pub(crate) fn publish(&self, path: std::path::PathBuf, layout: Layout, entries: &[Entry]) -> Arc<Pack> {
+        let pack = self.packs.add(&self.home, path, layout, self.clock.now());
+        self.enter(&pack, entries);
         pack
     }
 }

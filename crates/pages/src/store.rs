@@ -1,5 +1,6 @@
 //! Creating and opening a store.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::DirBuilderExt;
@@ -8,14 +9,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use crate::disk::{Disk, HostDisk};
-use crate::error::{Error, Kind, Problem, Result};
+use crate::error::{Error, Problem, Result};
 use crate::group::{GroupKey, Names};
 use crate::hold::{Clock, Hold};
-use crate::index::{Index, Place};
+use crate::index::{Index, Runs};
 use crate::map::NodeCache;
-use crate::pack::{Pack, PackId, Packs, Refused, read_footer, read_layout};
+use crate::pack::{Entry, Pack, PackId, Packs, Place, Refused, read_footer, read_layout};
 use crate::session::Writer;
-use crate::{MapRoot, PageHash, PageStore, Session};
+use crate::{Fingerprint, MapRoot, PageHash, PageStore, Purpose, Session};
 
 /// A group's page store, in a folder that this process has for itself. Clones are the same store.
 #[derive(Clone)]
@@ -50,13 +51,14 @@ impl Default for Limits {
 /// Everything that sessions share with the store.
 pub(crate) struct Inner {
     pub(crate) disk: Arc<dyn Disk>,
+    /// The store's folder.
+    pub(crate) home: PathBuf,
     /// Folder of the packs.
     pub(crate) folder: PathBuf,
     pub(crate) names: Names,
     pub(crate) limits: Limits,
-    pub(crate) pages: Index,
-    pub(crate) nodes: Index,
-    pub(crate) packs: Packs,
+    pub(crate) index: Index,
+    pub(crate) packs: Arc<Packs>,
     /// Packs that could not be used at open, by file name, and why.
     pub(crate) set_aside: RwLock<Vec<(String, Problem)>>,
     pub(crate) node_cache: NodeCache,
@@ -102,26 +104,29 @@ impl Store {
             fs::TryLockError::WouldBlock => Error::Locked { path: dir.as_ref().to_owned() },
             fs::TryLockError::Error(source) => Error::io("lock", &path)(source),
         })?;
-        let folder = dir.as_ref().join("packs");
-        Self::open_on(Arc::new(HostDisk), folder, &key, Limits::default(), Some(lock))
+        let index = dir.as_ref().join("index");
+        DirBuilder::new().recursive(true).mode(0o700).create(&index).map_err(Error::io("create", &index))?;
+        Self::open_on(Arc::new(HostDisk), dir.as_ref().to_owned(), &key, Limits::default(), Some(lock))
     }
 
-    /// Opens a folder of packs on any disk.
+    /// Opens a store's folder on any disk.
     pub(crate) fn open_on(
         disk: Arc<dyn Disk>,
-        folder: PathBuf,
+        home: PathBuf,
         key: &GroupKey,
         limits: Limits,
         lock: Option<File>,
     ) -> Result<Self> {
+        let (names, packs) = (Names::new(key), Arc::new(Packs::new(disk.clone())));
+        let runs = Runs::new(disk.clone(), home.join("index"), names.fingerprint);
         let inner = Inner {
-            packs: Packs::new(disk.clone()),
+            index: Index::new(packs.clone(), runs),
+            packs,
             disk,
-            folder,
-            names: Names::new(key),
+            folder: home.join("packs"),
+            home,
+            names,
             limits,
-            pages: Index::default(),
-            nodes: Index::default(),
             set_aside: RwLock::default(),
             node_cache: NodeCache::default(),
             clock: Arc::default(),
@@ -163,9 +168,26 @@ impl Store {
         self.inner.packs.all().len() + self.inner.set_aside_names().len()
     }
 
-    /// Number of different pages held.
-    pub fn page_count(&self) -> usize {
-        self.inner.pages.len()
+    /// Number of pages that lie in packs; one that lies in two counts twice.
+    pub fn page_count(&self) -> u64 {
+        let own = |pack: &Arc<Pack>| pack.layout.image().is_none();
+        self.inner.packs.view().iter().filter(|pack| own(pack)).map(|pack| u64::from(pack.layout.pages)).sum()
+    }
+
+    /// Bytes of memory that the index takes; what is mapped of it does not count.
+    pub fn index_memory(&self) -> usize {
+        self.inner.index.memory_bytes()
+    }
+
+    /// Whether [`Store::fold`] has something to do.
+    pub fn wants_folding(&self) -> bool {
+        self.inner.index.wants_folding()
+    }
+
+    /// Moves what the index has in memory to a file, beside everything else. Without it the index is none the worse, but for the memory
+    /// that it takes and the time that the next open does.
+    pub fn fold(&self) -> Result<()> {
+        self.inner.index.fold()
     }
 
     /// File names of packs that were found damaged at open and are not used.
@@ -177,8 +199,8 @@ impl Store {
 static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(1);
 
 impl PageStore for Store {
-    fn begin(&self) -> Result<Box<dyn Session>> {
-        Ok(Box::new(Writer::new(self.inner.clone())))
+    fn begin_for(&self, purpose: &Purpose) -> Result<Box<dyn Session>> {
+        Ok(Box::new(Writer::new(self.inner.clone(), purpose)))
     }
 
     fn map_range(&self, root: &MapRoot, first: u64, out: &mut [PageHash]) -> Result<()> {
@@ -214,12 +236,27 @@ impl Inner {
         }
         ids.sort_unstable();
         let mut aside = Vec::new();
+        let mut set_aside = |id: PackId, problem: Problem| {
+            tracing::warn!(pack = id.file_name(), %problem, "pack set aside");
+            aside.push((id.file_name(), problem));
+        };
         for id in &ids {
-            match self.load_pack(*id)? {
-                Ok(()) => {}
+            if let Err(problem) = self.load_pack(*id)? {
+                set_aside(*id, problem);
+            }
+        }
+        let known = self.index.runs().open(&self.packs)?;
+        for pack in self.packs.all() {
+            if known.contains(&pack.layout.id) {
+                pack.publish();
+                continue;
+            }
+            let file = self.packs.file(&pack)?;
+            match read_footer(&*file, &pack.layout) {
+                Ok(entries) => self.enter(&pack, &entries),
                 Err(problem) => {
-                    tracing::warn!(pack = id.file_name(), %problem, "pack set aside");
-                    aside.push((id.file_name(), problem));
+                    self.packs.forget(pack.number);
+                    set_aside(pack.layout.id, problem);
                 }
             }
         }
@@ -231,31 +268,35 @@ impl Inner {
         Ok(())
     }
 
-    /// Adds one pack; the inner error is the reason to set it aside.
+    /// Adds one pack, without its names; the inner error is the reason to set it aside.
     fn load_pack(&self, id: PackId) -> Result<Result<(), Problem>> {
         let path = self.folder.join(id.file_name());
         let file = match self.disk.open(&path) {
             Ok(file) => file,
             Err(e) => return Ok(Err(Problem::Unreadable(e.kind()))),
         };
-        let layout = match read_layout(&*file, id, &self.names.fingerprint) {
-            Ok(layout) => layout,
-            Err(Refused::Damaged(problem)) => return Ok(Err(problem)),
-            Err(Refused::Newer(version)) => {
-                return Err(Error::NewerFormat { pack: id.file_name(), version });
+        match read_layout(&*file, id, &self.names.fingerprint) {
+            Ok(layout) => {
+                let pack = self.packs.add(&self.home, path, layout, 0);
+                self.watch_image(&pack);
+                Ok(Ok(()))
             }
-        };
-        let entries = match read_footer(&*file, &layout) {
-            Ok(entries) => entries,
-            Err(problem) => return Ok(Err(problem)),
-        };
-        let pack = self.packs.add(path, layout, 0).number;
-        for (kind, index) in [(Kind::Page, &self.pages), (Kind::Node, &self.nodes)] {
-            let own = entries.iter().filter(|entry| entry.kind == kind);
-            let own: Vec<_> = own.map(|entry| (entry.name, Place { pack, at: entry.at })).collect();
-            index.set(&own);
+            Err(Refused::Damaged(problem)) => Ok(Err(problem)),
+            Err(Refused::Newer(version)) => Err(Error::NewerFormat { pack: id.file_name(), version }),
         }
-        Ok(Ok(()))
+    }
+
+    /// Puts the names of a pack into the index.
+    pub(crate) fn enter(&self, pack: &Pack, entries: &[Entry]) {
+        for piece in entries.chunks(PIECE) {
+            let places = piece.iter().map(|entry| (entry.name, Place { pack: pack.number, at: entry.at }));
+            let places: Vec<(Fingerprint, Place)> = places.collect();
+            match pack.layout.image() {
+                None => self.index.set(&places),
+                Some(_) => self.index.set_on_image(&places),
+            }
+        }
+        pack.publish();
     }
 
     /// A session relies on the pack, or has since a collection with this start was planned.
@@ -273,23 +314,69 @@ impl Inner {
 
     /// Looks names up for a session that will rely on the answer: packs with a hit are safe from any collection that was
     /// planned before or is planned while the session lives. A name in a pack that is about to go counts as unknown.
-    pub(crate) fn rely_on(&self, index: &Index, names: &[PageHash], known: &mut [bool]) {
+    pub(crate) fn rely_on(&self, who: &Relying, names: &[PageHash], known: &mut [Option<Cause>]) {
         let _gate = crate::sync::read(&self.gate);
         let now = self.clock.now();
-        let mut last: Option<(u32, bool)> = None; // hits mostly come from one pack after the other
-        index.lookup(names, |i, place| {
-            let usable = match last {
-                Some((pack, usable)) if pack == place.pack => usable,
+        let mut last: Option<(u32, Option<Cause>)> = None; // hits mostly come from one pack after the other
+        self.index.lookup(names, |i, place, pack| {
+            let cause = match last {
+                Some((number, cause)) if number == place.pack => cause,
                 _ => {
-                    let pack = self.packs.get(place.pack).filter(|pack| !pack.is_retired());
-                    pack.as_ref().inspect(|pack| pack.touch(now));
-                    last = Some((place.pack, pack.is_some()));
-                    pack.is_some()
+                    let cause = who.cause(pack);
+                    if cause.is_some() {
+                        pack.touch(now);
+                    }
+                    last = Some((place.pack, cause));
+                    cause
                 }
             };
             if let Some(known) = known.get_mut(i) {
-                *known = usable;
+                *known = cause;
             }
         });
     }
 }
+
+/// Why a page need not be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The same origin brought it.
+    Earlier,
+    /// Another one did.
+    Other,
+    /// It is a block of an image.
+    Disk,
+}
+
+/// What a session may rely on.
+pub(crate) struct Relying {
+    pub(crate) origin: crate::Origin,
+    images: HashSet<String>,
+}
+
+impl Relying {
+    pub(crate) fn new(purpose: &Purpose) -> Self {
+        Self { origin: purpose.origin, images: purpose.images.iter().cloned().collect() }
+    }
+
+    /// None if it may not rely on that pack.
+    fn cause(&self, pack: &Pack) -> Option<Cause> {
+        if !pack.is_usable() {
+            return None;
+        }
+        match pack.layout.image() {
+            None if pack.layout.origin == self.origin => Some(Cause::Earlier),
+            None => Some(Cause::Other),
+            Some(image) => (!image.private || self.images.contains(&image.label)).then_some(Cause::Disk),
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.index.runs().close();
+    }
+}
+
+/// Names put into the index at once.
+const PIECE: usize = 4096;

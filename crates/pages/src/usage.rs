@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
+use crate::MapRoot;
 use crate::error::Result;
-use crate::index::Place;
 use crate::map::{Child, Forest};
+use crate::pack::{Place, View};
 use crate::store::{Inner, Store};
-use crate::{MapRoot, PAGE_SIZE};
 
-/// Stored bytes (pages and map nodes, without framing) that one root reaches, each counted once.
+/// Stored bytes (pages and map nodes, without framing) that one root reaches, each counted once: what they take in their packs. A page
+/// that is a block of an image takes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Reached from no other root of the question.
@@ -55,6 +56,7 @@ struct Ledger {
     forest: Forest,
     nodes: Vec<Mark>,
     pages: HashMap<u32, Vec<Mark>>,
+    view: View,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -83,15 +85,17 @@ impl Ledger {
     fn new(store: &Inner, roots: &[MapRoot]) -> Result<Self> {
         let forest = Forest::read(store, roots)?;
         let nodes = vec![Mark::default(); forest.nodes().len()];
-        let mut pages = HashMap::new();
+        let (mut pages, view) = (HashMap::new(), store.packs.view());
         for child in forest.all_children() {
             if let Child::Page(place) = child
-                && let Some(pack) = store.packs.get(place.pack)
+                && let Some(pack) = view.get(place.pack)
             {
-                pages.entry(place.pack).or_insert_with(|| vec![Mark::default(); pack.layout.pages as usize]);
+                pages
+                    .entry(place.pack)
+                    .or_insert_with(|| vec![Mark::default(); pack.layout.slots() as usize]);
             }
         }
-        Ok(Self { forest, nodes, pages })
+        Ok(Self { forest, nodes, pages, view })
     }
 
     /// Walks every root for its owner, then adds up.
@@ -111,7 +115,7 @@ impl Ledger {
                     }
                     Child::Page(place) => {
                         if self.page(place).is_some_and(|mark| mark.visit(walk, *owner)) {
-                            bytes += PAGE_SIZE as u64;
+                            bytes += self.page_bytes(place.pack, place.at.slot().unwrap_or(0));
                         }
                     }
                     Child::Missing(_) => {}
@@ -130,7 +134,13 @@ impl Ledger {
     /// Bytes that each owner reaches alone.
     fn owned(&self) -> HashMap<u32, u64> {
         let nodes = (0..).zip(&self.nodes).map(|(number, mark)| (mark.owner, self.node_bytes(number)));
-        let pages = self.pages.values().flatten().map(|mark| (mark.owner, PAGE_SIZE as u64));
+        let pages = self.pages.iter().flat_map(|(pack, marks)| {
+            (0..)
+                .zip(marks)
+                .map(|(slot, mark)| (mark.owner, slot))
+                .filter(|(owner, _)| *owner != NOBODY)
+                .map(|(owner, slot)| (owner, self.page_bytes(*pack, slot)))
+        });
         nodes.chain(pages).fold(HashMap::new(), |mut sums, (owner, bytes)| {
             *sums.entry(owner).or_default() += bytes;
             sums
@@ -141,8 +151,11 @@ impl Ledger {
         self.forest.nodes().get(number as usize).map_or(0, |node| node.bytes as u64)
     }
 
+    fn page_bytes(&self, pack: u32, slot: u32) -> u64 {
+        self.view.get(pack).map_or(0, |pack| pack.layout.page_bytes(slot))
+    }
+
     fn page(&mut self, place: Place) -> Option<&mut Mark> {
-        let slot = crate::pack::slot(place.at)?;
-        self.pages.get_mut(&place.pack)?.get_mut(slot)
+        self.pages.get_mut(&place.pack)?.get_mut(place.at.slot()? as usize)
     }
 }

@@ -79,7 +79,9 @@ impl Engine {
                 remove_file(&self.layer_file(layer));
                 step("gc.layer");
             }
-            let pages = self.store.plan_gc_with(|| self.live_roots())?;
+            let pages = self.store.plan_gc_with(|| {
+                Ok::<_, Error>(pages::GcRequest { roots: self.live_roots()?, ..pages::GcRequest::default() })
+            })?;
             step("gc.planned");
             let done = self.store.run_gc(&pages, &|done, total| {
                 if done == 0 {

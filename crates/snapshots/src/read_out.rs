@@ -60,7 +60,7 @@ pub(crate) fn read_out(
     let (runs, failed, stepping) = (&Mutex::new(runs), &AtomicBool::new(false), &Mutex::new(()));
     let work = move || -> Result<()> {
         let (mut bytes, mut there) = (Vec::new(), Vec::new());
-        let (mut stored, mut names) = (Vec::new(), Vec::new());
+        let mut names = Vec::new();
         loop {
             // The lock is gone before the run is worked on.
             let next = runs.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -71,17 +71,13 @@ pub(crate) fn read_out(
             cx.check()?;
             let read = memory.read(run.block, run.from, run.pages, &mut bytes, &mut there);
             read.map_err(crate::let_go::save_error)?;
-            stored.clear();
-            stored.resize(bytes.len() / PAGE_SIZE, PageHash::ZERO);
-            session.put(&bytes, &mut stored)?;
-            let mut stored = stored.iter();
-            let name = |there: &bool| *there.then(|| stored.next()).flatten().unwrap_or(&PageHash::ZERO);
-            names.clear();
-            names.extend(there.iter().map(name));
-            if let (true, Some(name)) = (run.skip, names.first_mut()) {
-                *name = PageHash::ZERO;
+            if run.skip && there.first() == Some(&true) {
+                there[0] = false;
+                bytes.drain(..PAGE_SIZE);
             }
-            session.put_leaves(&names, run.leaves)?;
+            names.clear();
+            names.resize(run.pages, PageHash::ZERO);
+            session.put_run(&bytes, &there, &mut names, run.leaves)?;
             cx.advance((run.pages * PAGE_SIZE) as u64);
             (intake.stored)();
             // Who waits here has the other threads wait as well.

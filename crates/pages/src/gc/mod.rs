@@ -12,5 +12,5 @@
 mod plan;
 mod run;
 
-pub use plan::{GcPlan, PackPlan};
+pub use plan::{Cold, GcPlan, GcRequest, PackPlan};
 pub use run::GcDone;

@@ -2,13 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::MapRoot;
-use crate::PAGE_SIZE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::map::{Child, Forest};
-use crate::pack::{Pack, slot};
-use crate::store::Store;
+use crate::pack::{At, Body, ENTRY, Pack};
+use crate::store::{Inner, Store};
 use crate::sync::lock;
 
 /// What a collection would do; nothing has been done yet.
@@ -16,8 +16,10 @@ use crate::sync::lock;
 pub struct GcPlan {
     /// Packs without a live page or node.
     pub delete: Vec<PackPlan>,
-    /// Packs of which half at least is dead: what lives in them is written to a new pack.
+    /// Packs of which half at least is dead, and images that go: what lives in them is written to a new pack.
     pub rewrite: Vec<PackPlan>,
+    /// Packs that have not been written to frames yet: what lives in them is compressed into a new pack.
+    pub compress: Vec<PackPlan>,
     /// Bytes of pages and nodes that a root needs, in all packs.
     pub live_bytes: u64,
     /// Bytes of pages and nodes that no root needs, in all packs; those of packs that are left alone included.
@@ -29,6 +31,8 @@ pub struct GcPlan {
     /// Everything touched at this tick or later is left alone.
     pub(super) since: u64,
     pub(super) instance: u64,
+    /// Level of zstd for what is compressed.
+    pub(super) level: i32,
 }
 
 /// What a plan says about one pack.
@@ -36,6 +40,8 @@ pub struct GcPlan {
 pub struct PackPlan {
     /// File name.
     pub pack: String,
+    /// Label of the image that goes.
+    pub image: Option<String>,
     /// Bytes of live pages and nodes.
     pub live_bytes: u64,
     /// Bytes of dead pages and nodes.
@@ -50,9 +56,30 @@ pub(super) struct Live {
     /// One for each page slot; empty if no page lives.
     pub(super) pages: Vec<bool>,
     /// Places of live nodes.
-    pub(super) nodes: HashSet<u32>,
+    pub(super) nodes: HashSet<At>,
     node_bytes: u64,
+    page_bytes: u64,
     page_count: u64,
+}
+
+/// What a collection is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct GcRequest {
+    /// All maps that anybody needs.
+    pub roots: Vec<MapRoot>,
+    /// Labels of images whose files are about to go: nothing is left on them.
+    pub leaving: Vec<String>,
+    /// Also compress packs that were not touched since they were written, if their files are older than this.
+    pub compress: Option<Cold>,
+}
+
+/// Which packs are compressed, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Cold {
+    /// Only files that were written so long ago.
+    pub age: Duration,
+    /// Level of zstd.
+    pub level: i32,
 }
 
 impl Store {
@@ -61,27 +88,30 @@ impl Store {
     ///
     /// Fails if a map node is damaged or missing: what lies below it could not be told from garbage. The error names it.
     pub fn plan_gc(&self, roots: &[MapRoot]) -> Result<GcPlan> {
-        self.plan_gc_with(|| Ok::<_, crate::Error>(roots.to_vec()))
+        self.plan_gc_with(|| {
+            Ok::<_, crate::Error>(GcRequest { roots: roots.to_vec(), ..GcRequest::default() })
+        })
     }
 
-    /// Plans a collection that keeps what the roots need that `read_roots` returns. It is called after the plan has begun
-    /// to watch, so no commit falls between the two. Whoever commits keeps a [`Hold`](crate::Hold) until `read_roots`
-    /// would see the root.
+    /// Plans the collection that `ask` asks for. It is called after the plan has begun to watch, so no commit falls between the two.
+    /// Whoever commits keeps a [`Hold`](crate::Hold) until `ask` would see the root.
     pub fn plan_gc_with<E: From<crate::Error>>(
         &self,
-        read_roots: impl FnOnce() -> Result<Vec<MapRoot>, E>,
+        ask: impl FnOnce() -> Result<GcRequest, E>,
     ) -> Result<GcPlan, E> {
         let hold = self.inner.clock.hold_all();
-        let roots = read_roots()?;
-        Ok(self.plan(&roots, hold.since)?)
+        let request = ask()?;
+        Ok(self.plan(&request, hold.since)?)
     }
 
-    fn plan(&self, roots: &[MapRoot], since: u64) -> Result<GcPlan> {
+    fn plan(&self, request: &GcRequest, since: u64) -> Result<GcPlan> {
         let _one = lock(&self.inner.collector);
-        let mut live = self.mark(roots)?;
+        let mut live = self.mark(&request.roots)?;
         let mut plan = GcPlan {
             delete: Vec::new(),
             rewrite: Vec::new(),
+            compress: Vec::new(),
+            level: request.compress.map_or(0, |cold| cold.level),
             live_bytes: 0,
             dead_bytes: 0,
             freed_bytes: 0,
@@ -91,7 +121,14 @@ impl Store {
         };
         for pack in self.inner.packs.all() {
             let relied_on = self.inner.is_relied_on(&pack, since);
-            plan.add(&pack, live.remove(&pack.number).unwrap_or_default(), relied_on);
+            let live = live.remove(&pack.number).unwrap_or_default();
+            match pack.layout.image() {
+                None => plan.add(&pack, live, relied_on, self.inner.is_cold(&pack, request.compress)),
+                Some(image) if request.leaving.contains(&image.label) => {
+                    plan.leave(&pack, &image.label, live, relied_on);
+                }
+                Some(_) => {}
+            }
         }
         Ok(plan)
     }
@@ -104,57 +141,98 @@ impl Store {
         }
         let mut live: HashMap<u32, Live> = HashMap::new();
         for node in forest.nodes() {
-            if let Some(place) = self.inner.nodes.get(&node.name) {
+            if let Some((place, _)) = self.inner.index.get(&node.name) {
                 let own = live.entry(place.pack).or_default();
                 if own.nodes.insert(place.at) {
                     own.node_bytes += node.bytes as u64;
                 }
             }
         }
+        let view = self.inner.packs.view();
         for child in forest.all_children() {
             let Child::Page(place) = child else { continue };
+            let (Some(slot), Some(pack)) = (place.at.slot(), view.get(place.pack)) else { continue };
             let own = live.entry(place.pack).or_default();
             if own.pages.is_empty() {
-                let pages = self.inner.packs.get(place.pack).map_or(0, |pack| pack.layout.pages);
-                own.pages = vec![false; pages as usize];
+                own.pages = vec![false; pack.layout.slots() as usize];
             }
-            if let Some(page) = slot(place.at).and_then(|slot| own.pages.get_mut(slot)) {
-                own.page_count += u64::from(!*page);
+            if let Some(page) = own.pages.get_mut(slot as usize).filter(|page| !**page) {
                 *page = true;
+                own.page_count += 1;
+                own.page_bytes += pack.layout.page_bytes(slot);
             }
         }
         Ok(live)
     }
 }
 
+impl Inner {
+    /// A pack of pages as they are that has been left alone for so long.
+    fn is_cold(&self, pack: &Pack, cold: Option<Cold>) -> bool {
+        let Some(cold) = cold.filter(|_| pack.layout.body == Body::Raw) else { return false };
+        let written =
+            self.packs.file(pack).and_then(|f| f.modified().map_err(Error::io("look at", &pack.path)));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let age = (now.as_nanos() as i128).checked_sub(written.unwrap_or(i128::MAX));
+        // A file from the future is as good as an old one: the clock was wrong then, or is now.
+        age.is_some_and(|age| age < 0 || age as u128 >= cold.age.as_nanos())
+    }
+}
+
 impl GcPlan {
     /// Nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.delete.is_empty() && self.rewrite.is_empty()
+        self.delete.is_empty() && self.rewrite.is_empty() && self.compress.is_empty()
     }
 
-    fn add(&mut self, pack: &Arc<Pack>, live: Live, relied_on: bool) {
+    fn add(&mut self, pack: &Arc<Pack>, live: Live, relied_on: bool, cold: bool) {
         let layout = &pack.layout;
-        let page_bytes = u64::from(layout.pages) * PAGE_SIZE as u64;
-        let all = page_bytes + (layout.node_end - layout.node_offset);
-        let live_bytes = live.page_count * PAGE_SIZE as u64 + live.node_bytes;
+        let all = layout.body_bytes() + (layout.node_end - layout.node_offset);
+        let live_bytes = live.page_bytes + live.node_bytes;
         let dead_bytes = all.saturating_sub(live_bytes);
         self.live_bytes += live_bytes;
         self.dead_bytes += dead_bytes;
-        if live_bytes > 0 && dead_bytes < live_bytes {
+        let mostly_dead = live_bytes == 0 || dead_bytes >= live_bytes;
+        if !mostly_dead && !cold {
             return;
         }
         if relied_on {
-            self.in_use += 1;
+            self.in_use += u64::from(mostly_dead);
             return;
         }
         let entries = u64::from(layout.pages) + u64::from(layout.nodes);
         let gone = entries.saturating_sub(live.page_count + live.nodes.len() as u64);
-        let (list, freed) = match live_bytes {
-            0 => (&mut self.delete, layout.len),
-            _ => (&mut self.rewrite, dead_bytes + gone * crate::pack::ENTRY as u64),
+        let freed = if live_bytes == 0 { layout.len } else { dead_bytes + gone * ENTRY as u64 };
+        let list = match live_bytes {
+            0 => &mut self.delete,
+            _ if cold => &mut self.compress,
+            _ => &mut self.rewrite,
         };
-        self.freed_bytes += freed;
-        list.push(PackPlan { pack: pack.name(), live_bytes, dead_bytes, number: pack.number, live });
+        self.freed_bytes += if mostly_dead { freed } else { 0 };
+        list.push(PackPlan {
+            pack: pack.name(),
+            image: None,
+            live_bytes,
+            dead_bytes,
+            number: pack.number,
+            live,
+        });
+    }
+
+    /// An image whose file is about to go. What lives on it moves to a pack.
+    fn leave(&mut self, pack: &Arc<Pack>, label: &str, live: Live, relied_on: bool) {
+        if relied_on {
+            self.in_use += 1;
+            return;
+        }
+        let list = if live.page_count == 0 { &mut self.delete } else { &mut self.rewrite };
+        list.push(PackPlan {
+            pack: pack.name(),
+            image: Some(label.to_owned()),
+            live_bytes: live.page_count * crate::PAGE_SIZE as u64,
+            dead_bytes: 0,
+            number: pack.number,
+            live,
+        });
     }
 }

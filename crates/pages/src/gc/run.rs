@@ -6,20 +6,24 @@ use super::plan::{GcPlan, Live, PackPlan};
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
 use crate::fault::step;
-use crate::index::Place;
-use crate::pack::{Building, Entry, Layout, Pack, page_at, read_footer, slot};
-use crate::read::damaged;
+use crate::map::{MAX_NODE, Node};
+use crate::pack::{At, Body, Building, Entry, Layout, NewBody, Pack, Place, read_footer};
+use crate::read::{damaged, read_span};
 use crate::store::{Inner, Store};
 use crate::sync::{lock, write};
-use crate::{PAGE_SIZE, PageHash};
+use crate::{Fingerprint, PAGE_SIZE};
 
 /// What a collection did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GcDone {
     /// Packs deleted.
     pub deleted: u64,
     /// Packs rewritten.
     pub rewritten: u64,
+    /// Packs compressed.
+    pub compressed: u64,
+    /// Labels of the images on which nothing is left: their files may go.
+    pub left: Vec<String>,
     /// Packs left alone: a session has relied on them since the plan, or they are damaged, or gone already.
     pub skipped: u64,
     /// Packs that could not be rewritten because the disk has no room for their copies; counted as skipped, too.
@@ -36,6 +40,9 @@ const GROUP: usize = 64;
 /// Pages copied at once.
 const RUN: usize = 256;
 
+/// Level of zstd for what was compressed before.
+const LEVEL: i32 = 3;
+
 impl Store {
     /// Carries out a plan. `progress` gets the bytes looked after so far and in all, and stops the work by returning
     /// false. A plan may be old: what sessions have relied on since is left alone.
@@ -46,7 +53,7 @@ impl Store {
         }
         let _one = lock(&store.collector);
         let size = |pack: &PackPlan| pack.live_bytes + pack.dead_bytes;
-        let total = plan.delete.iter().chain(&plan.rewrite).map(size).sum();
+        let total = plan.delete.iter().chain(&plan.rewrite).chain(&plan.compress).map(size).sum();
         let (mut done, mut at) = (GcDone::default(), 0);
         for group in plan.delete.chunks(GROUP) {
             if !progress(at, total) {
@@ -56,17 +63,22 @@ impl Store {
             store.delete(group, plan.since, &mut done)?;
             at += group.iter().map(size).sum::<u64>();
         }
-        for pack in &plan.rewrite {
+        let rewrites = plan.rewrite.iter().map(|pack| (pack, None));
+        for (pack, level) in rewrites.chain(plan.compress.iter().map(|pack| (pack, Some(plan.level)))) {
             if done.stopped || !progress(at, total) {
                 done.stopped = true;
                 break;
             }
-            store.rewrite(pack, plan.since, &mut done)?;
+            let mut go_on = |copied| progress(at + copied, total);
+            store.rewrite(pack, level, plan.since, &mut go_on, &mut done)?;
             at += size(pack);
         }
-        if done.deleted + done.rewritten > 0 {
+        if done.deleted + done.rewritten + done.compressed > 0 {
             store.disk.sync_folder(&store.folder).map_err(Error::io("sync", &store.folder))?;
         }
+        done.left.sort_unstable();
+        done.left.dedup();
+        done.left.retain(|label| store.parts(label).is_empty());
         if !done.stopped {
             progress(total, total);
         }
@@ -86,38 +98,59 @@ impl Inner {
                 .collect()
         };
         done.skipped += (group.len() - gone.len()) as u64;
-        let stays = |place: Place| gone.iter().all(|pack| pack.number != place.pack);
-        self.pages.retain(stays);
-        self.nodes.retain(stays);
+        self.index.retain(|place: Place| gone.iter().all(|pack| pack.number != place.pack));
         for pack in gone {
             self.remove(&pack)?;
-            done.deleted += 1;
             done.freed_bytes += pack.layout.len;
+            match pack.layout.image() {
+                Some(image) => done.left.push(image.label.clone()),
+                None => done.deleted += 1,
+            }
         }
         Ok(())
     }
 
     /// New pack durable, then the index switches, then the old file goes.
-    fn rewrite(&self, plan: &PackPlan, since: u64, done: &mut GcDone) -> Result<()> {
+    fn rewrite(
+        &self,
+        plan: &PackPlan,
+        level: Option<i32>,
+        since: u64,
+        go_on: &mut dyn FnMut(u64) -> bool,
+        done: &mut GcDone,
+    ) -> Result<()> {
         done.skipped += 1; // until it is done
         let Some((pack, file)) = self.open_pack(plan.number)? else { return Ok(()) };
         if self.is_relied_on(&pack, since) {
             return Ok(());
         }
-        let mut building = match Building::create(&*self.disk, &self.folder, self.names.fingerprint) {
+        let body = match (level, &pack.layout.body) {
+            (Some(level), _) => NewBody::Frames(level),
+            (None, Body::Frames(_)) => NewBody::Frames(LEVEL),
+            (None, Body::Raw | Body::Image(_)) => NewBody::Raw,
+        };
+        let (group, origin) = (self.names.fingerprint, pack.layout.origin);
+        let mut building = match Building::create(&*self.disk, &self.folder, group, origin, body) {
             Ok(building) => building,
             Err(e) => return not_rewritten(&pack, e, done),
         };
-        let copied = self.copy_live(&pack, &*file, &plan.live, &mut building);
-        let copy = match copied.and_then(|copy| self.make_durable(&mut building, copy)) {
-            Ok(copy) => copy,
+        let copied = self.copy_live(&pack, &*file, &plan.live, &mut building, go_on);
+        let copy = match copied
+            .and_then(|entries| entries.map(|entries| self.make_durable(&mut building, entries)).transpose())
+        {
+            Ok(Some(copy)) => copy,
+            Ok(None) => {
+                building.discard(&*self.disk);
+                done.stopped = true;
+                return Ok(());
+            }
             Err(e) => {
                 building.discard(&*self.disk);
                 return not_rewritten(&pack, e, done);
             }
         };
         step("gc.copied");
-        let new = self.packs.add(copy.path, copy.layout, self.clock.now());
+        let new = self.packs.add(&self.home, copy.path, copy.layout, self.clock.now());
         {
             let _gate = write(&self.gate);
             if self.is_relied_on(&pack, since) {
@@ -125,71 +158,94 @@ impl Inner {
                 building.discard(&*self.disk);
                 return Ok(());
             }
-            for (kind, old) in [(Kind::Page, &copy.old_pages), (Kind::Node, &copy.old_nodes)] {
-                let moved = copy.entries.iter().filter(|entry| entry.kind == kind);
-                let place = |at| Place { pack: new.number, at };
-                let moved: Vec<_> = moved.map(|entry| (entry.name, place(entry.at))).collect();
-                self.index(kind).switch(pack.number, &moved);
-                self.index(kind).remove(pack.number, old);
-            }
+            let place = |at: At| Place { pack: new.number, at };
+            let moved: Vec<(Fingerprint, Place)> =
+                copy.entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
+            self.index.switch(pack.number, &moved);
+            self.index.retain(|place| place.pack != pack.number);
             pack.retire();
         }
+        new.publish();
         self.remove(&pack)?;
         done.skipped -= 1;
-        done.rewritten += 1;
         done.freed_bytes += pack.layout.len.saturating_sub(new.layout.len);
+        match (pack.layout.image(), level) {
+            (Some(image), _) => done.left.push(image.label.clone()),
+            (None, Some(_)) => done.compressed += 1,
+            (None, None) => done.rewritten += 1,
+        }
         Ok(())
     }
 
-    fn make_durable(&self, building: &mut Building, mut copy: Copy) -> Result<Copied> {
-        let layout = building.seal(&mut copy.entries)?;
+    fn make_durable(&self, building: &mut Building, mut entries: Vec<Entry>) -> Result<Copied> {
+        let layout = building.seal(&mut entries)?;
         let path = building.rename(&*self.disk)?;
         self.disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))?;
-        let Copy { entries, old_pages, old_nodes } = copy;
-        Ok(Copied { path, layout, entries, old_pages, old_nodes })
+        Ok(Copied { path, layout, entries })
     }
 
-    /// Copies what lives, checking all of it, in the order in which it lies.
-    fn copy_live(&self, pack: &Pack, file: &dyn DiskFile, live: &Live, to: &mut Building) -> Result<Copy> {
+    /// Copies what lives, checking all of it, in the order in which it lies. None if the caller wants no more of it.
+    fn copy_live(
+        &self,
+        pack: &Pack,
+        file: &dyn DiskFile,
+        live: &Live,
+        to: &mut Building,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Vec<Entry>>> {
         let bad = |problem: Problem| Error::DamagedPack { pack: pack.name(), problem };
         let mut old = read_footer(file, &pack.layout).map_err(bad)?;
         old.sort_unstable_by_key(|entry| entry.at);
-        let (mut pages, mut nodes) = (Vec::new(), Vec::new());
-        let mut copy = Copy::default();
-        for entry in &old {
-            let lives = match entry.kind {
-                Kind::Page => slot(entry.at).and_then(|slot| live.pages.get(slot)).copied().unwrap_or(false),
-                Kind::Node => live.nodes.contains(&entry.at),
-            };
-            match entry.kind {
-                Kind::Page => copy.old_pages.push(entry.name),
-                Kind::Node => copy.old_nodes.push(entry.name),
+        old.retain(|entry| match entry.at.slot() {
+            Some(slot) => live.pages.get(slot as usize).copied().unwrap_or(false),
+            None => live.nodes.contains(&entry.at),
+        });
+        let mut copied = Vec::with_capacity(old.len());
+        let body = self.packs.body(pack)?;
+        let next = |a: &Entry, b: &Entry| b.at.slot().zip(a.at.slot()).is_some_and(|(b, a)| b == a + 1);
+        let pages = old.iter().take_while(|entry| entry.kind() == Kind::Page).count();
+        let (pages, nodes) = old.split_at(pages);
+        let mut bytes = vec![[0; PAGE_SIZE]; RUN];
+        for run in pages.chunk_by(next).flat_map(|run| run.chunks(RUN)) {
+            let Some(first) = run.first().and_then(|entry| entry.at.slot()) else { continue };
+            if !go_on((copied.len() * PAGE_SIZE) as u64) {
+                return Ok(None);
             }
-            if lives {
-                if entry.kind == Kind::Page { pages.push(*entry) } else { nodes.push(*entry) }
-            }
-        }
-        for run in pages.chunks(RUN) {
-            let mut bytes = vec![[0; PAGE_SIZE]; run.len()];
-            for (page, entry) in bytes.iter_mut().zip(run) {
-                file.read_at(page, u64::from(entry.at) * 8).map_err(Error::io("read", &pack.path))?;
-                if self.names.page(page) != entry.name {
-                    return Err(damaged(Kind::Page, entry.name, pack, Problem::Content));
-                }
+            let bytes = bytes.get_mut(..run.len()).unwrap_or_default();
+            read_span(pack, &*body, first, bytes).map_err(Error::io("read", pack.body_path()))?;
+            let mut wrong = None;
+            self.names.pages(bytes.iter(), |i, name| {
+                wrong = wrong.or(run.get(i).filter(|entry| !entry.name.is_of(&name)));
+            });
+            if let Some(entry) = wrong {
+                let problem = if pack.layout.image().is_some() { Problem::Changed } else { Problem::Content };
+                return Err(damaged(Kind::Page, entry.name.padded(), pack, problem));
             }
             let first = to.pages();
-            to.claim(run.len() as u32).write(&[bytes.as_flattened()])?;
-            copy.entries
-                .extend((first..).zip(run).map(|(slot, entry)| Entry { at: page_at(slot), ..*entry }));
+            to.append(bytes.as_flattened())?;
+            copied.extend((first..).zip(run).map(|(slot, entry)| Entry::page(entry.name, slot)));
         }
         for entry in nodes {
-            let (_, _) = self.read_node_at(pack, file, u64::from(entry.at) * 8, &entry.name)?;
-            let mut bytes = vec![0; usize::from(entry.len)];
-            file.read_at(&mut bytes, u64::from(entry.at) * 8).map_err(Error::io("read", &pack.path))?;
-            let at = to.nodes_at() + to.add_node(&bytes);
-            copy.entries.push(Entry { at, ..entry });
+            let bytes = self.node_bytes(pack, file, entry)?;
+            copied.push(Entry { at: to.add_node(&bytes), ..*entry });
         }
-        Ok(copy)
+        Ok(Some(copied))
+    }
+
+    /// The bytes of a node, checked.
+    pub(crate) fn node_bytes(&self, pack: &Pack, file: &dyn DiskFile, entry: &Entry) -> Result<Vec<u8>> {
+        let layout = &pack.layout;
+        let offset = layout.node_offset.saturating_add(entry.at.node_offset().unwrap_or(u64::MAX));
+        let room = layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
+        let mut bytes = vec![0; room];
+        file.read_at(&mut bytes, offset).map_err(Error::io("read", &pack.path))?;
+        if let Ok((_, len)) = Node::decode(&bytes) {
+            bytes.truncate(len);
+            if entry.name.is_of(&self.names.node(&bytes)) {
+                return Ok(bytes);
+            }
+        }
+        Err(damaged(Kind::Node, entry.name.padded(), pack, Problem::Content))
     }
 
     /// Takes a retired pack out of the table and deletes its file.
@@ -208,19 +264,9 @@ fn not_rewritten(pack: &Pack, error: Error, done: &mut GcDone) -> Result<()> {
     if error.is_damage() || error.is_no_space() { Ok(()) } else { Err(error) }
 }
 
-/// What was copied out of a pack, and all that was in it.
-#[derive(Default)]
-struct Copy {
-    entries: Vec<Entry>,
-    old_pages: Vec<PageHash>,
-    old_nodes: Vec<PageHash>,
-}
-
-/// The same, durable.
+/// What was copied out of a pack, durable.
 struct Copied {
     path: std::path::PathBuf,
     layout: Layout,
     entries: Vec<Entry>,
-    old_pages: Vec<PageHash>,
-    old_nodes: Vec<PageHash>,
 }

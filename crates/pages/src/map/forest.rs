@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, Kind, Result};
-use crate::index::Place;
+use crate::pack::Place;
 use crate::store::Inner;
 use crate::{MapRoot, PageHash};
 
@@ -118,7 +118,7 @@ impl Forest {
 
     fn pages(&mut self, store: &Inner, names: &[PageHash], own: &mut Vec<Child>) {
         let mut places = vec![None; names.len()];
-        store.pages.lookup(names, |i, place| {
+        store.index.lookup_surely(names, |i, place, _| {
             if let Some(slot) = places.get_mut(i) {
                 *slot = Some(place);
             }

@@ -1,22 +1,28 @@
 //! Packs: files of pages and map nodes that are never changed once they are sealed (`docs/formats/pages.md`, "Packs").
 
+mod at;
 mod build;
 mod footer;
 mod frame;
+mod frames;
+mod image;
 mod open;
 mod table;
 
-pub(crate) use build::{Building, Slots, page_at};
+pub(crate) use at::{At, Place};
+pub(crate) use build::{Building, NewBody, Slots};
 pub(crate) use footer::{ENTRY, Entry, decode as decode_footer, encode as encode_footer};
-pub(crate) use frame::fit_checksums;
-pub(crate) use open::{Layout, Refused, read_footer, read_layout};
-pub(crate) use table::{Pack, Packs};
+pub(crate) use frame::{fit_checksums, seal, unseal};
+pub(crate) use frames::{FRAME_MAGIC, Frames, decode_frame};
+pub(crate) use image::Image;
+pub(crate) use open::{Body, Layout, Refused, read_footer, read_layout};
+pub(crate) use table::{Pack, Packs, View};
 
 #[cfg(test)]
 mod tests;
 
 /// Format version that this program writes, and the highest that it reads.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Bytes of the header; the first page follows it.
 pub(crate) const HEADER: u64 = 4096;
@@ -39,11 +45,4 @@ impl PackId {
     pub(crate) fn tmp_name(self) -> String {
         format!("{:016x}.tmp", self.0)
     }
-}
-
-/// Number of the page slot at a place; none if no page can lie there.
-pub(crate) fn slot(at: u32) -> Option<usize> {
-    const STEP: u32 = (crate::PAGE_SIZE / 8) as u32;
-    let behind = at.checked_sub((HEADER / 8) as u32)?;
-    behind.is_multiple_of(STEP).then_some((behind / STEP) as usize)
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use crate::disk::{Disk, DiskFile};
+use crate::index::Mapping;
 use crate::sync::lock;
 
 /// Syncs that are reported as done and not done, to see the checks fail.
@@ -56,6 +57,7 @@ struct Content {
     live: Vec<u8>,
     durable: Vec<u8>,
     pending: Vec<(usize, Vec<u8>)>,
+    changes: i128,
 }
 
 impl CrashDisk {
@@ -110,15 +112,33 @@ impl CrashDisk {
                     put(&mut durable, offset + i * 4096, part);
                 }
             }
-            files.insert(number, Content { live: durable.clone(), durable, pending: Vec::new() });
+            files.insert(number, Content { live: durable.clone(), durable, pending: Vec::new(), changes: 0 });
         }
         let state = State { names: names.clone(), durable_names: names, files, ..State::default() };
         Self(Arc::new(Mutex::new(state)))
     }
 
-    /// Paths of all files.
+    /// Paths of all files but those of the index.
     pub(crate) fn paths(&self) -> Vec<PathBuf> {
-        lock(&self.0).names.keys().cloned().collect()
+        lock(&self.0).names.keys().filter(|path| !path.starts_with("/index")).cloned().collect()
+    }
+
+    /// Paths of the files of the index.
+    pub(crate) fn index_paths(&self) -> Vec<PathBuf> {
+        let runs = |path: &&PathBuf| path.extension().is_some_and(|end| end == "run");
+        lock(&self.0).names.keys().filter(runs).cloned().collect()
+    }
+
+    /// Makes a file with this content, durably.
+    pub(crate) fn write(&self, path: &Path, bytes: &[u8]) {
+        let mut state = lock(&self.0);
+        let number = state.files.keys().max().map_or(0, |last| last + 1);
+        state.files.insert(
+            number,
+            Content { live: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new(), changes: 1 },
+        );
+        state.names.insert(path.to_owned(), number);
+        state.durable_names.insert(path.to_owned(), number);
     }
 
     pub(crate) fn bytes(&self, path: &Path) -> Vec<u8> {
@@ -130,9 +150,10 @@ impl CrashDisk {
     pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) {
         let mut state = lock(&self.0);
         let number = state.names[path];
-        state
-            .files
-            .insert(number, Content { live: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new() });
+        state.files.insert(
+            number,
+            Content { live: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new(), changes: -1 },
+        );
     }
 }
 
@@ -251,6 +272,7 @@ impl DiskFile for CrashFile {
             let bytes = parts.concat();
             let content = state.files.get_mut(&self.number).unwrap();
             put(&mut content.live, offset as usize, &bytes);
+            content.changes += 1;
             content.pending.push((offset as usize, bytes));
         })
     }
@@ -274,5 +296,13 @@ impl DiskFile for CrashFile {
 
     fn allocated(&self) -> io::Result<u64> {
         self.len()
+    }
+
+    fn modified(&self) -> io::Result<i128> {
+        Ok(lock(&self.disk.0).files[&self.number].changes)
+    }
+
+    fn map(&self) -> io::Result<Mapping> {
+        Ok(Mapping::Read(lock(&self.disk.0).files[&self.number].live.clone()))
     }
 }

@@ -11,7 +11,7 @@ const NUMBERS: [u64; 7] = [1, 2, 0, 3, 4, 1, 5];
 
 fn open(disk: &CrashDisk) -> Result<Store> {
     let key = GroupKey::from_bytes([4; 32]);
-    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/packs"), &key, SMALL, None)
+    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, SMALL, None)
 }
 
 fn take(store: &Store, numbers: &[u64]) -> MapRoot {
@@ -130,12 +130,12 @@ fn one_bad_pack_leaves_the_others_in_use() {
 fn a_later_format_is_refused_as_such() {
     let (disk, path, _) = one_pack();
     let mut bytes = disk.bytes(&path);
-    bytes[8] = 2;
+    bytes[8] = 3;
     let checksum = *blake3::hash(&bytes[..4064]).as_bytes();
     bytes[4064..4096].copy_from_slice(&checksum);
     disk.replace(&path, &bytes);
     let error = open(&disk).unwrap_err();
-    assert!(matches!(error, Error::NewerFormat { version: 2, .. }), "{error}");
+    assert!(matches!(error, Error::NewerFormat { version: 3, .. }), "{error}");
 }
 
 fn file_name(path: &Path) -> String {

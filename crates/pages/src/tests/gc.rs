@@ -11,7 +11,7 @@ use crate::*;
 fn store(limits: Limits) -> (CrashDisk, Store) {
     let disk = CrashDisk::default();
     let key = GroupKey::from_bytes([5; 32]);
-    let store = Store::open_on(Arc::new(disk.clone()), PathBuf::from("/packs"), &key, limits, None).unwrap();
+    let store = Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, limits, None).unwrap();
     (disk, store)
 }
 
@@ -130,7 +130,7 @@ fn a_hold_covers_the_time_from_commit_to_record() {
             // Recorded a moment too late for the collector's caller.
             recorded.push(root);
             drop(hold);
-            Ok::<_, Error>(seen)
+            Ok::<_, Error>(GcRequest { roots: seen, ..GcRequest::default() })
         })
         .unwrap();
     assert_eq!(plan.in_use, 1);
@@ -162,7 +162,7 @@ fn a_plan_ends_with_its_store() {
     let plan = store.plan_gc(&[]).unwrap();
     drop(store);
     let key = GroupKey::from_bytes([5; 32]);
-    let store = Store::open_on(Arc::new(disk), PathBuf::from("/packs"), &key, SMALL, None).unwrap();
+    let store = Store::open_on(Arc::new(disk), PathBuf::from("/"), &key, SMALL, None).unwrap();
     assert!(matches!(store.run_gc(&plan, &|_, _| true), Err(Error::StalePlan)));
 }
 
@@ -191,7 +191,8 @@ fn everything_at_once() {
         scope.spawn(|| {
             for _ in 0..60 {
                 let plan = store.plan_gc_with(|| {
-                    Ok::<_, Error>(kept.lock().unwrap().iter().map(|(root, _)| *root).collect())
+                    let roots = kept.lock().unwrap().iter().map(|(root, _)| *root).collect();
+                    Ok::<_, Error>(GcRequest { roots, ..GcRequest::default() })
                 });
                 // A root may be forgotten and collected by nobody else: planning never fails.
                 run(&store, &plan.unwrap());

@@ -4,7 +4,10 @@ mod basics;
 mod crash;
 mod crash_disk;
 mod damage;
+mod fixtures;
 mod gc;
+mod images;
+mod index;
 mod model;
 mod repair;
 

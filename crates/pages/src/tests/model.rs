@@ -55,7 +55,7 @@ struct World {
 
 fn open(disk: &CrashDisk) -> Store {
     let key = GroupKey::from_bytes([3; 32]);
-    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/packs"), &key, SMALL, None).unwrap()
+    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, SMALL, None).unwrap()
 }
 
 impl World {

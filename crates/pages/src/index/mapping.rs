@@ -1,0 +1,38 @@
+//! UNSAFETY: a file is mapped into memory, read-only. That is sound as long as nobody changes the file; see [`map`].
+#![expect(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+
+/// The bytes of a whole file.
+pub(crate) enum Mapping {
+    /// Mapped.
+    Mapped(memmap2::Mmap),
+    /// Read; what a disk in a test has.
+    Read(Vec<u8>),
+}
+
+impl Deref for Mapping {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(bytes) => bytes,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// Maps a file of the index, which lies in a folder that this process holds the lock of.
+///
+/// # Errors
+/// The system refuses; an empty file.
+pub(crate) fn map(file: &File) -> io::Result<Mapping> {
+    // SAFETY: memmap2 asks that nobody changes or cuts the file while it is mapped. A run of the index is written once, synced, and
+    // never opened for writing again; its name is given to no other content; the folder has the mode 0700 and is locked by this
+    // process. Someone who cuts the file all the same, or a disk that cannot be read, ends this process by SIGBUS, as memmap2 says:
+    // bytes that were read are never anything but bytes. The next start then reads the whole index before it maps it (`runs.rs`).
+    let bytes = unsafe { memmap2::Mmap::map(file) }?;
+    Ok(Mapping::Mapped(bytes))
+}
