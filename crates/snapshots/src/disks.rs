@@ -36,7 +36,7 @@ pub(crate) struct NewOverlay {
 impl Engine {
     /// A layer's file.
     pub(crate) fn layer_file(&self, row: &LayerRow) -> PathBuf {
-        self.layers_folder().join(&row.file)
+        self.layers_folder(&row.group).join(&row.file)
     }
 
     /// What QEMU is told of a machine's disks.
@@ -256,9 +256,9 @@ impl Engine {
         Ok(found)
     }
 
-    /// True if the layers' file system takes reads and writes past the page cache.
-    pub(crate) fn direct_io(&self) -> bool {
-        let path = self.layers_folder().join(format!(".direct-{}", new_id()));
+    /// True if the file system of a group's layers takes reads and writes past the page cache.
+    pub(crate) fn direct_io(&self, group: &str) -> bool {
+        let path = self.layers_folder(group).join(format!(".direct-{}", new_id()));
         let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT;
         let opened = rustix::fs::open(&path, flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR);
         let _ = fs::remove_file(&path);

@@ -123,7 +123,7 @@ impl Engine {
             cards: cards.map(|(i, mac)| Card { id: format!("net{i}"), mac: mac.clone() }).collect(),
             kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
             only_migratable: config.memory_snapshots,
-            direct: self.direct_io(),
+            direct: self.direct_io(&target.group),
             incoming: begin == Begin::Incoming,
             stopped: begin != Begin::Boot,
             extra: config.qemu_args.clone(),

@@ -5,6 +5,7 @@
 
 mod clock;
 mod damaged;
+mod groups;
 mod journal;
 mod layers;
 mod reserve;
@@ -25,6 +26,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 
 pub(crate) use clock::last_jump;
+pub(crate) use groups::{DEFAULT_GROUP, GroupRow, no_group};
 pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};

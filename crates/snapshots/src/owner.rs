@@ -1,0 +1,185 @@
+//! Who owns what: groups belong to users. As root, QEMU runs as the owner of its machine's group, and finds what it needs.
+//!
+//! Folders that we write to stay ours, whoever's group it is: in a folder of his own a user could put a link in a file's place, and
+//! root would follow it. He is let through, no more (0711), to the files that are his (0600).
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::process::geteuid;
+
+use crate::error::{Code, Error, Result};
+
+/// The group of users that belong to none.
+const NO_GROUP: u32 = 65_534;
+
+/// A user of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// Name, if the host knows one.
+    pub(crate) name: Option<String>,
+}
+
+impl User {
+    /// By name or number.
+    pub(crate) fn find(text: &str) -> Result<Self> {
+        let number = text.parse::<u32>().ok().filter(|uid| *uid != u32::MAX);
+        match (known(text), number) {
+            (Some(user), _) => Ok(user),
+            (None, Some(uid)) => Ok(Self { uid, gid: NO_GROUP, name: None }),
+            (None, None) => Err(Error::new(Code::NotFound, format!("there is no user called {text:?}"))
+                .hint("write the name of a user of this host, or a user id")),
+        }
+    }
+
+    /// Whoever has this id.
+    pub(crate) fn by_id(uid: u32) -> Self {
+        known(&uid.to_string()).unwrap_or(Self { uid, gid: NO_GROUP, name: None })
+    }
+
+    /// The owner of a group, if we can and have to act as somebody else for him.
+    pub(crate) fn other_than_us(uid: u32) -> Option<Self> {
+        let us = geteuid();
+        (us.is_root() && us.as_raw() != uid).then(|| Self::by_id(uid))
+    }
+
+    /// The name, or the number.
+    pub(crate) fn label(&self) -> String {
+        self.name.clone().unwrap_or_else(|| format!("user {}", self.uid))
+    }
+
+    /// Gives him a file, for himself alone. A link is not followed.
+    pub(crate) fn owns(&self, path: &Path) -> Result<()> {
+        lchown(path, Some(self.uid), Some(self.gid)).map_err(|error| {
+            Error::new(Code::NotPermitted, format!("{} cannot be given to {}", path.display(), self.label()))
+                .because(error)
+        })
+    }
+
+    /// Lets him, as everybody, through a folder to files whose names he knows.
+    pub(crate) fn gets_through(&self, folder: &Path) -> Result<()> {
+        set_mode(folder, 0o711)
+    }
+
+    /// The group that its processes have, with no other beside it: the one of a device that they need, if not all may use that.
+    pub(crate) fn gid_with(&self, device: Option<&Path>) -> u32 {
+        let meta = device.and_then(|device| fs::metadata(device).ok());
+        meta.filter(|meta| meta.mode() & 0o066 == 0o060).map_or(self.gid, |meta| meta.gid())
+    }
+
+    /// True if he may: the system is asked, as he, with no groups but his own.
+    pub(crate) fn may(&self, what: May, path: &Path) -> bool {
+        let flag = match what {
+            May::Read => "-r",
+            May::Pass => "-x",
+        };
+        let mut command = Command::new("test");
+        command.arg(flag).arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // With a user id std gives up all other groups.
+        command.current_dir("/").gid(self.gid).uid(self.uid);
+        command.status().is_ok_and(|status| status.success())
+    }
+}
+
+/// What a user may do with a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum May {
+    /// Read a file.
+    Read,
+    /// Pass through a folder.
+    Pass,
+}
+
+/// The host's entry of a user, by name or number.
+fn known(key: &str) -> Option<User> {
+    let file = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let found = file.lines().filter_map(entry).find(|user| is_named(user, key));
+    // Users that a directory service knows.
+    found.or_else(|| {
+        if key.starts_with('-') {
+            return None;
+        }
+        let output = Command::new("getent").args(["passwd", key]).stdin(Stdio::null()).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        text.lines().next().and_then(entry).filter(|user| is_named(user, key))
+    })
+}
+
+fn is_named(user: &User, key: &str) -> bool {
+    user.name.as_deref() == Some(key) || user.uid.to_string() == key
+}
+
+/// A line of `passwd`.
+fn entry(line: &str) -> Option<User> {
+    let mut fields = line.split(':');
+    let name = fields.next()?;
+    let mut number = |skip| fields.nth(skip)?.parse().ok();
+    let (uid, gid) = (number(1)?, number(0)?);
+    Some(User { uid, gid, name: Some(name.to_owned()) })
+}
+
+/// Makes a folder that others must not look into.
+pub(crate) fn make_folder(path: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| {
+        Error::new(Code::NotPermitted, format!("the folder {} cannot be made", path.display()))
+            .because(error)
+            .hint("choose another state folder with --state or SPINNEY_STATE")
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    // It may have been there with wider rights: the key and the machines' memory lie in it. To pass through shows nothing, and a
+    // QEMU that runs as somebody else may need it.
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o066 != 0 {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Lets owners of groups through the state folder to what is theirs. What lies in it by a name that everybody knows is closed first.
+pub(crate) fn let_owners_through(state: &Path) -> Result<()> {
+    let entries = fs::read_dir(state).map_err(|error| {
+        Error::new(Code::Failed, format!("{} cannot be read", state.display())).because(error)
+    })?;
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| !kind.is_dir() && !kind.is_symlink()) {
+            set_mode(&entry.path(), 0o600)?;
+        }
+    }
+    [state, &state.join("run"), &state.join("groups")]
+        .into_iter()
+        .try_for_each(|folder| set_mode(folder, 0o711))
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|error| {
+        Error::new(Code::NotPermitted, format!("the rights of {} cannot be set", path.display()))
+            .because(error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_known_by_name_and_number() {
+        let root = User { uid: 0, gid: 0, name: Some("root".into()) };
+        assert_eq!(User::find("root").unwrap(), root);
+        assert_eq!(User::find("0").unwrap(), root);
+        let other = User::find("3999999999").unwrap();
+        assert_eq!(
+            (other.uid, other.gid, other.label().as_str()),
+            (3_999_999_999, NO_GROUP, "user 3999999999")
+        );
+        for nobody in ["no-such-user-here", "", "-r", "4294967295", "99999999999"] {
+            assert_eq!(User::find(nobody).unwrap_err().code(), Code::NotFound, "{nobody}");
+        }
+        assert_eq!(entry("a:x:1:2::/:/bin/sh"), Some(User { uid: 1, gid: 2, name: Some("a".into()) }));
+        assert!(entry("a:x:one:2").is_none() && entry("").is_none());
+    }
+}
