@@ -81,13 +81,18 @@ impl OpenGroup {
         User::other_than_us(self.row.owner)
     }
 
+    /// Gives the owner a file that his QEMU writes to.
+    pub(crate) fn gives(&self, file: &Path) -> Result<()> {
+        self.runs_as().map_or(Ok(()), |owner| owner.owns_alone(file))
+    }
+
     /// The key is its owner's; what only passes by gets no further than to what is his.
     fn give_to_owner(&self) -> Result<()> {
         let Some(owner) = self.runs_as() else { return Ok(()) };
         owner.gets_through(&self.folder)?;
         owner.gets_through(&self.layers_folder())?;
         owner.gets_through(&self.folder.join("pages"))?;
-        owner.owns(&self.folder.join("pages/key"))
+        owner.owns_alone(&self.folder.join("pages/key"))
     }
 }
 

@@ -11,7 +11,10 @@ use std::process::{Command, Stdio};
 
 use rustix::process::geteuid;
 
+use crate::config::{DiskSource, MachineConfig};
+use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::groups::OpenGroup;
 
 /// The group of users that belong to none.
 const NO_GROUP: u32 = 65_534;
@@ -53,7 +56,13 @@ impl User {
         self.name.clone().unwrap_or_else(|| format!("user {}", self.uid))
     }
 
-    /// Gives him a file, for himself alone. A link is not followed.
+    /// Gives him a file for himself alone.
+    pub(crate) fn owns_alone(&self, file: &Path) -> Result<()> {
+        set_mode(file, 0o600)?;
+        self.owns(file)
+    }
+
+    /// Gives him a file or folder. A link is not followed.
     pub(crate) fn owns(&self, path: &Path) -> Result<()> {
         lchown(path, Some(self.uid), Some(self.gid)).map_err(|error| {
             Error::new(Code::NotPermitted, format!("{} cannot be given to {}", path.display(), self.label()))
@@ -83,6 +92,35 @@ impl User {
         // With a user id std gives up all other groups.
         command.current_dir("/").gid(self.gid).uid(self.uid);
         command.status().is_ok_and(|status| status.success())
+    }
+}
+
+impl Engine {
+    /// Sees to it that whoever QEMU will run as in this group can read the files of a machine that are the user's own.
+    pub(crate) fn check_readable_by_owner(&self, group: &OpenGroup, config: &MachineConfig) -> Result<()> {
+        let Some(owner) = group.runs_as() else { return Ok(()) };
+        let disks = config.disks.iter().filter_map(|disk| match &disk.source {
+            DiskSource::File(path) => Some(("disk", path)),
+            DiskSource::Size(_) => None,
+        });
+        let others = [
+            ("disc", config.cdrom.as_ref().and_then(|drive| drive.image.as_ref())),
+            ("kernel", config.kernel.as_ref()),
+            ("initrd", config.initrd.as_ref()),
+        ];
+        let others = others.into_iter().filter_map(|(what, path)| Some((what, path?)));
+        for (what, path) in disks.chain(others) {
+            // One that is not there is another error, and somebody else's.
+            if path.exists() && !owner.may(May::Read, path) {
+                let who = owner.label();
+                return Err(Error::new(Code::NotPermitted, format!("{who} cannot read the {what} {}", path.display()))
+                    .because(format!("machines of the group {} run as {who}", group.row.name))
+                    .hint(format!(
+                        "let {who} read it (chmod o+r, and o+x for the folders above), or move it to where {who} can"
+                    )));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -41,12 +41,6 @@ impl GroupRow {
         Ok(rows)
     }
 
-    /// The group of that name.
-    pub(crate) fn by_name(tx: &Transaction<'_>, name: &str) -> Result<Self> {
-        let found = one(tx.query_row("SELECT * FROM groups WHERE name = ?1", [name], Self::from_row))?;
-        found.ok_or_else(|| no_group(name))
-    }
-
     /// The group of that id.
     pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
         let found = one(tx.query_row("SELECT * FROM groups WHERE id = ?1", [id], Self::from_row))?;

@@ -152,6 +152,10 @@ impl Catalog {
         if version != VERSION {
             return Err(damaged(&self.path).because(format!("its version is {version}")));
         }
+        // Empty and ours alone: others may be let through the folder.
+        let mut options = std::fs::File::options();
+        std::os::unix::fs::OpenOptionsExt::mode(options.write(true).create_new(true), 0o600);
+        options.open(half).map_err(io)?;
         reader.execute("VACUUM INTO ?1", [half.to_string_lossy()])?;
         // Whoever opens it in place of the catalog must know that it is older than what lies on the disk.
         let marked = Connection::open(half)?;
