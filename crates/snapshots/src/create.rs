@@ -36,6 +36,7 @@ impl Engine {
         if let Some(image) = config.cdrom.as_mut().and_then(|drive| drive.image.as_mut()) {
             *image = existing_file("disc", image)?;
         }
+        self.check_readable_by_owner(&group, &config)?;
         let Tools { qemu, .. } = self.tools()?;
         if self.catalog.read(|tx| TargetRow::name_taken(tx, name))? {
             return Err(name_taken(name));

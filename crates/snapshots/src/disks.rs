@@ -209,12 +209,11 @@ impl Engine {
             } else {
                 PathBuf::from(&new.below.file)
             };
-            img.create(&self.layer_file(&new.row), new.row.size, Some((&backing, &new.below.format)))
+            let file = self.layer_file(&new.row);
+            img.create(&file, new.row.size, Some((&backing, &new.below.format)))?;
+            self.groups.by_id(&new.row.group)?.gives(&file)
         });
-        made.map_err(|error| {
-            self.remove_overlays(overlays);
-            Error::from(error)
-        })?;
+        made.inspect_err(|_: &Error| self.remove_overlays(overlays))?;
         if planted(Fault::OverlayUnsynced) {
             overlays.iter().for_each(|new| rewrite_unsynced(&self.layer_file(&new.row)));
         }

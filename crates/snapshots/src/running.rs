@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qemu::accel::Accel;
 use qemu::command::{BootFirst, Card, CdDrive, Disk, MachineSpec, RunFolder, UEFI_DISK, Uefi};
 use qemu::process::Process;
 use qemu::qmp::{Qmp, QmpError};
@@ -23,6 +24,8 @@ use crate::types::Power;
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long looking at a machine may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// What hardware acceleration needs.
+const KVM: &str = "/dev/kvm";
 /// Longest path of a Unix socket.
 const SOCKET_PATH_LIMIT: usize = 107;
 
@@ -93,6 +96,9 @@ impl Engine {
         begin: Begin,
     ) -> Result<Running> {
         let Tools { qemu, accel, .. } = self.tools()?;
+        let group = self.group_of(target)?;
+        self.check_readable_by_owner(&group, config)?;
+        let user = group.runs_as();
         let cdrom = cd_spec(&target.name, config)?;
         let uefi = uefi_spec(config, &mut disks)?;
         // They boot in the order of the settings, in which one that was added comes last.
@@ -129,11 +135,16 @@ impl Engine {
             extra: config.qemu_args.clone(),
         };
         let args = spec.arguments(&run);
-        let process = Process::spawn(&qemu.path, &args, &run.log()).map_err(|error| {
-            let _ = fs::remove_dir_all(&run.0);
-            Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
-                .because(error)
-        })?;
+        let kvm = Path::new(KVM);
+        let ids = user.as_ref().map(|user| (user.uid, user.gid_with((accel == Accel::Kvm).then_some(kvm))));
+        let given = user.as_ref().map_or(Ok(()), |user| user.owns(&run.0));
+        let process = given.and_then(|()| {
+            Process::spawn_as(ids, &qemu.path, &args, &run.log()).map_err(|error| {
+                Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
+                    .because(error)
+            })
+        });
+        let process = process.inspect_err(|_| drop(fs::remove_dir_all(&run.0)))?;
         let row = ProcessRow {
             id: process.id(),
             run: name,
