@@ -31,7 +31,7 @@ Examples:
   spinney create new --disk 20G --cdrom debian.iso --boot cd --display vnc
   spinney create tiny --kernel vmlinuz --initrd initrd.img --append console=ttyS0 --network none
   spinney create web --disk debian.qcow2 --qemu-arg=-device --qemu-arg=virtio-rng-pci
-  spinney create db --group work --disk debian.qcow2            shares nothing with machines of other groups
+  spinney create db --group work --disk debian.qcow2            shares nothing with other groups
   spinney create --file machine.toml
 
 machine.toml:
@@ -41,7 +41,8 @@ machine.toml:
   disks = [\"debian.qcow2\", \"20G\"]        # relative to this file
   networks = [\"user\"]
   forwards = [\"2222:22\"]
-  # cdrom = \"debian.iso\", boot = \"cd\", firmware = \"uefi\", display = \"vnc\", autostart = true, group = \"work\"
+  # cdrom = \"debian.iso\", boot = \"cd\", firmware = \"uefi\", display = \"vnc\", autostart = true
+  # group = \"work\"
   # kernel, initrd, append, memory_snapshots = false, qemu_args = [\"-device\", \"virtio-rng-pci\"]")]
 pub(crate) struct Args {
     /// Name of the machine
