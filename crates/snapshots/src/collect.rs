@@ -75,18 +75,8 @@ impl Engine {
         let mut report = GcReport { dry_run, ..GcReport::default() };
         if dry_run {
             for group in self.groups.all() {
-                let part = match group.store() {
-                    Ok(store) => {
-                        let before = self.undo_border(&group, now)?;
-                        let plan =
-                            self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
-                        let pages = store.plan_gc(&plan.roots)?;
-                        let packs = pages.delete.len() + pages.rewrite.len();
-                        self.report(&group, &plan, packs, pages.freed_bytes)
-                    }
-                    Err(error) => left_alone(&group, &error),
-                };
-                report.add(part);
+                let planned = group.store().and_then(|store| self.plan_group(now, &group, store));
+                report.add(planned.unwrap_or_else(|error| left_alone(&group, &error)));
             }
             return Ok(report);
         }
@@ -94,11 +84,14 @@ impl Engine {
             let _alone = self.housekeep(cx)?;
             let (mut no_room, mut failed) = (0, None);
             for group in self.groups.all() {
-                let part = match group.store() {
-                    Ok(store) => self.gc_group(cx, now, &group, store, &mut no_room),
-                    Err(error) => Ok(left_alone(&group, &error)),
+                let store = match group.store() {
+                    Ok(store) => store,
+                    Err(error) => {
+                        report.add(left_alone(&group, &error));
+                        continue;
+                    }
                 };
-                match part {
+                match self.gc_group(cx, now, &group, store, &mut no_room) {
                     Ok(part) => report.add(part),
                     Err(error) if error.code() == Code::Interrupted => return Err(error),
                     // Others are not to wait for what this group lacks.
@@ -124,7 +117,15 @@ impl Engine {
         })
     }
 
-    /// One group of them.
+    /// What would happen in one group.
+    fn plan_group(&self, now: bool, group: &OpenGroup, store: &Store) -> Result<Part> {
+        let before = self.undo_border(group, now)?;
+        let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
+        let pages = store.plan_gc(&plan.roots)?;
+        Ok(self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes))
+    }
+
+    /// What happens in one group.
     fn gc_group(
         &self,
         cx: &Context,

@@ -4,11 +4,13 @@
 //! root would follow it. He is let through, no more (0711), to the files that are his (0600).
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::geteuid;
 
 use crate::config::{DiskSource, MachineConfig};
@@ -75,10 +77,21 @@ impl User {
         set_mode(folder, 0o711)
     }
 
-    /// The group that its processes have, with no other beside it: the one of a device that they need, if not all may use that.
-    pub(crate) fn gid_with(&self, device: Option<&Path>) -> u32 {
-        let meta = device.and_then(|device| fs::metadata(device).ok());
-        meta.filter(|meta| meta.mode() & 0o066 == 0o060).map_or(self.gid, |meta| meta.gid())
+    /// The ids that a QEMU of his gets, with no other group beside. Where it needs a device that a group may use, it is in that one.
+    ///
+    /// # Errors
+    /// He may not use the device.
+    pub(crate) fn ids(&self, device: Option<&Path>) -> Result<(u32, u32)> {
+        let Some(device) = device else { return Ok((self.uid, self.gid)) };
+        let owner = fs::metadata(device).ok().filter(|meta| meta.mode() & 0o066 == 0o060);
+        let gid = owner.map_or(self.gid, |meta| meta.gid());
+        if (Self { gid, ..self.clone() }).may(May::Read, device) {
+            return Ok((self.uid, gid));
+        }
+        let (who, device) = (self.label(), device.display());
+        Err(Error::new(Code::Precondition, format!("{who} may not use {device}")).hint(format!(
+            "let them (chmod 666 {device}, or a group that may), or set SPINNEY_ACCEL=tcg, which is slower"
+        )))
     }
 
     /// True if he may: the system is asked, as he, with no groups but his own.
@@ -161,6 +174,15 @@ fn entry(line: &str) -> Option<User> {
     Some(User { uid, gid, name: Some(name.to_owned()) })
 }
 
+/// What a file holds that a QEMU may have written, as whoever it runs as: nothing if it is not there, or is a link.
+pub(crate) fn read_of_others(path: &Path) -> Vec<u8> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut bytes = Vec::new();
+    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+    let _ = opened.and_then(|file| fs::File::from(file).read_to_end(&mut bytes));
+    bytes
+}
+
 /// Makes a folder that others must not look into.
 pub(crate) fn make_folder(path: &Path) -> Result<()> {
     let failed = |error: std::io::Error| {
@@ -183,14 +205,15 @@ pub(crate) fn let_owners_through(state: &Path) -> Result<()> {
     let entries = fs::read_dir(state).map_err(|error| {
         Error::new(Code::Failed, format!("{} cannot be read", state.display())).because(error)
     })?;
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| !kind.is_dir() && !kind.is_symlink()) {
-            set_mode(&entry.path(), 0o600)?;
+    let passages = [state.to_owned(), state.join("run"), state.join("groups")];
+    for entry in entries.flatten().filter(|entry| !passages.contains(&entry.path())) {
+        match entry.file_type() {
+            Ok(kind) if kind.is_symlink() => {}
+            Ok(kind) if kind.is_dir() => set_mode(&entry.path(), 0o700)?,
+            _ => set_mode(&entry.path(), 0o600)?,
         }
     }
-    [state, &state.join("run"), &state.join("groups")]
-        .into_iter()
-        .try_for_each(|folder| set_mode(folder, 0o711))
+    passages.iter().try_for_each(|folder| set_mode(folder, 0o711))
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
@@ -214,10 +237,16 @@ mod tests {
             (other.uid, other.gid, other.label().as_str()),
             (3_999_999_999, NO_GROUP, "user 3999999999")
         );
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        fs::write(&file, "words").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!((read_of_others(&file), read_of_others(&link)), (b"words".to_vec(), Vec::new()));
         for nobody in ["no-such-user-here", "", "-r", "4294967295", "99999999999"] {
             assert_eq!(User::find(nobody).unwrap_err().code(), Code::NotFound, "{nobody}");
         }
         assert_eq!(entry("a:x:1:2::/:/bin/sh"), Some(User { uid: 1, gid: 2, name: Some("a".into()) }));
+        assert_eq!(root.ids(None).unwrap(), (0, 0));
         assert!(entry("a:x:one:2").is_none() && entry("").is_none());
     }
 }

@@ -28,6 +28,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::let_go::free_guest;
+use crate::owner::{make_folder, read_of_others};
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
 use crate::types::{OpState, Power};
@@ -238,8 +239,8 @@ impl Engine {
     /// started and never written down.
     fn end_unrecorded(&self, targets: &[TargetRow]) {
         for run in self.unrecorded_runs(targets) {
-            let pid =
-                fs::read_to_string(run.join("pid")).ok().and_then(|text| text.trim().parse::<u32>().ok());
+            let pid = String::from_utf8(read_of_others(&run.join("pid"))).ok();
+            let pid = pid.and_then(|text| text.trim().parse::<u32>().ok());
             let Some(pid) = pid else { continue };
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let folder = run.as_os_str().as_encoded_bytes();
@@ -290,9 +291,7 @@ fn clear(folder: &Path, known: &dyn Fn(&str) -> bool, lost: Option<&Path>) -> Re
     let failed = |path: &Path, what: &str, error: std::io::Error| {
         Error::new(Code::Failed, format!("{} cannot be {what}", path.display())).because(error)
     };
-    if let Some(lost) = lost {
-        fs::create_dir_all(lost).map_err(|error| failed(lost, "made", error))?;
-    }
+    lost.map_or(Ok(()), make_folder)?;
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_name().to_str().is_some_and(known) {
             continue;

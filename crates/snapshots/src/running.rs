@@ -18,6 +18,7 @@ use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_uuid};
 use crate::new_disks::uefi_files;
+use crate::owner::read_of_others;
 use crate::types::Power;
 
 /// How long QEMU may take until its monitor answers.
@@ -99,6 +100,8 @@ impl Engine {
         let group = self.group_of(target)?;
         self.check_readable_by_owner(&group, config)?;
         let user = group.runs_as();
+        let device = (accel == Accel::Kvm).then_some(Path::new(KVM));
+        let ids = user.as_ref().map(|user| user.ids(device)).transpose()?;
         let cdrom = cd_spec(&target.name, config)?;
         let uefi = uefi_spec(config, &mut disks)?;
         // They boot in the order of the settings, in which one that was added comes last.
@@ -135,8 +138,6 @@ impl Engine {
             extra: config.qemu_args.clone(),
         };
         let args = spec.arguments(&run);
-        let kvm = Path::new(KVM);
-        let ids = user.as_ref().map(|user| (user.uid, user.gid_with((accel == Accel::Kvm).then_some(kvm))));
         let given = user.as_ref().map_or(Ok(()), |user| user.owns(&run.0));
         let process = given.and_then(|()| {
             Process::spawn_as(ids, &qemu.path, &args, &run.log()).map_err(|error| {
@@ -332,7 +333,7 @@ fn wait_for_monitor(process: &Process, run: &RunFolder) -> Result<Qmp, QmpError>
 
 /// The last lines that QEMU wrote.
 pub(crate) fn log_tail(run: &RunFolder) -> String {
-    let text = fs::read(run.log()).unwrap_or_default();
+    let text = read_of_others(&run.log());
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let last = lines.iter().rev().take(3).rev().copied().collect::<Vec<_>>();
