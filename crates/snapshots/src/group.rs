@@ -7,11 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use rusqlite::Transaction;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::catalog::{GroupRow, OpRow, TargetRow, now};
+use crate::catalog::{Act, GroupRow, OpRow, TargetRow, now};
 use crate::context::Context;
 use crate::disks::allocated;
 use crate::engine::Engine;
@@ -60,6 +61,8 @@ pub struct GroupRemovePlan {
     pub group: String,
     /// Bytes of pages and layers that go with it, at once.
     pub bytes: u64,
+    /// Operations that can no longer be undone afterwards ("edit web").
+    pub ends_undo_of: Vec<String>,
     /// True if a terminal should be asked first.
     pub needs_confirmation: bool,
 }
@@ -149,10 +152,17 @@ impl Engine {
     /// What [`Engine::rm_group`] would take away; fails if it would be refused.
     pub fn rm_group_plan(&self, name: &str) -> Result<GroupRemovePlan> {
         let group = self.groups.by_name(name)?;
-        let targets = self.catalog.read(|tx| TargetRow::of_group(tx, &group.row.id))?;
+        let id = &group.row.id;
+        let (targets, ended) =
+            self.catalog.read(|tx| Ok((TargetRow::of_group(tx, id)?, ended_by(tx, id)?)))?;
         check_unused(&group.row, &targets)?;
         let bytes = stored_bytes(&group);
-        Ok(GroupRemovePlan { group: group.row.name.clone(), bytes, needs_confirmation: bytes > 0 })
+        Ok(GroupRemovePlan {
+            group: group.row.name.clone(),
+            bytes,
+            ends_undo_of: ended.iter().map(OpRow::title).collect(),
+            needs_confirmation: bytes > 0,
+        })
     }
 
     /// Removes a group to which nothing belongs any more, with all that is stored in it. Cannot be undone.
@@ -166,6 +176,7 @@ impl Engine {
             cx.check()?;
             self.catalog.write(|tx| {
                 check_unused(&group.row, &TargetRow::of_group(tx, &group.row.id)?)?;
+                ended_by(tx, &group.row.id)?.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))?;
                 GroupRow::purge(tx, &group.row.id)?;
                 OpRow::finish(tx, &cx.id, None)
             })?;
@@ -183,6 +194,16 @@ impl Engine {
 fn name_taken(name: &str) -> Error {
     Error::new(Code::Refused, format!("there already is a group called {name}"))
         .hint("choose another name; `spinney group ls` lists the groups")
+}
+
+/// Operations that are undone by a copy back into this group.
+fn ended_by(tx: &Transaction<'_>, group: &str) -> Result<Vec<OpRow>> {
+    let mut ops = OpRow::undoable(tx)?;
+    ops.retain(|op| {
+        let act = op.undo.as_ref().map(|inverse| &inverse.act);
+        matches!(act, Some(Act::Regroup { group: back, .. }) if back == group)
+    });
+    Ok(ops)
 }
 
 /// Refuses to remove what somebody needs.

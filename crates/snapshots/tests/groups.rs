@@ -155,8 +155,9 @@ fn a_machine_is_copied_with_its_snapshots_and_undo_copies_it_back() {
     assert_eq!(lab.engine().machine("m").unwrap().group, "work");
     lab.engine().edit(&cx(), "m", to_group("default")).unwrap();
     lab.engine().gc(&cx(), true, false).unwrap();
-    lab.engine().rm_group(&cx(), "work").unwrap();
-    assert_eq!(lab.code(lab.engine().undo(&cx(), None)), Code::NotFound);
+    let gone = lab.engine().rm_group(&cx(), "work").unwrap();
+    assert_eq!(gone.ends_undo_of, ["edit m"]);
+    assert_eq!(lab.code(lab.engine().undo(&cx(), None)), Code::Refused);
     lab.is_whole();
 }
 

@@ -4,7 +4,8 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vm_tests::guest::{Guest, Mix};
@@ -120,7 +121,7 @@ fn equal_pages_of_two_groups_are_stored_twice_and_say_nothing_of_each_other() {
 
 #[test]
 fn a_machine_that_was_copied_to_another_group_has_its_memory() {
-    let spinney = Spinney::new();
+    let mut spinney = Spinney::new();
     spinney.ok("group create work").unwrap();
     spinney.create_guest_in(None, "m", MIB, &cache().join("guest")).unwrap();
     spinney.ok("start m").unwrap();
@@ -138,6 +139,28 @@ fn a_machine_that_was_copied_to_another_group_has_its_memory() {
     spinney.ok("suspend m").unwrap();
     let before = space(&spinney, "default");
     assert_eq!(number(&space(&spinney, "work")["store_bytes"]), 0);
+
+    // Called off in the middle it has not happened.
+    let marker = spinney.folder().join("marker");
+    spinney.set("SPINNEY_CRASH", &format!("regroup.layer wait {}", marker.display()));
+    spinney.ok("serve --stop").unwrap();
+    let command = spinney.under_way("edit m --group work");
+    let deadline = Instant::now() + SOON;
+    while !marker.exists() {
+        assert!(Instant::now() < deadline, "the step was not reached");
+        thread::sleep(Duration::from_millis(5));
+    }
+    command.interrupt();
+    // Until the daemon has heard it.
+    thread::sleep(Duration::from_millis(300));
+    fs::remove_file(&marker).unwrap();
+    let ended = command.end();
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    assert_eq!(spinney.ok("show m").unwrap()["group"], "default");
+    assert_eq!(fs::read_dir(folder(&spinney, "work").join("layers")).unwrap().count(), 0);
+    spinney.ok("gc").unwrap();
+    assert_eq!(number(&space(&spinney, "work")["store_bytes"]), 0, "its pages are garbage");
+    is_whole(&spinney);
 
     spinney.ok("edit m --group work").unwrap();
     let shown = spinney.ok("show m").unwrap();

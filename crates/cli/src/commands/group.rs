@@ -134,10 +134,11 @@ fn rm(session: &Session, name: &str, yes: bool) -> Result<(), Problem> {
     let client = session.client()?;
     let plan: GroupRemovePlan = client.ask(Method::DELETE, &format!("{place}?dry_run=true"), None::<&()>)?;
     if plan.needs_confirmation {
-        let goes = [
+        let mut goes = vec![
             format!("goes: the group {}", plan.group),
             format!("{} that are stored in it go at once, and nothing takes that back", bytes(plan.bytes)),
         ];
+        goes.extend(plan.ends_undo_of.iter().map(|operation| format!("no longer to be undone: {operation}")));
         session.confirm(&goes, "Remove?", yes)?;
     }
     let done: GroupRemovePlan = session.operate(&client, Method::DELETE, &place, None::<&()>)?;
@@ -148,6 +149,9 @@ fn rm(session: &Session, name: &str, yes: bool) -> Result<(), Problem> {
             0 => format!("removed the group {}: nothing was stored in it", done.group),
             freed => format!("removed the group {}: {} freed", done.group, bytes(freed)),
         });
+        for operation in &done.ends_undo_of {
+            session.out.line(format_args!("no longer to be undone: {operation}"));
+        }
     }
     Ok(())
 }
