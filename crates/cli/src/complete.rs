@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use clap_complete::CompletionCandidate;
 use server::client::{Client, path};
-use server::snapshots::{Machine, Tree};
+use server::snapshots::{Group, Machine, Tree};
 
 use crate::config::Config;
 use crate::output::{cut, plain};
@@ -31,6 +31,15 @@ pub(crate) fn snapshots(current: &OsStr) -> Vec<CompletionCandidate> {
     candidates(current, |client, current| match current.split_once('@') {
         Some((target, start)) => of_target(client, target, start),
         None => machines(client, current, &["@"]),
+    })
+}
+
+/// Names of groups.
+pub(crate) fn groups(current: &OsStr) -> Vec<CompletionCandidate> {
+    candidates(current, |client, start| {
+        let groups: Vec<Group> = client.get("/v1/groups").unwrap_or_default();
+        let names = groups.into_iter().map(|group| group.name).filter(|name| name.starts_with(start));
+        names.map(CompletionCandidate::new).collect()
     })
 }
 

@@ -176,3 +176,74 @@ fn completion_knows_verbs_without_starting_a_daemon() {
     assert!(output.status.success());
     assert!(!place.state().join("daemon.log").exists());
 }
+
+#[test]
+fn groups_are_made_shown_and_removed() {
+    let place = Place::new();
+    let owner = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
+    let mut shown = String::new();
+    for line in [
+        "group create work",
+        "group create work",
+        "group create a/b",
+        "group create more --owner no-such-user",
+        "group show nope",
+        "create m --group nope",
+        "create m --group work --memory 64M --network none --disk 1M",
+        "ls",
+        "group rm work",
+        "edit m --group work",
+        "edit m@x --group work",
+        "edit m --group nope",
+        "edit m --group default",
+        "ls",
+        "undo",
+        "edit m --group default",
+        "group rm work",
+        "group rm default --yes",
+        "fsck",
+    ] {
+        shown.push_str(&format!("$ spinney {line}\n{}\n", place.shown(line).replace(owner.trim(), "$USER")));
+    }
+    let log = String::from_utf8(place.run("op log").stdout).unwrap();
+    for id in log.lines().skip(1).filter_map(|line| line.split(' ').next()) {
+        shown = shown.replace(id, "$ID");
+    }
+    insta::assert_snapshot!(shown);
+    let removed = place.run("group rm work --yes");
+    assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+    let rows = String::from_utf8(place.run("group ls").stdout).unwrap();
+    assert_eq!(rows.lines().count(), 2, "{rows}");
+}
+
+/// Whoever is not root can make groups for himself alone.
+#[test]
+fn only_root_makes_groups_for_others() {
+    use std::os::unix::fs::chown;
+    use std::os::unix::process::CommandExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("spinney");
+    // Where cargo has put it not everybody may come.
+    std::fs::copy(env!("CARGO_BIN_EXE_spinney"), &program).unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    let other = if is_root { "65534" } else { "0" };
+    if is_root {
+        chown(folder.path(), Some(65_533), Some(65_533)).unwrap();
+    }
+    let run = |words: &[&str]| {
+        let mut command = Command::new(&program);
+        if is_root {
+            command.uid(65_533).gid(65_533);
+        }
+        let state = folder.path().join("s");
+        command.args(words).env("SPINNEY_STATE", state).env("HOME", folder.path()).output().unwrap()
+    };
+    let refused = run(&["group", "create", "theirs", "--owner", other]);
+    let own = run(&["group", "create", "ours"]);
+    run(&["serve", "--stop"]);
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(8), "{words}");
+    assert!(words.contains("only root can make a group"), "{words}");
+    assert!(own.status.success(), "{}", String::from_utf8_lossy(&own.stderr));
+}

@@ -186,6 +186,16 @@ impl QemuImg {
         image.parent().map_or(Ok(()), sync)
     }
 
+    /// Writes another name of the backing file into an image's header, and makes it durable. What the image shows is the caller's care:
+    /// the new one must hold what the old one does.
+    pub fn rename_backing(&self, image: &Path, backing: &Path, format: &str) -> Result<(), ImageError> {
+        let words = ["-u", "-f", "qcow2", "-F", format, "-b"].map(OsString::from);
+        let mut words = words.to_vec();
+        words.extend([backing.into(), "--".into(), image.into()]);
+        self.run("rebase", image, &words, QUICK)?;
+        sync(image)
+    }
+
     fn create_by_tool(
         &self,
         image: &Path,

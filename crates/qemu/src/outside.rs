@@ -16,13 +16,14 @@
 //! QEMU does not say which of its blocks belong to a machine's state (in a migration it sends those). So a block that is not known to
 //! belong means that the machine has to be saved by a migration: [`check`].
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use crate::command::RAM_ID;
@@ -164,12 +165,19 @@ impl Outside<'_> {
             QmpError::Refused { description, .. } => SaveError::NotOutside { reason: description },
             other => other.into(),
         })?;
-        let length = fs::metadata(self.scratch).map_err(system("read the state of the devices"))?.len();
-        if length > MAX_TAIL_BYTES as u64 {
-            let words = format!("{length} bytes are more than there can be");
+        // QEMU may run as somebody else than we do: what it has put there is not to lead us anywhere.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let failed = system("read the state of the devices");
+        let file =
+            rustix::fs::open(self.scratch, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+        let mut bytes = Vec::new();
+        let limit = MAX_TAIL_BYTES as u64;
+        let failed = system("read the state of the devices");
+        File::from(file).take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() as u64 > limit {
+            let words = format!("more than {limit} bytes are more than there can be");
             return Err(system("read the state of the devices")(io::Error::other(words)));
         }
-        let bytes = fs::read(self.scratch).map_err(system("read the state of the devices"))?;
         DeviceTail::from_file(&bytes).map_err(SaveError::stream)
     }
 }

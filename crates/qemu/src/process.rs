@@ -36,14 +36,24 @@ impl Process {
     /// Starts `program` with its output in the file `log`, in a process group of its own, so that a Ctrl-C at our
     /// terminal does not reach it. A thread collects its exit status.
     pub fn spawn(program: &Path, args: &[String], log: &Path) -> io::Result<Self> {
+        Self::spawn_as(None, program, args, log)
+    }
+
+    /// The same as another user, which only root can: by user and group id, without any other group.
+    pub fn spawn_as(
+        user: Option<(u32, u32)>,
+        program: &Path,
+        args: &[String],
+        log: &Path,
+    ) -> io::Result<Self> {
         let log: File = OpenOptions::new().create(true).append(true).open(log)?;
-        let mut child = Command::new(program)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .spawn()?;
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        if let Some((uid, gid)) = user {
+            // With a user id std gives up all other groups, if we are root.
+            command.gid(gid).uid(uid);
+        }
+        let mut child = command.spawn()?;
         let pid = child.id();
         let opened = Self::open(pid);
         if opened.is_err() {

@@ -35,6 +35,8 @@ pub struct Options {
 /// The state folder cannot be used or belongs to another daemon; the socket cannot be bound.
 pub fn serve(settings: Settings, options: Options) -> Result<(), Problem> {
     let path = socket::path(&settings.state)?;
+    // Nothing that is made here is for others, whoever may pass through the folder.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     socket::make_folder(&settings.state)?;
     let file = log::open(&settings.state)
         .map_err(|error| Problem::new(socket::class(&error), "cannot open daemon.log").because(&error))?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use server::client::{Client, Method, Until, path};
 use server::operations::OperationView;
-use server::snapshots::{Code, Machine, Operation, Settings};
+use server::snapshots::{Code, Group, GroupRemovePlan, Machine, Operation, Settings};
 use server::{Options, Problem, serve};
 
 fn settings(state: &Path) -> Settings {
@@ -76,6 +76,39 @@ fn an_operation_is_followed_to_its_result_and_to_its_problem() {
     let problem = client.follow::<Machine>(started, Until::Ended, |_| {}).unwrap_err();
     assert_eq!(problem.code, Code::NotFound);
     let _: Vec<Operation> = client.get_with("/v1/operations", &[("limit", "5")]).unwrap();
+
+    Client::shutdown(folder.path()).unwrap();
+    thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn groups_are_made_shown_and_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (client, thread) = daemon(folder.path());
+    let one = path(&["groups", "work"]).unwrap();
+
+    let body = json!({ "name": "work" });
+    let started: OperationView = client.ask(Method::POST, "/v1/groups", Some(&body)).unwrap();
+    assert_eq!((started.kind.as_str(), started.subject.as_str()), ("group create", "work"));
+    let made: Group = client.follow(started, Until::Ended, |_| {}).unwrap();
+    let shown: Group = client.get(&one).unwrap();
+    assert_eq!((shown.id, shown.targets.len()), (made.id, 0));
+    let all: Vec<Group> = client.get("/v1/groups").unwrap();
+    assert_eq!(all.iter().map(|group| group.name.as_str()).collect::<Vec<_>>(), ["default", "work"]);
+    let misspelt = json!({ "name": "x", "ower": "me" });
+    let problem = client.ask::<Value>(Method::POST, "/v1/groups", Some(&misspelt)).unwrap_err();
+    assert_eq!(problem.code, Code::Usage);
+
+    let dry = format!("{one}?dry_run=true");
+    let plan: GroupRemovePlan = client.ask(Method::DELETE, &dry, None::<&()>).unwrap();
+    assert!(!plan.needs_confirmation, "nothing is stored in it: {plan:?}");
+    let started: OperationView = client.ask(Method::DELETE, &one, None::<&()>).unwrap();
+    let done: GroupRemovePlan = client.follow(started, Until::Ended, |_| {}).unwrap();
+    assert_eq!((done.group.as_str(), done.bytes), ("work", 0));
+    assert_eq!(client.get::<Group>(&one).unwrap_err().status, 404);
+    let default = path(&["groups", "default"]).unwrap();
+    let refused = client.ask::<Value>(Method::DELETE, &format!("{default}?dry_run=true"), None::<&()>);
+    assert_eq!(refused.unwrap_err().status, 409);
 
     Client::shutdown(folder.path()).unwrap();
     thread.join().unwrap().unwrap();

@@ -70,7 +70,7 @@ impl Engine {
         began: Instant,
     ) -> Result<Unwritten<'_>> {
         let target = job.target;
-        let hold = self.store.hold();
+        let hold = self.store_of(target)?.hold();
         let frozen = self.catalog.read(|tx| {
             Self::layers_since(tx, &TargetRow::disks(tx, &target.id)?, target.parent.as_deref())
         })?;
@@ -165,7 +165,7 @@ impl Engine {
         row: &mut SnapshotRow,
         switched: &mut bool,
     ) -> Result<Captured<'_>> {
-        let session = self.store.begin()?;
+        let session = self.store_of(job.target)?.begin()?;
         cx.phase("saving memory", job.target.config.memory);
         let armed = self.arm(running, job.power == Power::Running)?;
         let progress = || armed.renew(STILL_LIMIT);

@@ -1,7 +1,7 @@
-//! `gc`: what nothing needs any more goes. First the catalog's tombstones that undo no longer pins, then layers that no chain
+//! `gc`: what nothing needs any more goes, group by group: what one stores says nothing about another. First the catalog's tombstones that undo no longer pins, then layers that no chain
 //! reaches, then pages that no map reaches.
 //!
-//! Undo pins what was removed for seven days, as long as that is not more than a tenth of the store: beyond it the oldest goes
+//! Undo pins what was removed for seven days, as long as that is not more than a tenth of the group's store: beyond it the oldest goes
 //! first. A small store may keep a gibibyte, so that the only snapshot of a new machine is not gone ten minutes after its `rm`.
 //!
 //! It runs beside everything else. A target that is being worked on keeps its tombstones this time: a goto on its way to one
@@ -12,6 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use pages::Store;
 use rusqlite::Transaction;
 use serde_json::json;
 
@@ -22,7 +23,8 @@ use crate::du::Ledger;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
-use crate::types::GcReport;
+use crate::groups::OpenGroup;
+use crate::types::{GcReport, GroupGc};
 
 /// How long undo keeps what was removed.
 const UNDO_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -31,6 +33,28 @@ const UNDO_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 const UNDO_PART: u64 = 10;
 /// ... and what it may pin in any case.
 const UNDO_FLOOR: u64 = 1 << 30;
+
+/// What one group comes to.
+struct Part {
+    group: GroupGc,
+    ends_undo_of: Vec<String>,
+}
+
+impl GcReport {
+    fn add(&mut self, part: Part) {
+        self.packs += part.group.packs;
+        self.layers += part.group.layers;
+        self.bytes += part.group.bytes;
+        self.ends_undo_of.extend(part.ends_undo_of);
+        self.groups.push(part.group);
+    }
+}
+
+fn left_alone(group: &OpenGroup, error: &Error) -> Part {
+    let problem = error.causes().into_iter().next().unwrap_or_else(|| error.to_string());
+    let group = GroupGc { group: group.row.name.clone(), problem: Some(problem), ..GroupGc::default() };
+    Part { group, ends_undo_of: Vec::new() }
+}
 
 /// What goes from the catalog.
 #[derive(Debug, Default)]
@@ -45,56 +69,42 @@ struct CatalogPlan {
 }
 
 impl Engine {
-    /// Frees what nothing needs. `now` also gives up what only the undo log holds; `dry_run` only says what would happen.
+    /// Frees what nothing needs, group by group. `now` also gives up what only the undo log holds; `dry_run` only says what would
+    /// happen.
     pub fn gc(&self, cx: &Context, now: bool, dry_run: bool) -> Result<GcReport> {
+        let mut report = GcReport { dry_run, ..GcReport::default() };
         if dry_run {
-            let before = self.undo_border(now)?;
-            let plan = self.catalog.read(|tx| plan_catalog(tx, before, &|_| false))?;
-            let pages = self.store.plan_gc(&plan.roots)?;
-            return Ok(self.report(&plan, true, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes));
+            for group in self.groups.all() {
+                let planned = group.store().and_then(|store| self.plan_group(now, &group, store));
+                report.add(planned.unwrap_or_else(|error| left_alone(&group, &error)));
+            }
+            return Ok(report);
         }
         self.journaled(cx, "gc", if now { "now" } else { "" }, None, &json!({}), || {
             let _alone = self.housekeep(cx)?;
-            cx.phase("looking for what nothing needs", 0);
-            let before = self.undo_border(now)?;
-            // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
-            // between the two leaves files that the next start removes.
-            let ids = self.catalog.read(|tx| Ok(TargetRow::all(tx, true)?.into_iter().map(|t| t.id)))?;
-            let (mut idle, mut busy) = (Vec::new(), HashSet::new());
-            for id in ids {
-                match self.locks.try_acquire(&id, "gc") {
-                    Some(guard) => idle.push(guard),
-                    None => drop(busy.insert(id)),
+            let (mut no_room, mut failed) = (0, None);
+            for group in self.groups.all() {
+                let store = match group.store() {
+                    Ok(store) => store,
+                    Err(error) => {
+                        report.add(left_alone(&group, &error));
+                        continue;
+                    }
+                };
+                match self.gc_group(cx, now, &group, store, &mut no_room) {
+                    Ok(part) => report.add(part),
+                    Err(error) if error.code() == Code::Interrupted => return Err(error),
+                    // Others are not to wait for what this group lacks.
+                    Err(error) => {
+                        report.add(left_alone(&group, &error));
+                        failed.get_or_insert(error);
+                    }
                 }
             }
-            let (plan, mut report) = self.catalog.write(|tx| {
-                let plan = plan_catalog(tx, before, &|target| busy.contains(target))?;
-                let report = self.report(&plan, false, 0, 0);
-                purge(tx, &plan)?;
-                Ok((plan, report))
-            })?;
-            step("gc.purged");
-            drop(idle);
-            for layer in plan.layers.iter().filter(|l| l.stamp.is_none()) {
-                remove_file(&self.layer_file(layer));
-                step("gc.layer");
+            if let Some(error) = failed {
+                return Err(error);
             }
-            let pages = self.store.plan_gc_with(|| {
-                Ok::<_, Error>(pages::GcRequest { roots: self.live_roots()?, ..pages::GcRequest::default() })
-            })?;
-            step("gc.planned");
-            let done = self.store.run_gc(&pages, &|done, total| {
-                if done == 0 {
-                    cx.phase("freeing pages", total);
-                }
-                cx.progress.done.store(done, std::sync::atomic::Ordering::Relaxed);
-                cx.check().is_ok()
-            })?;
-            step("gc.freed");
-            cx.check()?;
-            report.packs = done.deleted + done.rewritten;
-            report.bytes += done.freed_bytes;
-            if done.no_room > 0 && report.bytes == 0 {
+            if no_room > 0 && report.bytes == 0 {
                 return Err(Error::new(
                     Code::NoSpace,
                     "nothing could be freed: what could go shares its packs with what stays, and there is no room to write that anew",
@@ -107,24 +117,88 @@ impl Engine {
         })
     }
 
-    /// Maps that the catalog refers to at this moment.
-    pub(crate) fn live_roots(&self) -> Result<Vec<pages::MapRoot>, Error> {
-        self.catalog.read(|tx| Ok(roots_of(&SnapshotRow::all(tx)?, &TargetRow::all(tx, true)?)))
+    /// What would happen in one group.
+    fn plan_group(&self, now: bool, group: &OpenGroup, store: &Store) -> Result<Part> {
+        let before = self.undo_border(group, now)?;
+        let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
+        let pages = store.plan_gc(&plan.roots)?;
+        Ok(self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes))
     }
 
-    fn report(&self, plan: &CatalogPlan, dry_run: bool, packs: usize, page_bytes: u64) -> GcReport {
+    /// What happens in one group.
+    fn gc_group(
+        &self,
+        cx: &Context,
+        now: bool,
+        group: &OpenGroup,
+        store: &Store,
+        no_room: &mut usize,
+    ) -> Result<Part> {
+        let id = &group.row.id;
+        cx.phase("looking for what nothing needs", 0);
+        let before = self.undo_border(group, now)?;
+        // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
+        // between the two leaves files that the next start removes.
+        let ids = self.catalog.read(|tx| Ok(TargetRow::of_group(tx, id)?.into_iter().map(|t| t.id)))?;
+        let (mut idle, mut busy) = (Vec::new(), HashSet::new());
+        for id in ids {
+            match self.locks.try_acquire(&id, "gc") {
+                Some(guard) => idle.push(guard),
+                None => drop(busy.insert(id)),
+            }
+        }
+        let (plan, mut part) = self.catalog.write(|tx| {
+            let plan = plan_catalog(tx, id, before, &|target| busy.contains(target))?;
+            let part = self.report(group, &plan, 0, 0);
+            purge(tx, &plan)?;
+            Ok((plan, part))
+        })?;
+        step("gc.purged");
+        drop(idle);
+        for layer in plan.layers.iter().filter(|l| l.stamp.is_none()) {
+            remove_file(&self.layer_file(layer));
+            step("gc.layer");
+        }
+        let pages = store.plan_gc_with(|| {
+            Ok::<_, Error>(pages::GcRequest { roots: self.live_roots(id)?, ..pages::GcRequest::default() })
+        })?;
+        step("gc.planned");
+        let done = store.run_gc(&pages, &|done, total| {
+            if done == 0 {
+                cx.phase("freeing pages", total);
+            }
+            cx.progress.done.store(done, std::sync::atomic::Ordering::Relaxed);
+            cx.check().is_ok()
+        })?;
+        step("gc.freed");
+        cx.check()?;
+        part.group.packs = done.deleted + done.rewritten;
+        part.group.bytes += done.freed_bytes;
+        *no_room += usize::try_from(done.no_room).unwrap_or(usize::MAX);
+        Ok(part)
+    }
+
+    /// Maps of a group that the catalog refers to at this moment.
+    pub(crate) fn live_roots(&self, group: &str) -> Result<Vec<pages::MapRoot>, Error> {
+        self.catalog
+            .read(|tx| Ok(roots_of(&SnapshotRow::of_group(tx, group)?, &TargetRow::of_group(tx, group)?)))
+    }
+
+    fn report(&self, group: &OpenGroup, plan: &CatalogPlan, packs: usize, page_bytes: u64) -> Part {
         let ours = || plan.layers.iter().filter(|l| l.stamp.is_none());
-        GcReport {
-            dry_run,
+        let group = GroupGc {
+            group: group.row.name.clone(),
             packs: packs as u64,
             layers: ours().count() as u64,
             bytes: page_bytes + ours().map(|l| allocated(&self.layer_file(l))).sum::<u64>(),
-            ends_undo_of: plan.ends_undo_of.iter().filter(|op| is_loss(op)).map(OpRow::title).collect(),
-        }
+            problem: None,
+        };
+        let ends_undo_of = plan.ends_undo_of.iter().filter(|op| is_loss(op)).map(OpRow::title).collect();
+        Part { group, ends_undo_of }
     }
 
-    /// What was removed up to here, undo gives up.
-    fn undo_border(&self, all: bool) -> Result<Timestamp> {
+    /// What a group had removed up to here, undo gives up.
+    fn undo_border(&self, group: &OpenGroup, all: bool) -> Result<Timestamp> {
         if all {
             return Ok(Timestamp::MAX);
         }
@@ -133,9 +207,9 @@ impl Engine {
         if self.catalog.write(last_jump)?.is_some_and(|jump| jump > by_age) {
             by_age = Timestamp::MIN;
         }
-        let ledger = Ledger::read(self)?;
-        let most =
-            (self.store.allocated_bytes()? + ledger.layers_total()).div_euclid(UNDO_PART).max(UNDO_FLOOR);
+        let ledger = Ledger::read(self, group)?;
+        let stored = group.store()?.allocated_bytes()? + ledger.layers_total();
+        let most = stored.div_euclid(UNDO_PART).max(UNDO_FLOOR);
         // The later the border, the less is pinned: the first that is good enough is searched for.
         let mut times: Vec<i64> = ledger.removals();
         times.retain(|at| *at > by_age.as_millisecond());
@@ -144,7 +218,7 @@ impl Engine {
             let middle = low.midpoint(high);
             let border = middle.checked_sub(1).and_then(|before| times.get(before)).copied();
             let border = border.unwrap_or(by_age.as_millisecond());
-            if ledger.pinned_by_undo(self, border)? <= most {
+            if ledger.pinned_by_undo(border)? <= most {
                 high = middle;
             } else {
                 low = middle + 1;
@@ -165,11 +239,16 @@ fn roots_of(snapshots: &[SnapshotRow], targets: &[TargetRow]) -> Vec<pages::MapR
     of_snapshots.chain(targets.iter().flat_map(TargetRow::roots)).collect()
 }
 
-fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> bool) -> Result<CatalogPlan> {
+fn plan_catalog(
+    tx: &Transaction<'_>,
+    group: &str,
+    before: Timestamp,
+    busy: &dyn Fn(&str) -> bool,
+) -> Result<CatalogPlan> {
     let border = before.as_millisecond();
     let mut plan = CatalogPlan::default();
-    let snapshots = SnapshotRow::all(tx)?;
-    let targets = TargetRow::all(tx, true)?;
+    let snapshots = SnapshotRow::of_group(tx, group)?;
+    let targets = TargetRow::of_group(tx, group)?;
     let old = |removed: Option<i64>| removed.is_some_and(|at| at <= border);
     let mut kept = Vec::new();
     for snapshot in snapshots {
@@ -179,7 +258,7 @@ fn plan_catalog(tx: &Transaction<'_>, before: Timestamp, busy: &dyn Fn(&str) -> 
             kept.push(snapshot);
         }
     }
-    let layers = LayerRow::all(tx)?;
+    let layers = LayerRow::of_group(tx, group)?;
     let below: HashMap<&str, Option<&str>> =
         layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
     let mut reached: HashSet<&str> = HashSet::new();

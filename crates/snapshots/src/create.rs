@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::catalog::{OpRow, TargetRow, now};
+use crate::catalog::{GroupRow, OpRow, TargetRow, no_group, now};
 use crate::check::{check_config, existing_file};
 use crate::config::{Firmware, MachineConfig};
 use crate::context::Context;
@@ -15,14 +15,28 @@ use crate::running::{Begin, check_ever_fits};
 use crate::types::{Machine, Power};
 
 impl Engine {
-    /// Makes a machine that is off. On an error nothing of it is left.
-    pub fn create(&self, cx: &Context, name: &str, mut config: MachineConfig) -> Result<Machine> {
+    /// Makes a machine of the default group that is off. On an error nothing of it is left.
+    pub fn create(&self, cx: &Context, name: &str, config: MachineConfig) -> Result<Machine> {
+        self.create_in(cx, None, name, config)
+    }
+
+    /// The same for a machine of the group of this name.
+    pub fn create_in(
+        &self,
+        cx: &Context,
+        group: Option<&str>,
+        name: &str,
+        mut config: MachineConfig,
+    ) -> Result<Machine> {
         check_name("machine", name)?;
+        let group = self.named_group(group)?;
+        group.store()?;
         check_config(&mut config)?;
         check_ever_fits(name, config.memory)?;
         if let Some(image) = config.cdrom.as_mut().and_then(|drive| drive.image.as_mut()) {
             *image = existing_file("disc", image)?;
         }
+        self.check_readable_by_owner(&group, &config)?;
         let Tools { qemu, .. } = self.tools()?;
         if self.catalog.read(|tx| TargetRow::name_taken(tx, name))? {
             return Err(name_taken(name));
@@ -30,8 +44,8 @@ impl Engine {
         let target = TargetRow {
             id: new_id(),
             name: name.to_owned(),
-            group: self.group.clone(),
-            group_name: String::new(),
+            group: group.row.id.clone(),
+            group_name: group.row.name.clone(),
             machine: qemu.machine.clone(),
             uuid: new_uuid(),
             macs: config.networks.iter().map(|_| new_mac()).collect(),
@@ -57,6 +71,8 @@ impl Engine {
                 if TargetRow::name_taken(tx, name)? {
                     return Err(name_taken(name));
                 }
+                // It may have been removed meanwhile.
+                GroupRow::by_id(tx, &target.group).map_err(|_| no_group(&target.group_name))?;
                 target.insert(tx)?;
                 disks.insert(tx, &target.id)?;
                 OpRow::finish(tx, &cx.id, None)

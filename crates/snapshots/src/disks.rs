@@ -36,7 +36,7 @@ pub(crate) struct NewOverlay {
 impl Engine {
     /// A layer's file.
     pub(crate) fn layer_file(&self, row: &LayerRow) -> PathBuf {
-        self.layers_folder().join(&row.file)
+        self.layers_folder(&row.group).join(&row.file)
     }
 
     /// What QEMU is told of a machine's disks.
@@ -209,12 +209,11 @@ impl Engine {
             } else {
                 PathBuf::from(&new.below.file)
             };
-            img.create(&self.layer_file(&new.row), new.row.size, Some((&backing, &new.below.format)))
+            let file = self.layer_file(&new.row);
+            img.create(&file, new.row.size, Some((&backing, &new.below.format)))?;
+            self.groups.by_id(&new.row.group)?.gives(&file)
         });
-        made.map_err(|error| {
-            self.remove_overlays(overlays);
-            Error::from(error)
-        })?;
+        made.inspect_err(|_: &Error| self.remove_overlays(overlays))?;
         if planted(Fault::OverlayUnsynced) {
             overlays.iter().for_each(|new| rewrite_unsynced(&self.layer_file(&new.row)));
         }
@@ -256,9 +255,9 @@ impl Engine {
         Ok(found)
     }
 
-    /// True if the layers' file system takes reads and writes past the page cache.
-    pub(crate) fn direct_io(&self) -> bool {
-        let path = self.layers_folder().join(format!(".direct-{}", new_id()));
+    /// True if the file system of a group's layers takes reads and writes past the page cache.
+    pub(crate) fn direct_io(&self, group: &str) -> bool {
+        let path = self.layers_folder(group).join(format!(".direct-{}", new_id()));
         let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT;
         let opened = rustix::fs::open(&path, flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR);
         let _ = fs::remove_file(&path);

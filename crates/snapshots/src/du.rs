@@ -1,15 +1,17 @@
 //! Who needs how many bytes: of page packs and of disk layers.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
-use pages::{MapRoot, Saved};
+use pages::{MapRoot, Saved, Store};
 
 use crate::address;
 use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
 use crate::disks::allocated;
 use crate::engine::Engine;
-use crate::error::Result;
-use crate::types::{Du, DuRow};
+use crate::error::{Code, Error, Result};
+use crate::groups::OpenGroup;
+use crate::types::{Du, DuRow, GroupSpace};
 
 /// Those who need what `rm` leaves: after so many it is enough to say that there are more.
 const NAMES_SHOWN: usize = 8;
@@ -38,18 +40,21 @@ struct Entry {
     saved: Saved,
 }
 
-/// All holders, and the bytes of every layer of ours.
+/// All holders of a group, and the bytes of every layer of ours. Nothing of any other group is looked at.
 #[derive(Debug)]
 pub(crate) struct Ledger {
+    /// The group's pages; none if they cannot be reached, and then they count nothing.
+    store: Option<Arc<Store>>,
     entries: Vec<Entry>,
     layer_bytes: HashMap<String, u64>,
 }
 
 impl Ledger {
     /// Reads the catalog and looks at the layers' files.
-    pub(crate) fn read(engine: &Engine) -> Result<Self> {
+    pub(crate) fn read(engine: &Engine, group: &OpenGroup) -> Result<Self> {
+        let id = &group.row.id;
         let (entries, layers) = engine.catalog.read(|tx| {
-            let layers = LayerRow::all(tx)?;
+            let layers = LayerRow::of_group(tx, id)?;
             let below: HashMap<&str, Option<&str>> =
                 layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
             let chains = |disks: Vec<(String, String)>| {
@@ -64,7 +69,7 @@ impl Ledger {
                 out
             };
             let mut entries = Vec::new();
-            for row in SnapshotRow::all(tx)? {
+            for row in SnapshotRow::of_group(tx, id)? {
                 entries.push(Entry {
                     target: row.target_name.clone(),
                     name: row.name.clone(),
@@ -76,7 +81,7 @@ impl Ledger {
                     holder: Holder::Snapshot(row.id),
                 });
             }
-            for row in TargetRow::all(tx, true)? {
+            for row in TargetRow::of_group(tx, id)? {
                 entries.push(Entry {
                     layers: chains(TargetRow::disks(tx, &row.id)?),
                     roots: row.roots().collect(),
@@ -92,7 +97,12 @@ impl Ledger {
         })?;
         let ours = layers.iter().filter(|l| l.stamp.is_none());
         let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
-        Ok(Self { entries, layer_bytes })
+        Ok(Self { store: group.store().ok().cloned(), entries, layer_bytes })
+    }
+
+    /// Bytes of pages that nothing would need any more if `dropped` went and `kept` stayed.
+    fn freed_by(&self, dropped: &[MapRoot], kept: &[MapRoot]) -> Result<u64> {
+        Ok(self.store.as_ref().map_or(Ok(0), |store| store.freed_by(dropped, kept))?)
     }
 
     fn bytes<'a>(&self, layers: impl Iterator<Item = &'a String>) -> u64 {
@@ -113,7 +123,7 @@ impl Ledger {
     }
 
     /// Bytes that only what was removed after this time needs.
-    pub(crate) fn pinned_by_undo(&self, engine: &Engine, after: i64) -> Result<u64> {
+    pub(crate) fn pinned_by_undo(&self, after: i64) -> Result<u64> {
         let (pinned, needed): (Vec<&Entry>, Vec<&Entry>) = self
             .entries
             .iter()
@@ -123,42 +133,36 @@ impl Ledger {
             return Ok(0);
         }
         let (theirs, others) = (layers(&pinned), layers(&needed));
-        let pages = engine.store.freed_by(&roots(&pinned), &roots(&needed))?;
+        let pages = self.freed_by(&roots(&pinned), &roots(&needed))?;
         Ok(pages + self.bytes(theirs.difference(&others).copied()))
     }
 
     /// Bytes that nothing would need any more if `gone` went; bytes of theirs that stay; and who needs those.
-    pub(crate) fn without(
-        &self,
-        engine: &Engine,
-        gone: &dyn Fn(&Holder) -> bool,
-    ) -> Result<(u64, u64, Vec<String>)> {
+    pub(crate) fn without(&self, gone: &dyn Fn(&Holder) -> bool) -> Result<(u64, u64, Vec<String>)> {
         let (going, staying): (Vec<&Entry>, Vec<&Entry>) =
             self.entries.iter().filter(|e| e.removed.is_none()).partition(|e| gone(&e.holder));
         let (their_roots, other_roots) = (roots(&going), roots(&staying));
-        let freed_pages = engine.store.freed_by(&their_roots, &other_roots)?;
-        let all_pages = engine.store.freed_by(&their_roots, &[])?;
+        let freed_pages = self.freed_by(&their_roots, &other_roots)?;
+        let all_pages = self.freed_by(&their_roots, &[])?;
         let (theirs, others) = (layers(&going), layers(&staying));
         let freed = freed_pages + self.bytes(theirs.difference(&others).copied());
         let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others).copied());
-        let kept_by =
-            if kept == 0 { Vec::new() } else { self.needing(engine, &theirs, &their_roots, &staying)? };
+        let kept_by = if kept == 0 { Vec::new() } else { self.needing(&theirs, &their_roots, &staying)? };
         Ok((freed, kept, kept_by))
     }
 
     /// Names of those who need a layer of `layers` or a page of `roots`.
     fn needing(
         &self,
-        engine: &Engine,
         layers: &HashSet<&String>,
         roots: &[MapRoot],
         staying: &[&Entry],
     ) -> Result<Vec<String>> {
-        let all = engine.store.freed_by(roots, &[])?;
+        let all = self.freed_by(roots, &[])?;
         let mut names = Vec::new();
         for entry in staying {
             let disk = entry.layers.iter().any(|l| layers.contains(l) && self.layer_bytes.contains_key(l));
-            if disk || (!roots.is_empty() && engine.store.freed_by(roots, &entry.roots)? < all) {
+            if disk || (!roots.is_empty() && self.freed_by(roots, &entry.roots)? < all) {
                 names.push(match entry.name.as_str() {
                     "" => format!("{} (here)", entry.target),
                     name => format!("{}@{name}", entry.target),
@@ -175,34 +179,67 @@ impl Ledger {
 }
 
 impl Engine {
-    /// Space by snapshot, of one target or of all. `without` asks what dropping these snapshots would free.
+    /// Space by snapshot, of one target or of all; of its own group alone, or of all. `without` asks what dropping these snapshots
+    /// would free.
     pub fn du(&self, target: Option<&str>, without: &[String]) -> Result<Du> {
-        if let Some(name) = target {
-            self.machine(name)?;
-        }
+        let groups = match target {
+            Some(name) => {
+                self.machine(name)?;
+                let row = self.catalog.read(|tx| TargetRow::by_name(tx, name))?;
+                let group = self.group_of(&row)?;
+                group.store()?;
+                vec![group]
+            }
+            None => self.groups.all(),
+        };
         let mut dropped = HashSet::new();
         for address in without {
             let address = match (address.contains('@'), target) {
                 (false, Some(target)) => format!("{target}@{address}"),
                 _ => address.clone(),
             };
-            let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, &address))?;
+            let (row, snapshot) = self.catalog.read(|tx| address::resolve(tx, &address))?;
+            if !groups.iter().any(|group| group.row.id == row.group) {
+                return Err(Error::new(
+                    Code::Usage,
+                    format!(
+                        "{address} belongs to the group {}, and shares nothing with this one",
+                        row.group_name
+                    ),
+                )
+                .hint("ask for it by itself, or without a machine: `spinney du --without ...`"));
+            }
             dropped.insert(Holder::Snapshot(snapshot.id));
         }
-        let ledger = Ledger::read(self)?;
+        let mut du = Du { without: (!dropped.is_empty()).then_some(0), ..Du::default() };
+        for group in groups {
+            self.add_space(&mut du, &group, target, &dropped)?;
+        }
+        Ok(du)
+    }
+
+    /// Adds what one group takes.
+    fn add_space(
+        &self,
+        du: &mut Du,
+        group: &OpenGroup,
+        target: Option<&str>,
+        dropped: &HashSet<Holder>,
+    ) -> Result<()> {
+        let ledger = Ledger::read(self, group)?;
         let live: Vec<&Entry> = ledger.entries.iter().filter(|e| e.removed.is_none()).collect();
         let shown = |e: &&&Entry| target.is_none_or(|name| e.target == name);
 
-        let pages = self.page_usage(&live)?;
+        let pages = ledger.page_usage(&live)?;
         let mut users: HashMap<&String, u32> = HashMap::new();
         for layer in live.iter().flat_map(|e| &e.layers) {
             *users.entry(layer).or_default() += 1;
         }
-        let mut rows = Vec::new();
         let mut saved = Saved::default();
         for (entry, (exclusive, shared)) in live.iter().zip(pages).filter(|(e, _)| shown(e)) {
             let (own, others): (Vec<_>, Vec<_>) = entry.layers.iter().partition(|l| users.get(l) == Some(&1));
-            rows.push(DuRow {
+            du.rows.push(DuRow {
+                group: group.row.name.clone(),
                 target: entry.target.clone(),
                 name: entry.name.clone(),
                 undo_point: entry.undo_point,
@@ -214,27 +251,38 @@ impl Engine {
         let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
         let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
-        let dead = self.store.plan_gc(&all_roots)?.freed_bytes;
-        let without = if dropped.is_empty() {
-            None
-        } else {
-            Some(ledger.without(self, &|holder| dropped.contains(holder))?.0)
+        let (dead, store_bytes) = match &ledger.store {
+            Some(store) => (store.plan_gc(&all_roots)?.freed_bytes, store.allocated_bytes()?),
+            None => (0, 0),
         };
-        Ok(Du {
-            rows,
-            store_bytes: self.store.allocated_bytes()?,
+        if let Some(without) = &mut du.without {
+            *without += ledger.without(&|holder| dropped.contains(holder))?.0;
+        }
+        let space = GroupSpace {
+            group: group.row.name.clone(),
+            store_bytes,
             disk_bytes: ledger.layers_total(),
             reclaimable: unneeded.sum::<u64>() + dead,
-            pinned_by_undo: ledger.pinned_by_undo(self, i64::MIN)?,
+            pinned_by_undo: ledger.pinned_by_undo(i64::MIN)?,
             saved,
-            without,
-        })
+            problem: group.problem().map(str::to_owned),
+        };
+        du.store_bytes += space.store_bytes;
+        du.disk_bytes += space.disk_bytes;
+        du.reclaimable += space.reclaimable;
+        du.pinned_by_undo += space.pinned_by_undo;
+        add(&mut du.saved, &space.saved);
+        du.groups.push(space);
+        Ok(())
     }
+}
 
+impl Ledger {
     /// Exclusive and shared bytes of pages of each entry.
     fn page_usage(&self, entries: &[&Entry]) -> Result<Vec<(u64, u64)>> {
+        let Some(store) = &self.store else { return Ok(vec![(0, 0); entries.len()]) };
         let roots: Vec<MapRoot> = entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
-        let mut usage = self.store.usage(&roots)?.into_iter();
+        let mut usage = store.usage(&roots)?.into_iter();
         let of_entry = |entry: &&Entry| {
             usage
                 .by_ref()

@@ -19,9 +19,26 @@ impl Engine {
         if let Some(note) = &edit.note {
             check_note(note)?;
         }
-        match address::split(address) {
-            (_, Some(_)) => self.edit_snapshot(cx, address, edit),
-            (target, None) => self.edit_machine(cx, target, edit),
+        match (address::split(address), &edit.group) {
+            ((target, Some(_)), Some(group)) => Err(Error::new(
+                Code::Usage,
+                format!("{address} is a snapshot: it belongs to the group of its machine"),
+            )
+            .hint(format!(
+                "`spinney edit {target} --group {group}` copies the machine with all its snapshots"
+            ))),
+            ((target, None), Some(group)) => {
+                let Edit { name, note, keep, accept_disks, group: _ } = &edit;
+                if name.is_some() || note.is_some() || keep.is_some() || *accept_disks {
+                    return Err(Error::new(
+                        Code::Usage,
+                        "a group is changed by itself: it is a copy, and takes its time",
+                    ));
+                }
+                self.edit_group(cx, target, group)
+            }
+            ((_, Some(_)), None) => self.edit_snapshot(cx, address, edit),
+            ((target, None), None) => self.edit_machine(cx, target, edit),
         }
     }
 

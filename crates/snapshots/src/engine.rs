@@ -2,12 +2,10 @@
 //! here is what they share.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use pages::{GroupKey, Store};
 use qemu::accel::{self, Accel};
 use qemu::binary::Qemu;
 use qemu::image::QemuImg;
@@ -18,8 +16,10 @@ use crate::catalog::{Catalog, OpRow};
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
 use crate::fault::{self, Fault, planted, step};
+use crate::groups::Groups;
 use crate::id::new_id;
 use crate::locks::TargetLocks;
+use crate::owner::make_folder;
 use crate::running::Running;
 use crate::saving::Saving;
 use crate::types::OpState;
@@ -51,10 +51,8 @@ pub(crate) struct Tools {
 pub struct Engine {
     pub(crate) settings: Settings,
     pub(crate) catalog: Catalog,
-    /// Id of the group that machines belong to.
-    pub(crate) group: String,
-    /// Its pages.
-    pub(crate) store: Arc<Store>,
+    /// What machines belong to, with their pages.
+    pub(crate) groups: Groups,
     /// Machines that have a process, by target id.
     pub(crate) running: Mutex<HashMap<String, Arc<Running>>>,
     pub(crate) locks: TargetLocks,
@@ -81,11 +79,8 @@ impl Engine {
             make_folder(&settings.state.join(folder))?;
         }
         let catalog = Catalog::open(&settings.state.join("catalog.db"))?;
-        let group = catalog.default_group(&new_id(), rustix::process::getuid().as_raw())?;
-        let folder = settings.state.join("groups").join(&group);
-        make_folder(&folder)?;
-        make_folder(&folder.join("layers"))?;
-        let store = Arc::new(open_store(&folder)?);
+        let groups = catalog.groups(&new_id(), rustix::process::geteuid().as_raw())?;
+        let groups = Groups::open(&settings.state, groups)?;
         let keeper = match &settings.warden {
             Some(executable) if !planted(Fault::NoWarden) => {
                 Keeper::new(executable, &settings.state, &settings.state.join("daemon.log"))
@@ -96,8 +91,7 @@ impl Engine {
             settings,
             keeper,
             catalog,
-            group,
-            store,
+            groups,
             running: Mutex::default(),
             locks: TargetLocks::default(),
             saving: Saving::default(),
@@ -108,6 +102,11 @@ impl Engine {
         };
         let old_copy = engine.catalog.is_old_copy()?;
         let mut notes = engine.recover()?;
+        for group in engine.groups.all() {
+            notes.extend(
+                group.problem().map(|why| format!("the group {} cannot be used: {why}", group.row.name)),
+            );
+        }
         if old_copy {
             engine.catalog.adopt_copy()?;
             notes.push(
@@ -139,11 +138,6 @@ impl Engine {
     /// The state folder.
     pub fn state(&self) -> &Path {
         &self.settings.state
-    }
-
-    /// The folder of disk layers.
-    pub(crate) fn layers_folder(&self) -> PathBuf {
-        self.settings.state.join("groups").join(&self.group).join("layers")
     }
 
     pub(crate) fn running_map(&self) -> MutexGuard<'_, HashMap<String, Arc<Running>>> {
@@ -251,30 +245,6 @@ pub(crate) fn find_tools(settings: &Settings) -> Result<Tools> {
         })?,
     };
     Ok(Tools { qemu, accel })
-}
-
-fn open_store(folder: &Path) -> Result<Store> {
-    let pages = folder.join("pages");
-    // The key is the last thing that `create` writes before any page: without it there is nothing to lose.
-    if pages.join("key").exists() {
-        return Ok(Store::open(&pages, GroupKey::load(&pages.join("key"))?)?);
-    }
-    Ok(Store::create(&pages, GroupKey::generate()?)?)
-}
-
-fn make_folder(path: &Path) -> Result<()> {
-    let failed = |error: std::io::Error| {
-        Error::new(Code::NotPermitted, format!("the folder {} cannot be made", path.display()))
-            .because(error)
-            .hint("choose another state folder with --state or SPINNEY_STATE")
-    };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-    // It may have been there with wider rights: the key and the machines' memory lie in it.
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
-    if mode & 0o077 != 0 {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)?;
-    }
-    Ok(())
 }
 
 fn lock_folder(state: &Path) -> Result<File> {

@@ -3,14 +3,17 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
+use pages::Store;
+
 use crate::catalog::{LayerRow, Memory, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::stamp;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::fault::step;
+use crate::groups::OpenGroup;
 use crate::memory::read_state;
-use crate::types::{Damage, FsckReport};
+use crate::types::{Damage, FsckReport, GroupFsck};
 
 impl Engine {
     /// Reads every pack, map, device state and layer, and compares them with their names and with the catalog. With `repair`, what
@@ -25,11 +28,24 @@ impl Engine {
         Ok(report)
     }
 
-    /// Has the page store mend its packs; says what it did.
+    /// Has the page stores mend their packs; says what they did.
     fn mend_pages(&self, cx: &Context) -> Result<Vec<String>> {
+        let groups = self.groups.all();
+        let mut said = Vec::new();
+        for group in &groups {
+            // What cannot be opened is not touched: `check_all` says so.
+            let Ok(store) = group.store() else { continue };
+            let of = if groups.len() > 1 { format!("group {}: ", group.row.name) } else { String::new() };
+            let mended = self.mend_group(cx, &group.row.id, store)?;
+            said.extend(mended.into_iter().map(|words| format!("{of}{words}")));
+        }
+        Ok(said)
+    }
+
+    fn mend_group(&self, cx: &Context, group: &str, store: &Store) -> Result<Vec<String>> {
         cx.phase("mending packs", 0);
-        let roots = self.live_roots()?;
-        let done = self.store.repair(&roots, &|| cx.check().is_ok())?;
+        let roots = self.live_roots(group)?;
+        let done = store.repair(&roots, &|| cx.check().is_ok())?;
         step("fsck.mended");
         cx.check()?;
         let mut said: Vec<String> = done
@@ -57,9 +73,19 @@ impl Engine {
 
     /// Writes down which snapshots cannot be relied on.
     fn mark_damaged(&self, report: &FsckReport) -> Result<()> {
+        let groups = self.groups.all();
+        let unusable = groups.iter().filter(|group| group.problem().is_some());
+        let unseen: HashSet<String> = unusable.map(|group| group.row.id.clone()).collect();
         self.catalog.write(|tx| {
             let mut damaged = Vec::new();
             for snapshot in SnapshotRow::all(tx)? {
+                let group = TargetRow::by_id(tx, &snapshot.target)?.group;
+                if unseen.contains(&group) {
+                    // What is known of it stays known.
+                    let known = SnapshotRow::damage(tx, &snapshot.id)?;
+                    damaged.extend(known.map(|problem| (snapshot.id, problem)));
+                    continue;
+                }
                 let label = label(&snapshot);
                 let found = report.damage.iter().find(|damage| damage.snapshots.contains(&label));
                 damaged.extend(
@@ -71,9 +97,41 @@ impl Engine {
     }
 
     fn check_all(&self, cx: &Context) -> Result<FsckReport> {
+        let mut report = FsckReport::default();
+        for problem in self.catalog.check()? {
+            report.damage.push(Damage {
+                group: None,
+                what: "the catalog".into(),
+                problem,
+                snapshots: Vec::new(),
+            });
+        }
+        for group in self.groups.all() {
+            let mut part = FsckReport::default();
+            self.check_group(cx, &group, &mut part)?;
+            report.groups.push(GroupFsck {
+                group: group.row.name.clone(),
+                packs: part.packs,
+                pages: part.pages,
+                layers: part.layers,
+                snapshots: part.snapshots,
+                damage: part.damage.len() as u64,
+            });
+            report.packs += part.packs;
+            report.pages += part.pages;
+            report.layers += part.layers;
+            report.snapshots += part.snapshots;
+            report.mendable |= part.mendable;
+            report.damage.append(&mut part.damage);
+        }
+        Ok(report)
+    }
+
+    fn check_group(&self, cx: &Context, group: &OpenGroup, report: &mut FsckReport) -> Result<()> {
+        let id = &group.row.id;
         let (snapshots, targets, layers, users, written) = self.catalog.read(|tx| {
-            let snapshots = SnapshotRow::all(tx)?;
-            let layers = LayerRow::all(tx)?;
+            let snapshots = SnapshotRow::of_group(tx, id)?;
+            let layers = LayerRow::of_group(tx, id)?;
             let mut users: HashMap<String, Vec<String>> = HashMap::new();
             let mut note = |disks: Vec<(String, String)>, name: &str| {
                 for (_, top) in disks {
@@ -86,7 +144,7 @@ impl Engine {
                 note(SnapshotRow::disks(tx, &snapshot.id)?, &label(snapshot));
             }
             let mut written = HashSet::new();
-            let targets = TargetRow::all(tx, true)?;
+            let targets = TargetRow::of_group(tx, id)?;
             for target in &targets {
                 if target.process.is_some() {
                     written.extend(TargetRow::disks(tx, &target.id)?.into_iter().map(|(_, layer)| layer));
@@ -95,15 +153,11 @@ impl Engine {
             }
             Ok((snapshots, targets, layers, users, written))
         })?;
-        let mut report = FsckReport::default();
-        for problem in self.catalog.check()? {
-            report.damage.push(Damage { what: "the catalog".into(), problem, snapshots: Vec::new() });
-        }
         let of_snapshots = snapshots.iter().filter_map(|s| Some((label(s), s.memory.as_ref()?)));
         let of_targets = targets.iter().filter_map(|t| Some((here(t), &t.suspended.as_ref()?.memory)));
         let memories: Vec<_> = of_snapshots.chain(of_targets).collect();
         report.snapshots = snapshots.len() as u64;
-        self.check_pages(cx, &memories, &mut report)?;
+        self.check_pages(cx, group, &memories, report)?;
         cx.phase("checking disk layers", users.len() as u64);
         // From below: what lies over a layer that is damaged cannot be right, and has said so if it cannot be read.
         let (mut bad, mut by_depth) = (HashSet::new(), Vec::from_iter(&layers));
@@ -127,27 +181,44 @@ impl Engine {
                 // An image may lie under several machines.
                 match report.damage.iter_mut().find(|known| known.what == what && known.problem == problem) {
                     Some(known) => known.snapshots.extend(needed_by.iter().cloned()),
-                    None => report.damage.push(Damage { what, problem, snapshots: needed_by.clone() }),
+                    None => report.damage.push(Damage {
+                        group: Some(group.row.name.clone()),
+                        what,
+                        problem,
+                        snapshots: needed_by.clone(),
+                    }),
                 }
             }
             cx.advance(1);
         }
-        Ok(report)
+        Ok(())
     }
 
     /// Looks at memories, each with the name of whom it belongs to.
     fn check_pages(
         &self,
         cx: &Context,
+        group: &OpenGroup,
         memories: &[(String, &Memory)],
         report: &mut FsckReport,
     ) -> Result<()> {
+        let name = || Some(group.row.name.clone());
+        if let Some(why) = group.problem() {
+            report.damage.push(Damage {
+                group: name(),
+                what: format!("the page store of the group {}", group.row.name),
+                problem: format!("it cannot be used, so nothing in it was looked at: {why}"),
+                snapshots: Vec::new(),
+            });
+            return Ok(());
+        }
+        let store = group.store()?;
         let of_memory = |(name, memory): &(String, &Memory)| {
             memory.roots().map(|root| (root, name.clone())).collect::<Vec<_>>()
         };
         let roots: Vec<_> = memories.iter().flat_map(of_memory).collect();
         cx.phase("reading pages", 0);
-        let pages = self.store.fsck(&roots, &|done, total| {
+        let pages = store.fsck(&roots, &|done, total| {
             cx.progress.total.store(total, Ordering::Relaxed);
             cx.progress.done.store(done, Ordering::Relaxed);
             cx.check().is_ok()
@@ -157,14 +228,20 @@ impl Engine {
         report.mendable = pages.damaged_packs > 0;
         report.pages = pages.pages;
         let found = pages.damage.into_iter();
-        report.damage.extend(found.map(|d| Damage { what: d.what, problem: d.problem, snapshots: d.labels }));
-        for (name, memory) in memories {
-            if let Err(error) = read_state(self.store.as_ref(), memory) {
+        report.damage.extend(found.map(|d| Damage {
+            group: name(),
+            what: d.what,
+            problem: d.problem,
+            snapshots: d.labels,
+        }));
+        for (owner, memory) in memories {
+            if let Err(error) = read_state(store.as_ref(), memory) {
                 let causes = error.causes();
                 report.damage.push(Damage {
-                    what: format!("the device state of {name}"),
+                    group: name(),
+                    what: format!("the device state of {owner}"),
                     problem: causes.last().cloned().unwrap_or_else(|| error.to_string()),
-                    snapshots: vec![name.clone()],
+                    snapshots: vec![owner.clone()],
                 });
             }
         }

@@ -59,7 +59,7 @@ impl Engine {
             if !matches!(run_state(&running.qmp).as_deref(), Ok(IO_ERROR)) {
                 continue;
             }
-            let room = free(&self.layers_folder()).unwrap_or(0);
+            let room = free(self.state()).unwrap_or(0);
             if room < ENOUGH + self.catalog.reserve_lacks() {
                 continue;
             }

@@ -207,10 +207,11 @@ impl Engine {
         check_host_memory(swap.snapshot.config.memory, old.process.memory().unwrap_or(0))?;
         tracing::info!(target = row.name, error = %why, causes = ?why.causes(), "goto in place");
         // What cannot be read is found out while there still is a machine.
+        let store = self.store_of(row)?;
         let check = |snapshot: &SnapshotRow| {
             cx.phase("checking memory", 0);
             let memory = snapshot.memory.as_ref();
-            memory.map_or(Ok(()), |memory| check_readable(self.store.as_ref(), memory, cx))
+            memory.map_or(Ok(()), |memory| check_readable(store.as_ref(), memory, cx))
         };
         check(swap.snapshot)?;
         // The disks of the machine that is off: nothing writes to what the undo point freezes. Made before anything stands still.

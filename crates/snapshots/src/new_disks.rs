@@ -124,18 +124,16 @@ impl Engine {
         let make = |disk: &NewDisk| {
             let file = self.layer_file(&disk.top);
             match &disk.made {
-                Made::Empty => img.create(&file, disk.top.size, None),
+                Made::Empty => img.create(&file, disk.top.size, None)?,
                 Made::Over(base) => {
-                    img.create(&file, disk.top.size, Some((&self.layer_file(base), &base.format)))
+                    img.create(&file, disk.top.size, Some((&self.layer_file(base), &base.format)))?;
                 }
-                Made::CopyOf(source) => img.import(source, &file),
-                Made::AsItIs => Ok(()),
+                Made::CopyOf(source) => img.import(source, &file)?,
+                Made::AsItIs => return Ok(()),
             }
+            self.groups.by_id(&disk.top.group)?.gives(&file)
         };
-        disks.0.iter().try_for_each(make).map_err(|error| {
-            self.remove_new_disks(disks);
-            error.into()
-        })
+        disks.0.iter().try_for_each(make).inspect_err(|_: &Error| self.remove_new_disks(disks))
     }
 
     /// Removes the files of disks that the catalog does not speak of.

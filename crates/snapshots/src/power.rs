@@ -20,6 +20,9 @@ use crate::undo_point::brought_back_by;
 /// Nobody waits longer for a guest to power off.
 const LONGEST_STOP: Duration = Duration::from_secs(365 * 86_400);
 
+/// What can be done with a machine whose group's store cannot be used: its guest is not to suffer, and it can be given up.
+const DO_WITHOUT_STORE: &[&str] = &["stop", "kill", "pause", "resume", "protect", "unprotect", "rm"];
+
 impl Engine {
     /// All machines, by name.
     pub fn list(&self) -> Result<Vec<Machine>> {
@@ -57,6 +60,7 @@ impl Engine {
             name: row.name,
             power,
             stopped_because: stopped.and_then(|running| self.why_stopped(running)),
+            group_problem: self.groups.by_id(&row.group)?.problem().map(str::to_owned),
             group: row.group_name,
             config: row.config,
             uuid: row.uuid,
@@ -93,6 +97,9 @@ impl Engine {
             // Read again: whoever held the lock may have changed it, and even its name.
             let row = self.catalog.read(|tx| TargetRow::by_name(tx, name))?;
             if row.id == id {
+                if !DO_WITHOUT_STORE.contains(&kind) {
+                    self.group_of(&row)?.store()?;
+                }
                 return Ok((self.find_again(row, kind == "kill")?, guard));
             }
         }

@@ -10,13 +10,13 @@
 //! | a paused guest that `stop` let run | paused |
 //! | a guest standing still in a migration, or stopped by a goto or take that is unfinished | let go on |
 //! | here's disk is an overlay that QEMU does not write to | the overlay is taken back |
-//! | a layer file or run folder that the catalog does not know | removed |
+//! | a layer file, group folder or run folder that the catalog does not know | removed |
 //! | a machine that a goto in place had ended | loaded again from its undo point |
 //! | an unfinished operation | "failed", with a note for people |
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -28,6 +28,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::let_go::free_guest;
+use crate::owner::{make_folder, read_of_others};
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
 use crate::types::{OpState, Power};
@@ -238,8 +239,8 @@ impl Engine {
     /// started and never written down.
     fn end_unrecorded(&self, targets: &[TargetRow]) {
         for run in self.unrecorded_runs(targets) {
-            let pid =
-                fs::read_to_string(run.join("pid")).ok().and_then(|text| text.trim().parse::<u32>().ok());
+            let pid = String::from_utf8(read_of_others(&run.join("pid"))).ok();
+            let pid = pid.and_then(|text| text.trim().parse::<u32>().ok());
             let Some(pid) = pid else { continue };
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let folder = run.as_os_str().as_encoded_bytes();
@@ -266,32 +267,46 @@ impl Engine {
     fn remove_strays(&self) -> Result<()> {
         let (layers, targets) =
             self.catalog.read(|tx| Ok((LayerRow::all(tx)?, TargetRow::all(tx, true)?)))?;
-        let files: HashSet<&str> = layers.iter().map(|l| l.file.as_str()).collect();
         // An old copy of the catalog does not know all that was there: what it does not know is moved, not removed.
-        let lost = self.catalog.is_old_copy()?.then(|| self.layers_folder().with_file_name("lost"));
-        if let Some(lost) = &lost {
-            fs::create_dir_all(lost).map_err(|error| {
-                Error::new(Code::Failed, format!("{} cannot be made", lost.display())).because(error)
-            })?;
+        let keep = self.catalog.is_old_copy()?;
+        let groups = self.groups.all();
+        for group in &groups {
+            let ours = layers.iter().filter(|layer| layer.group == group.row.id && !layer.is_users());
+            let files: HashSet<&str> = ours.map(|layer| layer.file.as_str()).collect();
+            let lost = keep.then(|| group.folder.join("lost"));
+            clear(&group.layers_folder(), &|name| files.contains(name), lost.as_deref())?;
         }
-        for entry in fs::read_dir(self.layers_folder()).into_iter().flatten().flatten() {
-            if !entry.file_name().to_str().is_some_and(|name| files.contains(name)) {
-                match &lost {
-                    Some(lost) => {
-                        fs::rename(entry.path(), lost.join(entry.file_name())).map_err(|error| {
-                            Error::new(Code::Failed, format!("{} cannot be moved", entry.path().display()))
-                                .because(error)
-                        })?
-                    }
-                    None => remove_file(&entry.path()),
-                }
-            }
-        }
+        let lost = keep.then(|| self.state().join("lost"));
+        let known = |name: &str| groups.iter().any(|group| group.row.id == name);
+        clear(&self.state().join("groups"), &known, lost.as_deref())?;
         for run in self.unrecorded_runs(&targets) {
             let _ = fs::remove_dir_all(run);
         }
         Ok(())
     }
+}
+
+/// Takes away what is in a folder and is not known: moved to the folder `lost` if there is to be one, else removed.
+fn clear(folder: &Path, known: &dyn Fn(&str) -> bool, lost: Option<&Path>) -> Result<()> {
+    let failed = |path: &Path, what: &str, error: std::io::Error| {
+        Error::new(Code::Failed, format!("{} cannot be {what}", path.display())).because(error)
+    };
+    lost.map_or(Ok(()), make_folder)?;
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(known) {
+            continue;
+        }
+        let path = entry.path();
+        match lost {
+            Some(lost) => {
+                let moved = fs::rename(&path, lost.join(entry.file_name()));
+                moved.map_err(|error| failed(&path, "moved", error))?;
+            }
+            None if entry.file_type().is_ok_and(|kind| kind.is_dir()) => drop(fs::remove_dir_all(&path)),
+            None => remove_file(&path),
+        }
+    }
+    Ok(())
 }
 
 fn plan_of(plan: &Value) -> Plan {

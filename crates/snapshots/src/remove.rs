@@ -101,12 +101,12 @@ impl Engine {
     }
 
     fn show_plan(&self, doomed: &Doomed) -> Result<RemovePlan> {
-        let ledger = Ledger::read(self)?;
+        let ledger = Ledger::read(self, &*self.group_of(&doomed.target)?)?;
         let goes = |holder: &Holder| match holder {
             Holder::Snapshot(id) => doomed.snapshots.iter().any(|s| s.id == *id),
             Holder::Here(target) => doomed.machine && *target == doomed.target.id,
         };
-        let (reclaimable_bytes, kept_bytes, kept_by) = ledger.without(self, &goes)?;
+        let (reclaimable_bytes, kept_bytes, kept_by) = ledger.without(&goes)?;
         Ok(RemovePlan {
             snapshots: doomed.snapshots.iter().map(SnapshotRow::full_name).collect(),
             machine: doomed.machine.then(|| doomed.target.name.clone()),

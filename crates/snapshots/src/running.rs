@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qemu::accel::Accel;
 use qemu::command::{BootFirst, Card, CdDrive, Disk, MachineSpec, RunFolder, UEFI_DISK, Uefi};
 use qemu::process::Process;
 use qemu::qmp::{Qmp, QmpError};
@@ -17,12 +18,15 @@ use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_uuid};
 use crate::new_disks::uefi_files;
+use crate::owner::read_of_others;
 use crate::types::Power;
 
 /// How long QEMU may take until its monitor answers.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long looking at a machine may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// What hardware acceleration needs.
+const KVM: &str = "/dev/kvm";
 /// Longest path of a Unix socket.
 const SOCKET_PATH_LIMIT: usize = 107;
 
@@ -93,6 +97,11 @@ impl Engine {
         begin: Begin,
     ) -> Result<Running> {
         let Tools { qemu, accel, .. } = self.tools()?;
+        let group = self.group_of(target)?;
+        self.check_readable_by_owner(&group, config)?;
+        let user = group.runs_as();
+        let device = (accel == Accel::Kvm).then_some(Path::new(KVM));
+        let ids = user.as_ref().map(|user| user.ids(device)).transpose()?;
         let cdrom = cd_spec(&target.name, config)?;
         let uefi = uefi_spec(config, &mut disks)?;
         // They boot in the order of the settings, in which one that was added comes last.
@@ -123,17 +132,20 @@ impl Engine {
             cards: cards.map(|(i, mac)| Card { id: format!("net{i}"), mac: mac.clone() }).collect(),
             kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
             only_migratable: config.memory_snapshots,
-            direct: self.direct_io(),
+            direct: self.direct_io(&target.group),
             incoming: begin == Begin::Incoming,
             stopped: begin != Begin::Boot,
             extra: config.qemu_args.clone(),
         };
         let args = spec.arguments(&run);
-        let process = Process::spawn(&qemu.path, &args, &run.log()).map_err(|error| {
-            let _ = fs::remove_dir_all(&run.0);
-            Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
-                .because(error)
-        })?;
+        let given = user.as_ref().map_or(Ok(()), |user| user.owns(&run.0));
+        let process = given.and_then(|()| {
+            Process::spawn_as(ids, &qemu.path, &args, &run.log()).map_err(|error| {
+                Error::new(Code::Precondition, format!("{} cannot be started", qemu.path.display()))
+                    .because(error)
+            })
+        });
+        let process = process.inspect_err(|_| drop(fs::remove_dir_all(&run.0)))?;
         let row = ProcessRow {
             id: process.id(),
             run: name,
@@ -321,7 +333,7 @@ fn wait_for_monitor(process: &Process, run: &RunFolder) -> Result<Qmp, QmpError>
 
 /// The last lines that QEMU wrote.
 pub(crate) fn log_tail(run: &RunFolder) -> String {
-    let text = fs::read(run.log()).unwrap_or_default();
+    let text = read_of_others(&run.log());
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let last = lines.iter().rev().take(3).rev().copied().collect::<Vec<_>>();

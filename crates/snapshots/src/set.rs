@@ -30,6 +30,7 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "set")?;
         let (power, running) = self.look(&row)?;
         let config = changed(&row, &options)?;
+        self.check_readable_by_owner(&*self.group_of(&row)?, &config)?;
         if config.memory != row.config.memory {
             check_ever_fits(&row.name, config.memory)?;
         }

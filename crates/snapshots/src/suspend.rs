@@ -91,6 +91,7 @@ impl Engine {
         })?;
         let plan = json!(GotoPlan::default());
         self.journaled(cx, "start", &row.name, Some(&row.id), &plan, || {
+            let store = self.store_of(row)?;
             let disks = self.here_specs(row)?;
             check_host_memory(row.config.memory, 0)?;
             check_ports(&row.name, &row.config.forwards, &[])?;
@@ -102,7 +103,7 @@ impl Engine {
             let still = standby.new.as_ref().map(|new| {
                 let plan = GotoPlan { new: Some(process.clone()), ..GotoPlan::default() };
                 self.catalog.write(|tx| OpRow::set_plan(tx, &cx.id, &json!(plan)))?;
-                self.load_memory(cx, &row.name, memory, new).map_err(|error| {
+                self.load_memory(cx, &row.name, store.as_ref(), memory, new).map_err(|error| {
                     let off =
                         format!("`spinney kill {}` turns it off: its disks are another matter", row.name);
                     with_way_out(error, off)

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pages::Store;
 use qemu::load::load;
 use qemu::save::settle;
 use rusqlite::Transaction;
@@ -167,7 +168,7 @@ impl Engine {
             && let Some(memory) = &swap.snapshot.memory
         {
             // Nothing is loaded: what cannot be read must be found out while there still is a machine.
-            check_readable(self.store.as_ref(), memory, cx)?;
+            check_readable(self.store_of(row)?.as_ref(), memory, cx)?;
         }
         cx.check()?;
         let mut undo_point = swap.keep.then(|| self.capture_undo_point(cx, row, was, old)).transpose()?;
@@ -295,6 +296,7 @@ impl Engine {
             check_host_memory(snapshot.config.memory, 0)?;
         }
         let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
+        let store = self.store_of(row)?;
         cx.phase("starting", 0);
         let launch = || self.launch(row, &snapshot.config, &snapshot.machine, disks.clone(), begin);
         // Its old process has ended already.
@@ -318,7 +320,7 @@ impl Engine {
                 match &snapshot.memory {
                     Some(memory) => {
                         let name = snapshot.full_name();
-                        self.load_memory(cx, &name, memory, &new).map_err(|error| {
+                        self.load_memory(cx, &name, store.as_ref(), memory, &new).map_err(|error| {
                             let way_out = "brings its disks, without the memory";
                             with_way_out(error, format!("`spinney goto {name} --off` {way_out}"))
                         })
@@ -336,10 +338,17 @@ impl Engine {
     }
 
     /// Puts the memory and devices of `name` into a QEMU that waits for them.
-    pub(crate) fn load_memory(&self, cx: &Context, name: &str, memory: &Memory, new: &Running) -> Result<()> {
-        let mut state = read_state(self.store.as_ref(), memory)?;
+    pub(crate) fn load_memory(
+        &self,
+        cx: &Context,
+        name: &str,
+        store: &Store,
+        memory: &Memory,
+        new: &Running,
+    ) -> Result<()> {
+        let mut state = read_state(store, memory)?;
         if planted(Fault::OtherDeviceState)
-            && let Some(other) = self.other_state(memory)?
+            && let Some(other) = self.other_state(store, memory)?
         {
             state.tail = other.tail;
         }
@@ -347,7 +356,7 @@ impl Engine {
         let mut store_failed = None;
         cx.phase("loading memory", state.blocks.total());
         let loaded = load(&new.qmp, version, &mut |socket| {
-            let fed = feed(self.store.as_ref(), memory, &state, cx, socket);
+            let fed = feed(store, memory, &state, cx, socket);
             fed.map_err(|error| match error.downcast::<pages::Error>() {
                 Ok(error) => {
                     store_failed = Some(*error);
@@ -372,12 +381,12 @@ impl Engine {
     }
 
     /// For the planted fault: the device state of another snapshot of the same target.
-    fn other_state(&self, memory: &Memory) -> Result<Option<qemu::migration::DeviceState>> {
+    fn other_state(&self, store: &Store, memory: &Memory) -> Result<Option<qemu::migration::DeviceState>> {
         let all = self.catalog.read(SnapshotRow::all)?;
         let of = |s: &SnapshotRow| s.memory.as_ref().is_some_and(|m| m == memory).then(|| s.target.clone());
         let target = all.iter().find_map(of);
         let mut others = all.iter().filter(|s| Some(&s.target) == target.as_ref());
         let other = others.find_map(|s| s.memory.as_ref().filter(|m| *m != memory));
-        other.map(|memory| read_state(self.store.as_ref(), memory)).transpose()
+        other.map(|memory| read_state(store, memory)).transpose()
     }
 }

@@ -32,7 +32,8 @@ impl Engine {
 
     /// Opens the overlays in QEMU, not yet in use.
     pub(crate) fn add_overlay_nodes(&self, running: &Running, overlays: &[NewOverlay]) -> Result<()> {
-        let direct = self.direct_io();
+        let Some(first) = overlays.first() else { return Ok(()) };
+        let direct = self.direct_io(&first.row.group);
         for new in overlays {
             running.qmp.execute("blockdev-add", self.layer_spec(&new.row).blockdev(None, true, direct))?;
         }

@@ -38,6 +38,9 @@ pub struct Machine {
     pub stopped_because: Option<String>,
     /// Name of the group.
     pub group: String,
+    /// Why the group's page store cannot be used, if it cannot: then the machine cannot be worked with.
+    #[serde(default)]
+    pub group_problem: Option<String>,
     /// Settings.
     pub config: MachineConfig,
     /// Universally unique id the guest sees.
@@ -212,6 +215,8 @@ pub struct Edit {
     pub keep: Option<bool>,
     /// Take the images of the user's under the disks as they are now (machines only).
     pub accept_disks: bool,
+    /// Group that it is to belong to (machines only, and nothing else at the same time): all that is stored of it is copied there.
+    pub group: Option<String>,
 }
 
 /// A target's tree.
@@ -248,6 +253,8 @@ pub struct RemovePlan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DuRow {
+    /// Group of the target.
+    pub group: String,
     /// Target.
     pub target: String,
     /// Snapshot; empty for here.
@@ -260,8 +267,28 @@ pub struct DuRow {
     pub shared: u64,
 }
 
-/// Result of `du`.
+/// Space of one group.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct GroupSpace {
+    /// Name of the group.
+    pub group: String,
+    /// Allocated bytes of its page packs.
+    pub store_bytes: u64,
+    /// Allocated bytes of its disk layers.
+    pub disk_bytes: u64,
+    /// Bytes that `gc` would free now.
+    pub reclaimable: u64,
+    /// Bytes that only the undo log still holds.
+    pub pinned_by_undo: u64,
+    /// Pages of all listed takes, by cause.
+    pub saved: pages::Saved,
+    /// Why its page store cannot be used; its pages count nothing then.
+    pub problem: Option<String>,
+}
+
+/// Result of `du`. The numbers are sums over the groups that were looked at: all, or that of the target.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Du {
     /// Per snapshot.
@@ -278,9 +305,27 @@ pub struct Du {
     pub saved: pages::Saved,
     /// Bytes that `--without` would free, if asked.
     pub without: Option<u64>,
+    /// The same group by group.
+    pub groups: Vec<GroupSpace>,
 }
 
-/// Plan and result of `gc`.
+/// What `gc` does, or would do, in one group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct GroupGc {
+    /// Name of the group.
+    pub group: String,
+    /// Pack files removed or rewritten.
+    pub packs: u64,
+    /// Disk layers removed.
+    pub layers: u64,
+    /// Bytes freed, or to be freed.
+    pub bytes: u64,
+    /// Why nothing was done there.
+    pub problem: Option<String>,
+}
+
+/// Plan and result of `gc`. The numbers are sums over all groups.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct GcReport {
@@ -294,12 +339,17 @@ pub struct GcReport {
     pub bytes: u64,
     /// Operations that can no longer be undone afterwards ("rm web@old").
     pub ends_undo_of: Vec<String>,
+    /// The same group by group.
+    pub groups: Vec<GroupGc>,
 }
 
 /// One thing that `fsck` found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Damage {
+    /// Name of the group; none if it is about the catalog.
+    #[serde(default)]
+    pub group: Option<String>,
     /// The thing: a file, a page, a catalog row.
     pub what: String,
     /// What is wrong with it.
@@ -308,7 +358,25 @@ pub struct Damage {
     pub snapshots: Vec<String>,
 }
 
-/// Result of `fsck`.
+/// What `fsck` looked at in one group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct GroupFsck {
+    /// Name of the group.
+    pub group: String,
+    /// Packs read.
+    pub packs: u64,
+    /// Pages read and compared with their names.
+    pub pages: u64,
+    /// Layers looked at.
+    pub layers: u64,
+    /// Snapshots walked.
+    pub snapshots: u64,
+    /// Things that are damaged.
+    pub damage: u64,
+}
+
+/// Result of `fsck`. The numbers are sums over all groups.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FsckReport {
@@ -327,6 +395,9 @@ pub struct FsckReport {
     /// There are packs from which a repair may save something.
     #[serde(default)]
     pub mendable: bool,
+    /// The same group by group.
+    #[serde(default)]
+    pub groups: Vec<GroupFsck>,
 }
 
 /// State of a journalled operation.

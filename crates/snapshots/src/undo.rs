@@ -13,7 +13,8 @@ use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
-use crate::goto::Purpose;
+use crate::goto;
+use crate::regroup::Purpose;
 use crate::remove::{protected, remove};
 use crate::take::snapshot_name_taken;
 use crate::types::{GotoPower, OpState, Operation, Undone};
@@ -59,6 +60,7 @@ impl Engine {
         })?;
         match undoable(&op)? {
             Act::Goto(point) => self.undo_goto(cx, &op, point)?,
+            Act::Regroup { target, group } => self.undo_regroup(cx, &op, target, group)?,
             act => self.undo_in_catalog(cx, &op, act)?,
         }
         let redone = first.is_some();
@@ -88,6 +90,20 @@ impl Engine {
         Ok(("redo", again(&self.catalog.read(|tx| OpRow::by_id(tx, first))?)))
     }
 
+    /// Copies a machine back into the group that it came from.
+    fn undo_regroup(&self, cx: &Context, op: &OpRow, target: &str, group: &str) -> Result<()> {
+        let row = self.catalog.read(|tx| TargetRow::by_id(tx, target))?;
+        if row.removed.is_some() {
+            return Err(has_been_removed(&row));
+        }
+        let row = self.find_again(row, false)?;
+        let group = self.groups.by_id(group).map_err(|_| {
+            Error::new(Code::NotFound, format!("the group that {} came from has been removed", row.name))
+        })?;
+        let (kind, subject) = self.entry_of(op)?;
+        self.regroup(cx, &Purpose { kind, subject, undoes: Some(op) }, &row, &group)
+    }
+
     /// Goes to the undo point that the goto kept.
     fn undo_goto(&self, cx: &Context, op: &OpRow, point: &str) -> Result<()> {
         let target = op.target.as_deref().unwrap_or_default();
@@ -96,15 +112,19 @@ impl Engine {
             Ok((row, SnapshotRow::by_id(tx, point)?))
         })?;
         if row.removed.is_some() {
-            return Err(Error::new(Code::Refused, format!("{} has been removed", row.name))
-                .hint("undo its removal first; `spinney op log` has its id"));
+            return Err(has_been_removed(&row));
         }
         let row = self.find_again(row, false)?;
         let (kind, subject) = self.entry_of(op)?;
-        let purpose = Purpose { kind, subject, undoes: Some(op) };
+        let purpose = goto::Purpose { kind, subject, undoes: Some(op) };
         self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)?;
         Ok(())
     }
+}
+
+fn has_been_removed(row: &TargetRow) -> Error {
+    Error::new(Code::Refused, format!("{} has been removed", row.name))
+        .hint("undo its removal first; `spinney op log` has its id")
 }
 
 /// The machine of this name; else the one that had it when it was removed, the last if there were several.
@@ -194,7 +214,9 @@ fn carry_out(tx: &Transaction<'_>, act: &Act) -> Result<Act> {
                 keep: keep.is_some().then_some(now.keep),
             }
         }
-        Act::Goto(_) => return Err(Error::new(Code::Failed, "a goto is not undone in the catalog alone")),
+        Act::Goto(_) | Act::Regroup { .. } => {
+            return Err(Error::new(Code::Failed, "this is not undone in the catalog alone"));
+        }
     })
 }
 

@@ -215,20 +215,19 @@ impl Spinney {
 
     /// The same, with more words for QEMU.
     pub fn create_guest_with(&self, name: &str, mib: u64, qemu: &[&str]) -> Result<Value, Failed> {
-        let guest = cache().join("guest");
-        let file = |name: &str| guest.join(name).display().to_string();
-        let append =
-            fs::read_to_string(guest.join("cmdline")).expect("the test guest (`make guest` makes it)");
-        let mut words = ["create", name, "--network", "none", "--memory"].map(str::to_owned).to_vec();
-        words.push(format!("{mib}M"));
-        let files = [("--kernel", "vmlinuz"), ("--initrd", "initrd.img"), ("--disk", "data.img")];
-        words.extend(files.iter().flat_map(|(option, name)| [(*option).to_owned(), file(name)]));
-        // Freed memory is zeros, so that a page that is not zero is one that somebody may look at.
-        words.extend(["--append".to_owned(), format!("{} init_on_free=1", append.trim())]);
-        // In the run folder, so that the QEMU that a goto starts beside the old one has a socket of its own.
-        let port = guest_port_args(Path::new("{run}/test"));
-        let more = qemu.iter().map(|word| (*word).to_owned());
-        words.extend(port.into_iter().chain(more).map(|word| format!("--qemu-arg={word}")));
+        self.run(guest_words(name, mib, qemu, &cache().join("guest"))).done()
+    }
+
+    /// The same as one of a group, with the guest's files from a folder of the test's own.
+    pub fn create_guest_in(
+        &self,
+        group: Option<&str>,
+        name: &str,
+        mib: u64,
+        files: &Path,
+    ) -> Result<Value, Failed> {
+        let mut words = guest_words(name, mib, &[], files);
+        words.extend(group.into_iter().flat_map(|group| ["--group".to_owned(), group.to_owned()]));
         self.run(words).done()
     }
 
@@ -326,6 +325,23 @@ impl Drop for Spinney {
             eprintln!("the end of daemon.log:\n{}", self.log());
         }
     }
+}
+
+/// The words that create a machine that is the test guest, whose files are in a folder.
+fn guest_words(name: &str, mib: u64, qemu: &[&str], guest: &Path) -> Vec<String> {
+    let file = |name: &str| guest.join(name).display().to_string();
+    let append = fs::read_to_string(guest.join("cmdline")).expect("the test guest (`make guest` makes it)");
+    let mut words = ["create", name, "--network", "none", "--memory"].map(str::to_owned).to_vec();
+    words.push(format!("{mib}M"));
+    let files = [("--kernel", "vmlinuz"), ("--initrd", "initrd.img"), ("--disk", "data.img")];
+    words.extend(files.iter().flat_map(|(option, name)| [(*option).to_owned(), file(name)]));
+    // Freed memory is zeros, so that a page that is not zero is one that somebody may look at.
+    words.extend(["--append".to_owned(), format!("{} init_on_free=1", append.trim())]);
+    // In the run folder, so that the QEMU that a goto starts beside the old one has a socket of its own.
+    let port = guest_port_args(Path::new("{run}/test"));
+    let more = qemu.iter().map(|word| (*word).to_owned());
+    words.extend(port.into_iter().chain(more).map(|word| format!("--qemu-arg={word}")));
+    words
 }
 
 /// Runs a tool of the host; its output, whatever it ended with.

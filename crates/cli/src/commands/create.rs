@@ -11,6 +11,7 @@ use server::client::Method;
 use server::snapshots::{Boot, Code, DiskConfig, DiskSource, Display, Firmware, Machine, MachineConfig};
 
 use super::set::{drive, forwards};
+use crate::complete;
 use crate::errors::misuse;
 use crate::output::{bytes, count};
 use crate::session::Session;
@@ -30,6 +31,7 @@ Examples:
   spinney create new --disk 20G --cdrom debian.iso --boot cd --display vnc
   spinney create tiny --kernel vmlinuz --initrd initrd.img --append console=ttyS0 --network none
   spinney create web --disk debian.qcow2 --qemu-arg=-device --qemu-arg=virtio-rng-pci
+  spinney create db --group work --disk debian.qcow2            shares nothing with other groups
   spinney create --file machine.toml
 
 machine.toml:
@@ -40,6 +42,7 @@ machine.toml:
   networks = [\"user\"]
   forwards = [\"2222:22\"]
   # cdrom = \"debian.iso\", boot = \"cd\", firmware = \"uefi\", display = \"vnc\", autostart = true
+  # group = \"work\"
   # kernel, initrd, append, memory_snapshots = false, qemu_args = [\"-device\", \"virtio-rng-pci\"]")]
 pub(crate) struct Args {
     /// Name of the machine
@@ -81,6 +84,9 @@ pub(crate) struct Args {
     /// Where its screen is seen: nowhere, or through VNC on a Unix socket that `show` names
     #[arg(long, value_name = "none|vnc", default_value = "none")]
     display: DisplayWord,
+    /// Group that it belongs to [default: default]
+    #[arg(long, add = ArgValueCompleter::new(complete::groups))]
+    group: Option<String>,
     /// Start it with the daemon after the host was restarted
     #[arg(long)]
     autostart: bool,
@@ -92,7 +98,7 @@ pub(crate) struct Args {
     qemu_args: Vec<String>,
     /// Read the machine from a file instead
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "cpus", "disks", "kernel", "initrd", "append", "networks", "no_memory", "qemu_args",
-        "cdrom", "boot", "firmware", "forwards", "display", "autostart"])]
+        "cdrom", "boot", "firmware", "forwards", "display", "autostart", "group"])]
     file: Option<PathBuf>,
 }
 
@@ -137,7 +143,8 @@ fn from_options(args: Args) -> Result<CreateRequest, Problem> {
         memory_snapshots: !args.no_memory,
         qemu_args: args.qemu_args,
     };
-    request(args.name.unwrap_or_default(), config, &here)
+    let group = args.group;
+    Ok(CreateRequest { group, ..request(args.name.unwrap_or_default(), config, &here)? })
 }
 
 /// `machine.toml`.
@@ -161,6 +168,7 @@ struct MachineFile {
     display: Display,
     #[serde(default)]
     autostart: bool,
+    group: Option<String>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     append: Option<String>,
@@ -224,7 +232,7 @@ fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem
         memory_snapshots: file.memory_snapshots,
         qemu_args: file.qemu_args,
     };
-    request(name, config, &folder)
+    Ok(CreateRequest { group: file.group, ..request(name, config, &folder)? })
 }
 
 /// Makes paths absolute (the daemon has another folder) and settles the networks.
@@ -245,7 +253,7 @@ fn request(name: String, mut config: MachineConfig, folder: &Path) -> Result<Cre
         }
         several => several.to_vec(),
     };
-    Ok(CreateRequest { name, config })
+    Ok(CreateRequest { name, config, group: None })
 }
 
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {

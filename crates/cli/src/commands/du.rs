@@ -2,13 +2,15 @@
 
 use clap_complete::ArgValueCompleter;
 use server::Problem;
-use server::snapshots::Du;
+use server::snapshots::{Du, GroupSpace};
 
-use crate::output::{Output, bytes};
+use crate::output::{Output, Style, bytes};
 use crate::session::Session;
 use crate::{address, complete};
 
 /// Show space: exclusive, shared, reclaimable
+///
+/// Group by group: nothing is shared across groups. Of one machine, what its own group holds.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -51,8 +53,31 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
 }
 
 fn print(out: Output, du: &Du) {
+    for (n, group) in du.groups.iter().enumerate() {
+        // One group alone needs no head.
+        if du.groups.len() > 1 {
+            let between = if n == 0 { "" } else { "\n" };
+            out.line(format_args!(
+                "{between}{}",
+                out.paint(Style::Bold, format_args!("group {}", group.group))
+            ));
+        }
+        let rows = rows(du, &group.group);
+        if rows.len() > 1 {
+            out.table(&rows);
+            out.line("");
+        }
+        totals(group).into_iter().for_each(|line| out.line(line));
+    }
+    if let Some(without) = du.without {
+        out.line(format_args!("without these    {} come back", bytes(without)));
+    }
+}
+
+/// The snapshots of a group, with a head.
+fn rows(du: &Du, group: &str) -> Vec<Vec<String>> {
     let mut rows = vec![["SNAPSHOT", "EXCLUSIVE", "SHARED", ""].map(str::to_owned).to_vec()];
-    for row in &du.rows {
+    for row in du.rows.iter().filter(|row| row.group == group) {
         let name = if row.name.is_empty() {
             format!("{} (here)", row.target)
         } else {
@@ -61,19 +86,21 @@ fn print(out: Output, du: &Du) {
         let kind = if row.undo_point { "undo point" } else { "" };
         rows.push(vec![name, bytes(row.exclusive), bytes(row.shared), kind.to_owned()]);
     }
-    if !du.rows.is_empty() {
-        out.table(&rows);
-        out.line("");
-    }
-    out.line(format_args!("page store       {}", bytes(du.store_bytes)));
-    out.line(format_args!("disk layers      {}", bytes(du.disk_bytes)));
-    out.line(format_args!("gc would free    {}", bytes(du.reclaimable)));
-    out.line(format_args!("pinned by undo   {}", bytes(du.pinned_by_undo)));
-    let causes = saved([du.saved.zero, du.saved.same, du.saved.earlier, du.saved.new]);
-    out.line(format_args!("memory saved     {causes}"));
-    if let Some(without) = du.without {
-        out.line(format_args!("without these    {} come back", bytes(without)));
-    }
+    rows
+}
+
+/// What a group takes in all.
+fn totals(space: &GroupSpace) -> Vec<String> {
+    let causes = saved([space.saved.zero, space.saved.same, space.saved.earlier, space.saved.new]);
+    let mut lines = vec![
+        format!("page store       {}", bytes(space.store_bytes)),
+        format!("disk layers      {}", bytes(space.disk_bytes)),
+        format!("gc would free    {}", bytes(space.reclaimable)),
+        format!("pinned by undo   {}", bytes(space.pinned_by_undo)),
+        format!("memory saved     {causes}"),
+    ];
+    lines.extend(space.problem.as_ref().map(|why| format!("unusable         {why}")));
+    lines
 }
 
 /// Memory saved, by cause: pages that were zero, equal to another, known before, new.
@@ -86,4 +113,23 @@ pub(super) fn saved([zero, same, earlier, new]: [u64; 4]) -> String {
         size(earlier),
         size(new)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_used_is_said() {
+        let space = GroupSpace {
+            group: "work".into(),
+            store_bytes: 40 << 20,
+            disk_bytes: 1 << 20,
+            reclaimable: 0,
+            pinned_by_undo: 0,
+            saved: Default::default(),
+            problem: Some("its key is gone: /s/key".into()),
+        };
+        insta::assert_snapshot!(totals(&space).join("\n"));
+    }
 }

@@ -1,4 +1,4 @@
-//! `edit`: another name, another note.
+//! `edit`: another name, another note, another group.
 
 use clap::ArgGroup;
 use clap_complete::ArgValueCompleter;
@@ -10,14 +10,15 @@ use server::snapshots::Edit;
 use crate::session::Session;
 use crate::{address, complete};
 
-/// Change a name, a note, or whether it is kept
+/// Change a name, a note, whether it is kept, or the group
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   spinney edit web --name www
   spinney edit web@snap-1 --name before-upgrade -m \"all is well\"
-  spinney edit web@snap-1 --keep=false")]
-#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "accept_disks"])))]
+  spinney edit web@snap-1 --keep=false
+  spinney edit web --group work               copied there with all its snapshots")]
+#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "accept_disks", "group"])))]
 pub(crate) struct Args {
     /// Machine or snapshot
     #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
@@ -34,19 +35,31 @@ pub(crate) struct Args {
     /// Take the image files under a machine's disks as they are now, after one was touched or copied back
     #[arg(long)]
     accept_disks: bool,
+    /// Group that the machine is to belong to. All that is stored of it, snapshots and all, is copied there; it has to be off or
+    /// suspended
+    #[arg(long, conflicts_with_all = ["name", "message", "keep", "accept_disks"], add = ArgValueCompleter::new(complete::groups))]
+    group: Option<String>,
 }
 
 pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let has_name = args.name.is_some();
-    let edit = Edit { name: args.name, note: args.message, keep: args.keep, accept_disks: args.accept_disks };
+    let group = args.group.clone();
+    let edit = Edit {
+        name: args.name,
+        note: args.message,
+        keep: args.keep,
+        accept_disks: args.accept_disks,
+        group: args.group,
+    };
     let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
     if session.out.json {
         session.document("spinney.edit/1", &renamed);
     } else {
-        match has_name {
-            true => session.out.line(format_args!("{} is now {}", args.address, renamed.address)),
-            false => session.out.line(format_args!("changed {}", renamed.address)),
-        }
+        session.out.line(match group {
+            Some(group) => format!("{} belongs to the group {group} now", renamed.address),
+            None if has_name => format!("{} is now {}", args.address, renamed.address),
+            None => format!("changed {}", renamed.address),
+        });
     }
     Ok(())
 }

@@ -53,14 +53,41 @@ fn print(out: Output, report: &FsckReport) {
             out.line(format_args!("  touches {snapshot}"));
         }
     }
-    out.line(format_args!(
-        "read {}, {}, {}, {}",
-        count(report.packs, "pack"),
-        count(report.pages, "page"),
-        count(report.layers, "disk layer"),
-        count(report.snapshots, "snapshot")
-    ));
+    looked_at(report).into_iter().for_each(|line| out.line(line));
     if report.damage.is_empty() {
         out.line(out.paint(Style::Good, "all is whole"));
+    }
+}
+
+/// What was read: in all, and by groups if there are several.
+fn looked_at(report: &FsckReport) -> Vec<String> {
+    let read = |packs, pages, layers, snapshots| {
+        let (packs, pages) = (count(packs, "pack"), count(pages, "page"));
+        format!("{packs}, {pages}, {}, {}", count(layers, "disk layer"), count(snapshots, "snapshot"))
+    };
+    let all = read(report.packs, report.pages, report.layers, report.snapshots);
+    let mut lines = vec![format!("read {all}")];
+    for group in report.groups.iter().filter(|_| report.groups.len() > 1) {
+        let own = read(group.packs, group.pages, group.layers, group.snapshots);
+        let damaged = if group.damage == 0 { String::new() } else { format!("; {} damaged", group.damage) };
+        lines.push(format!("  group {}: {own}{damaged}", group.group));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use server::snapshots::GroupFsck;
+
+    use super::*;
+
+    #[test]
+    fn several_groups_have_a_line_each() {
+        let work =
+            GroupFsck { group: "work".into(), packs: 1, pages: 700, layers: 2, snapshots: 1, damage: 1 };
+        let groups = vec![GroupFsck { group: "default".into(), ..GroupFsck::default() }, work];
+        let report =
+            FsckReport { packs: 1, pages: 700, layers: 2, snapshots: 1, groups, ..FsckReport::default() };
+        insta::assert_snapshot!(looked_at(&report).join("\n"));
     }
 }

@@ -29,11 +29,45 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         session.document("spinney.gc/1", &report);
         return Ok(());
     }
-    let verb = if report.dry_run { "would free" } else { "freed" };
-    let (packs, layers) = (count(report.packs, "pack"), count(report.layers, "disk layer"));
-    session.out.line(format_args!("{verb} {}: {packs}, {layers}", bytes(report.bytes)));
+    summary(&report).into_iter().for_each(|line| session.out.line(line));
     for operation in &report.ends_undo_of {
         session.out.line(format_args!("no longer to be undone: {operation}"));
     }
     Ok(())
+}
+
+/// What was freed: in all, and by groups if there are several.
+fn summary(report: &GcReport) -> Vec<String> {
+    let verb = if report.dry_run { "would free" } else { "freed" };
+    let part = |freed, packs, layers| {
+        format!("{}: {}, {}", bytes(freed), count(packs, "pack"), count(layers, "disk layer"))
+    };
+    let mut lines = vec![format!("{verb} {}", part(report.bytes, report.packs, report.layers))];
+    for group in report.groups.iter().filter(|group| report.groups.len() > 1 || group.problem.is_some()) {
+        let did = part(group.bytes, group.packs, group.layers);
+        lines.push(match &group.problem {
+            Some(why) => format!("  group {}: left alone: {why}", group.group),
+            None => format!("  group {}: {did}", group.group),
+        });
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use server::snapshots::GroupGc;
+
+    use super::*;
+
+    #[test]
+    fn several_groups_have_a_line_each() {
+        let work = GroupGc { group: "work".into(), packs: 2, layers: 1, bytes: 3 << 20, problem: None };
+        let broken =
+            GroupGc { problem: Some("its key is gone".into()), group: "old".into(), ..GroupGc::default() };
+        let groups = vec![GroupGc { group: "default".into(), ..GroupGc::default() }, work.clone(), broken];
+        let report = GcReport { packs: 2, layers: 1, bytes: 3 << 20, groups, ..GcReport::default() };
+        insta::assert_snapshot!(summary(&report).join("\n"));
+        let alone = GcReport { dry_run: true, groups: vec![work], ..report };
+        assert_eq!(summary(&alone), ["would free 3 MiB: 2 packs, 1 disk layer"]);
+    }
 }

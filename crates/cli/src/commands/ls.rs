@@ -1,11 +1,14 @@
 //! `ls`: machines, or the snapshots of one.
 
+use std::collections::BTreeSet;
+
 use clap_complete::ArgValueCompleter;
 use jiff::Timestamp;
 use serde_json::json;
 use server::Problem;
 use server::snapshots::{Machine, Tree};
 
+use super::show::DEFAULT_GROUP;
 use crate::draw::{power, state};
 use crate::output::{ago, bytes, plain, span};
 use crate::session::Session;
@@ -41,31 +44,45 @@ fn machines(session: &Session) -> Result<(), Problem> {
         session.out.note("no machines; `spinney create --help` tells how to make one");
         return Ok(());
     }
-    let mut rows = vec![
-        ["NAME", "STATE", "MEMORY", "CPUS", "SNAPSHOTS", "HERE IS ON", "GROUP"].map(str::to_owned).to_vec(),
-    ];
+    let unusable: BTreeSet<String> = machines
+        .iter()
+        .filter_map(|m| Some(format!("the group {} cannot be used: {}", m.group, m.group_problem.as_ref()?)))
+        .collect();
+    session.out.table(&table(&machines));
     let lost: Vec<String> = machines
         .iter()
         .filter_map(|machine| Some(lost_in_goto(&machine.name, machine.brought_back_by.as_ref()?)))
         .collect();
+    lost.iter().chain(&unusable).for_each(|words| session.out.warning(words));
+    Ok(())
+}
+
+/// Machines, with a column for their groups if one is in another than the default one.
+fn table(machines: &[Machine]) -> Vec<Vec<String>> {
+    let grouped = machines.iter().any(|machine| machine.group != DEFAULT_GROUP);
+    let row = |cells: [String; 7]| {
+        let mut row = cells.to_vec();
+        row.truncate(if grouped { 7 } else { 6 });
+        row
+    };
+    let head = ["NAME", "STATE", "MEMORY", "CPUS", "SNAPSHOTS", "HERE IS ON", "GROUP"];
+    let mut rows = vec![row(head.map(str::to_owned))];
     for machine in machines {
         let state = match machine.busy.as_ref().or(machine.stopped_because.as_ref()) {
             Some(why) => format!("{} ({why})", power(machine.power)),
             None => power(machine.power).to_owned(),
         };
-        rows.push(vec![
-            machine.name,
+        rows.push(row([
+            machine.name.clone(),
             state,
             bytes(machine.config.memory),
             machine.config.cpus.to_string(),
             machine.snapshots.to_string(),
-            machine.parent.unwrap_or_else(|| "-".to_owned()),
-            machine.group,
-        ]);
+            machine.parent.clone().unwrap_or_else(|| "-".to_owned()),
+            machine.group.clone(),
+        ]));
     }
-    session.out.table(&rows);
-    lost.iter().for_each(|words| session.out.warning(words));
-    Ok(())
+    rows
 }
 
 /// How to get a machine back that a goto ended and could not bring back.

@@ -12,6 +12,7 @@ mod edit;
 mod fsck;
 mod gc;
 mod goto;
+mod group;
 mod kill;
 mod ls;
 mod man;
@@ -112,6 +113,7 @@ pub(crate) enum Command {
     Du(du::Args),
     Gc(gc::Args),
     Fsck(fsck::Args),
+    Group(group::Args),
     Doctor(doctor::Args),
     Config(config::Args),
     Serve(serve::Args),
@@ -151,6 +153,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Du(args) => du::run(session, &args),
         Command::Gc(args) => gc::run(session, &args),
         Command::Fsck(args) => fsck::run(session, &args),
+        Command::Group(args) => group::run(session, args),
         Command::Doctor(args) => doctor::run(session, &args),
         Command::Config(args) => config::run(session, &args),
         Command::Serve(args) => serve::run(session, args),

@@ -46,9 +46,12 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     Ok(())
 }
 
-type Rows = Vec<(&'static str, String)>;
+/// The group of whoever names none, which is not worth a word.
+pub(super) const DEFAULT_GROUP: &str = "default";
 
-fn page(session: &Session, rows: &Rows) {
+pub(super) type Rows = Vec<(&'static str, String)>;
+
+pub(super) fn page(session: &Session, rows: &Rows) {
     // Prose is broken between words; what somebody may want to copy is left to the terminal.
     const PROSE: [&str; 3] = ["note", "memory saved", "as it was"];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
@@ -91,7 +94,8 @@ fn of_machine(m: &Machine) -> Rows {
     add("here is on", m.parent.as_ref().map(|name| format!("{}@{name}", m.name)));
     add("snapshots", Some(m.snapshots.to_string()));
     add("protected", m.protected.then(|| "yes".to_owned()));
-    add("group", Some(m.group.clone()));
+    add("group", (m.group != DEFAULT_GROUP || m.group_problem.is_some()).then(|| m.group.clone()));
+    add("unusable", m.group_problem.as_ref().map(|why| format!("its group cannot be used: {why}")));
     add("created", Some(moment(Timestamp::now(), m.created)));
     add("process", m.pid.map(|pid| pid.to_string()));
     add("QEMU", m.qemu.clone());
@@ -177,7 +181,7 @@ fn lines(forwards: &[Forward]) -> String {
 }
 
 /// `2026-03-01 09:30:00 UTC (2 h ago)`
-fn moment(now: Timestamp, then: Timestamp) -> String {
+pub(super) fn moment(now: Timestamp, then: Timestamp) -> String {
     format!("{} ({})", then.strftime("%Y-%m-%d %H:%M:%S UTC"), ago(now, then))
 }
 

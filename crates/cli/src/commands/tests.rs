@@ -52,6 +52,10 @@ fn good_lines() {
         "--json ls",
         "ls --json -v",
         "du web --without a,b",
+        "group create work --owner 1000",
+        "group rm work -y",
+        "create web --group work",
+        "edit web --group work",
     ] {
         let parsed = Cli::try_parse_from(["spinney"].into_iter().chain(line.split(' ')));
         assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
@@ -71,6 +75,9 @@ fn bad_lines_say_what_is_wrong() {
         ("create web --network lan", "possible values"),
         ("goto web@a --off --running", "cannot be used with"),
         ("edit web@a", "required"),
+        ("edit web --group work --name x", "cannot be used with"),
+        ("create --file f --group work", "cannot be used with"),
+        ("group", "Usage"),
         ("take web --mode swiftly", "possible values"),
         ("take web --disk-only --mode stop-copy", "cannot be used with"),
     ] {

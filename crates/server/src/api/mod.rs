@@ -6,6 +6,7 @@
 mod daemon;
 mod events;
 mod extract;
+mod groups;
 mod operations;
 mod snapshots;
 mod store;
@@ -33,6 +34,7 @@ use crate::{Problem, problem};
 
 pub use daemon::Version;
 pub use events::EVENT_OPERATION;
+pub use groups::CreateGroupRequest;
 pub use store::{FsckRequest, GcRequest, UndoRequest};
 pub use targets::{CreateRequest, DiscardPlan, GotoRequest, Renamed, StopRequest};
 
@@ -135,6 +137,7 @@ impl IntoResponse for Accepted {
     tags(
         (name = "targets", description = "Machines and what can be done with them"),
         (name = "snapshots", description = "One snapshot, by its address"),
+        (name = "groups", description = "Circles of trust: what is stored is shared inside one and never across"),
         (name = "store", description = "Space, garbage, damage"),
         (name = "operations", description = "What is under way, what was done, taking it back"),
         (name = "daemon", description = "The daemon itself")
@@ -163,6 +166,8 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(snapshots::show, snapshots::edit, snapshots::rm))
         .routes(routes!(snapshots::protect))
         .routes(routes!(snapshots::unprotect))
+        .routes(routes!(groups::list, groups::create))
+        .routes(routes!(groups::show, groups::rm))
         .routes(routes!(store::du))
         .routes(routes!(store::gc))
         .routes(routes!(store::fsck))

@@ -22,6 +22,9 @@ pub struct CreateRequest {
     pub name: String,
     /// Its settings. Paths are absolute.
     pub config: MachineConfig,
+    /// Name of the group that it belongs to; the default one if left out.
+    #[serde(default)]
+    pub group: Option<String>,
 }
 
 /// Body of `stop`.
@@ -87,8 +90,10 @@ pub(super) async fn create(
     key: Key,
     Body(body): Body<CreateRequest>,
 ) -> Result<Accepted, Problem> {
-    let CreateRequest { name, config } = body.clone();
-    app.run("create", name.clone(), key, body, move |engine, cx| engine.create(cx, &name, config))
+    let CreateRequest { name, config, group } = body.clone();
+    app.run("create", name.clone(), key, body, move |engine, cx| {
+        engine.create_in(cx, group.as_deref(), &name, config)
+    })
 }
 
 /// One machine
@@ -99,7 +104,7 @@ pub(super) async fn show(State(app): Shared, Segment(target): Segment) -> Result
     app.read(move |engine| engine.machine(&target)).await
 }
 
-/// Rename a machine; the operation's result is a `Renamed`
+/// Rename a machine, or copy it to another group; the operation's result is a `Renamed`
 #[utoipa::path(patch, path = "/v1/targets/{target}", tag = "targets", operation_id = "edit",
     params(("target" = String, Path, description = "Name")), request_body = Edit,
     responses((status = 202, description = "Started", body = OperationView)))]

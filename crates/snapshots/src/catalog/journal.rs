@@ -24,6 +24,8 @@ pub(crate) enum Act {
     Goto(String),
     /// Write the name of a machine.
     NameTarget { id: String, name: String },
+    /// Copy a machine into this group, by its id.
+    Regroup { target: String, group: String },
     /// Write the text of a snapshot, as far as it is given.
     WriteSnapshot { id: String, name: Option<String>, note: Option<String>, keep: Option<bool> },
 }
@@ -36,6 +38,7 @@ impl Act {
                 things.target.as_deref() == Some(id) || things.snapshots.iter().any(|s| s == id)
             }
             Self::Goto(about)
+            | Self::Regroup { target: about, .. }
             | Self::NameTarget { id: about, .. }
             | Self::WriteSnapshot { id: about, .. } => about == id,
         }

@@ -94,6 +94,13 @@ impl LayerRow {
         Ok(rows)
     }
 
+    /// All layers of a group.
+    pub(crate) fn of_group(tx: &Transaction<'_>, group: &str) -> Result<Vec<Self>> {
+        let mut query = tx.prepare("SELECT * FROM layers WHERE grp = ?1 ORDER BY depth")?;
+        let rows = query.query_map([group], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
     /// Writes what a user's image looks like now.
     pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
         tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;

@@ -5,6 +5,7 @@
 
 mod clock;
 mod damaged;
+mod groups;
 mod journal;
 mod layers;
 mod reserve;
@@ -25,6 +26,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 
 pub(crate) use clock::last_jump;
+pub(crate) use groups::{DEFAULT_GROUP, GroupRow, no_group};
 pub(crate) use journal::{Act, OpRow, Things};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
@@ -150,6 +152,10 @@ impl Catalog {
         if version != VERSION {
             return Err(damaged(&self.path).because(format!("its version is {version}")));
         }
+        // Empty and ours alone: others may be let through the folder.
+        let mut options = std::fs::File::options();
+        std::os::unix::fs::OpenOptionsExt::mode(options.write(true).create_new(true), 0o600);
+        options.open(half).map_err(io)?;
         reader.execute("VACUUM INTO ?1", [half.to_string_lossy()])?;
         // Whoever opens it in place of the catalog must know that it is older than what lies on the disk.
         let marked = Connection::open(half)?;

@@ -112,6 +112,13 @@ impl SnapshotRow {
         Ok(rows)
     }
 
+    /// All snapshots of all targets of a group, removed ones included.
+    pub(crate) fn of_group(tx: &Transaction<'_>, group: &str) -> Result<Vec<Self>> {
+        let mut query = tx.prepare(&format!("{SELECT} WHERE t.grp = ?1 ORDER BY s.rowid"))?;
+        let rows = query.query_map([group], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
     /// The snapshot of a target with this name, unless it was removed.
     pub(crate) fn by_name(tx: &Transaction<'_>, target: &str, name: &str) -> Result<Option<Self>> {
         let sql = format!("{SELECT} WHERE s.target = ?1 AND s.name = ?2 AND s.removed IS NULL");
@@ -189,6 +196,26 @@ impl SnapshotRow {
         )?;
         let rows = query.query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Its memory and the layers of its disks are elsewhere from now on; what they hold is the same.
+    pub(crate) fn set_places(
+        tx: &Transaction<'_>,
+        id: &str,
+        memory: Option<&Memory>,
+        disks: &[(String, String)],
+    ) -> Result<()> {
+        tx.execute(
+            "UPDATE snapshots SET memory = ?2 WHERE id = ?1",
+            params![id, memory.map(to_json).transpose()?],
+        )?;
+        for (disk, layer) in disks {
+            tx.execute(
+                "UPDATE snapshot_disks SET layer = ?3 WHERE snapshot = ?1 AND disk = ?2",
+                params![id, disk, layer],
+            )?;
+        }
+        Ok(())
     }
 
     /// Makes an ordinary snapshot of an undo point.

@@ -1,11 +1,11 @@
-//! Rows of targets, their groups and the disks of here.
+//! Rows of targets, and the disks of here.
 
 use jiff::Timestamp;
 use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
+use super::{Memory, config_column, json_column, one, optional_json, time_column, to_json};
 use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
 use crate::types::Power;
@@ -108,6 +108,13 @@ impl TargetRow {
         Ok(rows)
     }
 
+    /// All targets of a group, by name, removed ones included.
+    pub(crate) fn of_group(tx: &Transaction<'_>, group: &str) -> Result<Vec<Self>> {
+        let mut query = tx.prepare(&format!("{SELECT} WHERE t.grp = ?1 ORDER BY t.name, t.created"))?;
+        let rows = query.query_map([group], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
+        Ok(rows)
+    }
+
     /// True if the name is taken.
     pub(crate) fn name_taken(tx: &Transaction<'_>, name: &str) -> Result<bool> {
         let sql = "SELECT count(*) FROM targets WHERE name = ?1 AND removed IS NULL";
@@ -176,6 +183,12 @@ impl TargetRow {
         Ok(())
     }
 
+    /// Makes it, and with it its snapshots, another group's. Their layers and memory must be that group's too.
+    pub(crate) fn set_group(tx: &Transaction<'_>, id: &str, group: &str) -> Result<()> {
+        tx.execute("UPDATE targets SET grp = ?2 WHERE id = ?1", params![id, group])?;
+        Ok(())
+    }
+
     /// Renames it.
     pub(crate) fn set_name(tx: &Transaction<'_>, id: &str, name: &str) -> Result<()> {
         tx.execute("UPDATE targets SET name = ?2 WHERE id = ?1", params![id, name])?;
@@ -231,25 +244,5 @@ impl TargetRow {
         tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
         tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
         Ok(())
-    }
-}
-
-/// The group called "default", made at the first call; returns its id.
-pub(super) fn default_group(tx: &Transaction<'_>, id: &str, owner: u32) -> Result<String> {
-    let found = one(tx.query_row("SELECT id FROM groups WHERE name = 'default'", [], |row| row.get(0)))?;
-    if let Some(found) = found {
-        return Ok(found);
-    }
-    tx.execute(
-        "INSERT INTO groups (id, name, owner, created) VALUES (?1, 'default', ?2, ?3)",
-        params![id, owner, now().as_millisecond()],
-    )?;
-    Ok(id.to_owned())
-}
-
-impl super::Catalog {
-    /// The group called "default"; `id` becomes its id if it has to be made.
-    pub(crate) fn default_group(&self, id: &str, owner: u32) -> Result<String> {
-        self.write(|tx| default_group(tx, id, owner))
     }
 }

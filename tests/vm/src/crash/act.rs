@@ -41,6 +41,8 @@ pub enum Act {
     Suspend,
     /// `start` of a machine that is suspended.
     Wake,
+    /// `edit --group` of a machine that is suspended.
+    Regroup,
     /// `take` of a machine that is off.
     TakeOff,
     /// `rm` of a snapshot in the middle.
@@ -59,6 +61,12 @@ pub enum Act {
     UndoRm,
     /// `undo` of an `edit`.
     UndoEdit,
+    /// `edit --group` of a machine that is off.
+    RegroupOff,
+    /// `group create`.
+    GroupCreate,
+    /// `group rm`.
+    GroupRm,
 }
 
 /// Which machine an act is about.
@@ -132,6 +140,13 @@ impl Act {
                 scene.here.running = false;
             }
             Act::Wake => drop(scene.ok(&format!("suspend {m}"))?),
+            Act::Regroup => {
+                // What was left where it came from before.
+                scene.ok("gc --now")?;
+                scene.ok(&format!("suspend {m}"))?;
+                scene.ok(&format!("group create g{number}"))?;
+            }
+            Act::RegroupOff | Act::GroupRm => drop(scene.ok(&format!("group create g{number}"))?),
             Act::UndoTake => drop(scene.ok(&format!("take {m} {fresh}"))?),
             Act::UndoRm => drop(scene.ok(&format!("rm {m}@c2"))?),
             Act::UndoEdit => drop(scene.ok(&format!("edit {m}@c2 --name {fresh}"))?),
@@ -167,6 +182,9 @@ impl Act {
             Act::Kill => (format!("kill {m}"), "kill", was()),
             Act::Suspend => (format!("suspend {m}"), "suspend", was()),
             Act::Wake => (format!("start {m}"), "start", was()),
+            Act::Regroup | Act::RegroupOff => (format!("edit {m} --group g{number}"), "edit", was()),
+            Act::GroupCreate => (format!("group create g{number}"), "group create", was()),
+            Act::GroupRm => (format!("group rm g{number} --yes"), "group rm", was()),
             Act::Rm => (format!("rm {m}@c2"), "rm", was().without("c2")),
             Act::RmTree => (format!("rm {m}@c2 --tree --yes"), "rm", was().without("c3").without("c2")),
             Act::RmMachine => (format!("rm {m} --yes"), "rm", View::default()),

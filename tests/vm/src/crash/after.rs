@@ -121,7 +121,7 @@ impl Scene {
             return self.check_disk(&expected);
         }
         match power {
-            "suspended" if matches!(act, Act::Suspend | Act::Wake) => {
+            "suspended" if matches!(act, Act::Suspend | Act::Wake | Act::Regroup) => {
                 self.ok(&format!("start {m}"))?;
                 self.check_guest(&expected)
             }

@@ -73,7 +73,7 @@ impl Victim {
                     Act::GotoFromOff => step == "goto.overlays",
                     Act::GotoToOff => step == "goto.ended",
                     Act::Suspend => step == "suspend.ended",
-                    Act::Wake => true,
+                    Act::Wake | Act::Regroup => true,
                     _ => matches!(step, "stop.ended" | "kill.ended" | "goto.alone"),
                 };
                 guest && !none
@@ -192,7 +192,7 @@ impl Scene {
         }
         // Without any new command.
         let has_guest = self.here.running && self.stage != Stage::Cold;
-        let away = act.switches() || matches!(act, Act::GotoToOff | Act::Suspend | Act::Wake);
+        let away = act.switches() || matches!(act, Act::GotoToOff | Act::Suspend | Act::Wake | Act::Regroup);
         let ticks = has_guest && !away;
         match victim {
             Victim::Daemon if ticks => ticks_somewhere(&self.spinney, DEAD)?,

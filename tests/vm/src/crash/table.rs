@@ -97,6 +97,11 @@ pub const ROWS: &[Row] = &[
     ),
     row(Act::Wake, &["wake.loaded", "wake.decided"], &["journal.begun", "goto.memory"]),
     row(
+        Act::Regroup,
+        &["regroup.memory", "regroup.stored", "regroup.layer", "regroup.copied", "regroup.written"],
+        &["journal.begun", "pack.sealed", "pack.named"],
+    ),
+    row(
         Act::GotoInPlace,
         &["in-place.overlays", "in-place.kept", "goto.alone", "goto.loaded", "goto.decided"],
         &["goto.still", "goto.noted", "goto.memory", "goto.held", "goto.runs", "goto.trimmed"],
@@ -110,6 +115,9 @@ pub const ROWS: &[Row] = &[
     row(Act::UndoTake, &["journal.begun", "undo.written"], &[]),
     row(Act::UndoRm, &["undo.written"], &["journal.begun"]),
     row(Act::UndoEdit, &["undo.written"], &["journal.begun"]),
+    row(Act::RegroupOff, &["regroup.layer", "regroup.written"], &["journal.begun", "regroup.copied"]),
+    row(Act::GroupCreate, &["group.made", "group.written"], &["journal.begun"]),
+    row(Act::GroupRm, &["group.removed", "group.cleared"], &["journal.begun"]),
 ];
 
 /// The daemon dies at the first step, and the next one at the second: recovery can be interrupted too.
@@ -118,6 +126,7 @@ pub const RECOVERY: &[(Act, &str, &str)] = &[
     (Act::Goto, "goto.decided", "recover.mended"),
     (Act::Goto, "goto.loaded", "recover.cleared"),
     (Act::TakeLive, "take.resumed", "recover.closed"),
+    (Act::Regroup, "regroup.copied", "recover.cleared"),
     (Act::GotoInPlace, "goto.alone", "in-place.back"),
     (Act::GotoInPlace, "goto.alone", "recover.closed"),
     (Act::GotoInPlace, "in-place.kept", "goto.loaded"),
