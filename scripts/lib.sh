@@ -69,18 +69,3 @@ unpack() {
     mv "$work/tree" "$folder"
     rm -rf "$work"
 }
-
-# unpack_kernel PACKED TO: the kernel unpacked: an emulated guest takes seconds to do that itself at
-# each boot. QEMU starts the ELF file inside through its PVH entry. Where it is not packed with xz, it
-# stays as it is.
-unpack_kernel() {
-    local packed=$1 to=$2 start length
-    # u8 or u32 of the boot header (Documentation/arch/x86/boot.rst in Linux).
-    header() { od -An -v -t "u$1" -j "$2" -N "$1" "$packed" | tr -d ' '; }
-    start=$((($(header 1 0x1f1) + 1) * 512 + $(header 4 0x248)))
-    # The last four bytes are the unpacked size.
-    length=$(($(header 4 0x24c) - 4))
-    if ! head -c $((start + length)) "$packed" | tail -c "$length" | xz -dc >"$to" 2>/dev/null; then
-        cp "$packed" "$to"
-    fi
-}
