@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use crate::disk;
 use crate::error::{Error, Result, system};
 
@@ -18,9 +20,10 @@ pub(crate) struct Stored {
     pub(crate) took: Duration,
 }
 
-/// A new repository of restic's in `folder`, with the files in one backup.
+/// A new repository of restic's, with the files in one backup. It is made in `folder` and removed again.
 pub(crate) fn restic(folder: &Path, files: &[PathBuf], compression: &str) -> Result<Stored> {
-    let repository = folder.join(format!("restic-{compression}"));
+    let work = work(folder)?;
+    let repository = work.path().join("repository");
     let restic = || {
         let mut command = Command::new("restic");
         command.args(["--quiet", "--no-cache", "--compression", compression, "--repo"]).arg(&repository);
@@ -32,12 +35,13 @@ pub(crate) fn restic(folder: &Path, files: &[PathBuf], compression: &str) -> Res
     stored(&repository, took)
 }
 
-/// A new repository of borg's in `folder`, with the files in one archive.
-pub(crate) fn borg(folder: &Path, name: &str, files: &[PathBuf], options: &[&str]) -> Result<Stored> {
-    let repository = folder.join(name);
+/// A new repository of borg's, with the files in one archive. It is made in `folder` and removed again.
+pub(crate) fn borg(folder: &Path, files: &[PathBuf], options: &[&str]) -> Result<Stored> {
+    let work = work(folder)?;
+    let repository = work.path().join("repository");
     let borg = |verb: &str| {
         let mut command = Command::new("borg");
-        command.arg(verb).env("BORG_BASE_DIR", folder.join("borg-base"));
+        command.arg(verb).env("BORG_BASE_DIR", work.path().join("base"));
         command.env("BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK", "yes");
         command
     };
@@ -47,9 +51,10 @@ pub(crate) fn borg(folder: &Path, name: &str, files: &[PathBuf], options: &[&str
     stored(&repository, took)
 }
 
-/// One stream of zstd's over all files.
+/// One stream of zstd's over all files. It is made in `folder` and removed again.
 pub(crate) fn zstd(folder: &Path, files: &[PathBuf], options: &[&str]) -> Result<Stored> {
-    let path = folder.join(format!("zstd{}", options.concat()));
+    let work = work(folder)?;
+    let path = work.path().join("stream");
     let out = File::create_new(&path).map_err(system("make", &path))?;
     let mut command = Command::new("zstd");
     command.args(["-q", "-c"]).args(options).stdin(Stdio::piped()).stdout(out).stderr(Stdio::piped());
@@ -66,7 +71,12 @@ pub(crate) fn zstd(folder: &Path, files: &[PathBuf], options: &[&str]) -> Result
     let output = child.wait_with_output().map_err(|error| missing(&command, error))?;
     check(&command, &output)?;
     fed?;
-    stored(&path, began.elapsed())
+    let took = began.elapsed();
+    stored(&path, took)
+}
+
+fn work(folder: &Path) -> Result<TempDir> {
+    tempfile::Builder::new().prefix("tool-").tempdir_in(folder).map_err(system("make a folder in", folder))
 }
 
 fn stored(path: &Path, took: Duration) -> Result<Stored> {
