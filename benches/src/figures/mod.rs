@@ -19,7 +19,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 13] = [
+pub(crate) const ALL: [(&str, Measure); 14] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -31,7 +31,8 @@ pub(crate) const ALL: [(&str, Measure); 13] = [
     ("a machine of 4 GiB", large::measure),
     ("a tree of a thousand", tree::measure),
     ("first take of a Debian guest", debian_guest::measure),
-    ("stored size against restic and borg", size::measure),
+    ("equal pages that are stored twice", size::duplicates),
+    ("stored size against restic and borg", size::rivals),
     ("the daemon's memory", daemon::measure),
 ];
 

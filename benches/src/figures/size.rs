@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use pages::{GroupKey, MapRoot, PAGE_SIZE, PageHash, PageStore, Saved, Store};
+use tempfile::TempDir;
 
 use super::ms;
 use crate::disk;
@@ -23,13 +24,18 @@ const RESTIC_ROUNDS: u64 = 5;
 /// Pages that are put at a time.
 const BATCH: usize = 4096;
 
-/// `size.vs_best_of_restic_borg`, `size.duplicates_left`, and the bytes of everyone.
-pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
+/// `size.duplicates_left`.
+pub(super) fn duplicates(bench: &Bench) -> Result<Vec<Figure>> {
     let files = memory_images::eight(bench)?;
-    let folder = tempfile::Builder::new().prefix("spinney-bench-size-").tempdir_in(&bench.disk);
-    let folder = folder.map_err(system("make a folder in", &bench.disk))?;
-    let place = folder.path();
+    let folder = folder(bench)?;
+    Ok(vec![duplicates_left(files, &store(&folder.path().join("spinney"), files)?)?.target(0.0)])
+}
 
+/// `size.vs_best_of_restic_borg`, and the bytes of everyone.
+pub(super) fn rivals(bench: &Bench) -> Result<Vec<Figure>> {
+    let files = memory_images::eight(bench)?;
+    let folder = folder(bench)?;
+    let place = folder.path();
     let ours = store(&place.join("spinney"), files)?;
     bench.check()?;
     let rounds = bench.count(RESTIC_ROUNDS, 1);
@@ -56,11 +62,15 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     let ratio = Run::new(bytes_of_ours / best).beside("ours_bytes", bytes_of_ours).beside("best_bytes", best);
     let mut figures = vec![
         Figure::new("size.vs_best_of_restic_borg", "", Better::Lower, Median, vec![ratio])?.target(0.85),
-        duplicates(files, &ours)?.target(0.0),
         bytes("size.spinney.bytes", &[ours.stored])?,
     ];
     figures.extend(rivals.into_iter().chain(shown));
     Ok(figures)
+}
+
+fn folder(bench: &Bench) -> Result<TempDir> {
+    let folder = tempfile::Builder::new().prefix("spinney-bench-size-").tempdir_in(&bench.disk);
+    folder.map_err(system("make a folder in", &bench.disk))
 }
 
 fn bytes(id: &str, stored: &[Stored]) -> Result<Figure> {
@@ -118,7 +128,7 @@ fn compact(_store: &Store, _roots: &[MapRoot]) -> Result<()> {
 }
 
 /// Pages that the store has more than once, by counting the pages of the files.
-fn duplicates(files: &[PathBuf], ours: &Ours) -> Result<Figure> {
+fn duplicates_left(files: &[PathBuf], ours: &Ours) -> Result<Figure> {
     let mut pages = Pages::default();
     files.iter().try_for_each(|file| pages.add(file))?;
     let (all, different) = (pages.all(), pages.different());
