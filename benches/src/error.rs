@@ -23,6 +23,17 @@ pub(crate) enum Error {
     /// A monitor of QEMU's failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
+    /// A page store of our own failed.
+    #[error(transparent)]
+    Pages(#[from] pages::Error),
+    /// A tool that Spinney is compared with failed.
+    #[error("`{command}` failed: {words}")]
+    Tool {
+        /// Its name and arguments.
+        command: String,
+        /// The last it said.
+        words: String,
+    },
     /// QEMU or qemu-img is missing.
     #[error(transparent)]
     Binary(#[from] qemu::binary::BinaryError),

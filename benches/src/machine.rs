@@ -1,10 +1,10 @@
 //! A machine with the test guest, driven through `spinney` and the guest's port.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use qemu::qmp::Qmp;
-use serde_json::Value;
+use serde_json::{Value, json};
 use vm_tests::guest::{Guest, Mix, guest_port_args};
 
 use crate::error::{Error, Result};
@@ -52,11 +52,7 @@ impl<'a> Machine<'a> {
         args.extend(["--kernel", &kernel, "--initrd", &initrd, "--append", &append]);
         let port = guest_port_args("{run}/port".as_ref());
         let mut port: Vec<String> = port.iter().map(|word| format!("--qemu-arg={word}")).collect();
-        // A monitor of our own: of Spinney's two the daemon has one, and the warden needs the other.
-        port.extend(
-            ["-qmp", &format!("unix:{{run}}/{MONITOR},server=on,wait=off")]
-                .map(|word| format!("--qemu-arg={word}")),
-        );
+        port.extend(monitor_args());
         args.extend(port.iter().map(String::as_str));
         spinney.run(&args)?;
         spinney.run(&["start", name])?;
@@ -80,7 +76,13 @@ impl<'a> Machine<'a> {
 
     /// The monitor of its QEMU that the daemon does not use.
     pub(crate) fn second_monitor(&self) -> Result<Qmp> {
-        Ok(Qmp::connect(&self.run_folder()?.join(MONITOR), false, Duration::from_secs(5))?)
+        monitor(&self.run_folder()?)
+    }
+
+    /// Has the guest stand still, and writes its memory to a new file.
+    pub(crate) fn memory_to(&self, path: &Path, mib: u64) -> Result<()> {
+        self.spinney.run(&["pause", self.name])?;
+        write_memory(&self.second_monitor()?, path, mib)
     }
 
     /// Takes a snapshot in a mode, or in the default one.
@@ -145,7 +147,25 @@ fn answer_after_resume(spinney: &Spinney<'_>, before: &[PathBuf]) -> Result<(Gue
     Ok((guest, resumed.elapsed()))
 }
 
-fn run_folder(spinney: &Spinney<'_>, name: &str) -> Result<PathBuf> {
+/// Arguments of `create` for a monitor of our own: of Spinney's two the daemon has one, and the warden needs the other.
+pub(crate) fn monitor_args() -> [String; 2] {
+    ["-qmp", &format!("unix:{{run}}/{MONITOR},server=on,wait=off")].map(|word| format!("--qemu-arg={word}"))
+}
+
+/// That monitor of the machine with this run folder.
+pub(crate) fn monitor(run: &Path) -> Result<Qmp> {
+    Ok(Qmp::connect(&run.join(MONITOR), false, Duration::from_secs(5))?)
+}
+
+/// Writes the memory of a machine that stands still, up to the hole below 4 GiB, to a file.
+pub(crate) fn write_memory(monitor: &Qmp, path: &Path, mib: u64) -> Result<()> {
+    let file = path.display().to_string();
+    monitor.execute_within("pmemsave", json!({ "val": 0, "size": mib << 20, "filename": file }), SOON)?;
+    Ok(())
+}
+
+/// The folder of a machine's sockets.
+pub(crate) fn run_folder(spinney: &Spinney<'_>, name: &str) -> Result<PathBuf> {
     let shown = spinney.run(&["show", name])?;
     let console = shown.document.get("console").and_then(Value::as_str).ok_or(Error::Lacks("console"))?;
     PathBuf::from(console).parent().map(ToOwned::to_owned).ok_or(Error::Lacks("run folder"))

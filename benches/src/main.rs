@@ -8,15 +8,19 @@
 //! what a whole run writes to files.
 
 mod baseline;
+mod debian;
 mod disk;
 mod error;
 mod figures;
 mod machine;
+mod memory_images;
 mod memory_watch;
+mod page_count;
 mod report;
 mod settings;
 mod spinney;
 mod stats;
+mod tool;
 
 use std::error::Error as _;
 use std::path::Path;

@@ -97,6 +97,11 @@ impl Figure {
         self
     }
 
+    /// Its value, for one that is compared with it.
+    pub(crate) fn value(&self) -> f64 {
+        self.value
+    }
+
     fn row(&self) -> [String; 5] {
         let target = self.target.map_or(String::new(), |target| {
             let sign = if self.better == Better::Lower { "<=" } else { ">=" };

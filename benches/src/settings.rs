@@ -1,13 +1,14 @@
 //! What the run works with: executables, the test guest, folders, and how much of it is wanted.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use qemu::accel::{self, Accel};
 use qemu::binary::Qemu;
 
 use crate::error::{Error, Result, system};
+use crate::memory_images::MemoryImages;
 use crate::memory_watch::Peaks;
 
 /// Everything that figures share.
@@ -21,6 +22,8 @@ pub(crate) struct Bench {
     pub(crate) accel: Accel,
     /// The folder with the test guest's kernel, initramfs, disk and command line.
     pub(crate) guest: PathBuf,
+    /// The folder with Debian's guest, if it was built.
+    pub(crate) debian: Option<PathBuf>,
     /// A folder on a disk, for state folders.
     pub(crate) disk: PathBuf,
     /// A folder in memory, if there is one.
@@ -29,6 +32,8 @@ pub(crate) struct Bench {
     pub(crate) quick: bool,
     /// Memory of every daemon that ran.
     pub(crate) peaks: Arc<Peaks>,
+    /// Memory of guests in files, once something has asked for it.
+    pub(crate) images: OnceLock<MemoryImages>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -41,7 +46,9 @@ impl Bench {
         let path = |name: &str, otherwise: PathBuf| variable(name).map_or(otherwise, PathBuf::from);
         let spinney = path("SPINNEY_BIN", root.join("target/release/spinney"));
         let spinney = spinney.canonicalize().map_err(system("find the executable", &spinney))?;
-        let guest = path("SPINNEY_CACHE", root.join(".cache")).join("guest");
+        let cache = path("SPINNEY_CACHE", root.join(".cache"));
+        let debian = cache.join("debian").canonicalize().ok().filter(|folder| folder.join("stamp").exists());
+        let guest = cache.join("guest");
         let guest = guest.canonicalize().map_err(system("find the test guest (`make guest`)", &guest))?;
         let qemu = Qemu::find(variable("SPINNEY_QEMU").map(PathBuf::from).as_deref())?;
         let word = variable("SPINNEY_ACCEL").and_then(|word| Accel::parse(&word.to_string_lossy()));
@@ -57,10 +64,12 @@ impl Bench {
             qemu,
             accel,
             guest,
+            debian,
             disk: path("SPINNEY_BENCH_DIR", "/var/tmp".into()),
             tmpfs: tmpfs.is_dir().then_some(tmpfs),
             quick: variable("SPINNEY_BENCH_QUICK").is_some_and(|value| value != "0"),
             peaks: Arc::default(),
+            images: OnceLock::new(),
             interrupted,
         })
     }

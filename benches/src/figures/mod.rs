@@ -1,11 +1,13 @@
 //! The figures, a file for each question.
 
 mod daemon;
+mod debian_guest;
 mod goto;
 mod large;
 mod live;
 mod pauses;
 mod second_take;
+mod size;
 mod stop_copy;
 mod tree;
 
@@ -17,7 +19,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 11] = [
+pub(crate) const ALL: [(&str, Measure); 14] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -28,6 +30,9 @@ pub(crate) const ALL: [(&str, Measure); 11] = [
     ("going to a snapshot", goto::measure),
     ("a machine of 4 GiB", large::measure),
     ("a tree of a thousand", tree::measure),
+    ("first take of a Debian guest", debian_guest::measure),
+    ("equal pages that are stored twice", size::duplicates),
+    ("stored size against restic and borg", size::rivals),
     ("the daemon's memory", daemon::measure),
 ];
 
