@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use vm_tests::guest::{Guest, Mix};
 use vm_tests::harness::{Spinney, cache};
+use vm_tests::small_disk::SmallDisk;
 
 const SOON: Duration = Duration::from_secs(60);
 /// MiB of each machine.
@@ -211,6 +212,29 @@ fn a_machine_that_was_copied_to_another_group_has_its_memory() {
     spinney.ok("gc --now").unwrap();
     spinney.ok("group rm work --yes").unwrap();
     is_whole(&spinney);
+}
+
+/// A copy that cannot have room is refused before anything is made; with room it is done.
+#[test]
+fn a_copy_that_has_no_room_is_not_begun() {
+    let Some(disk) = SmallDisk::new(420) else { return };
+    let spinney = Spinney::at(&disk.path(), &[]);
+    spinney.ok("group create work").unwrap();
+    spinney.create_guest_in(None, "m", MIB, &cache().join("guest")).unwrap();
+    spinney.ok("start m").unwrap();
+    connect(&spinney, "m").fill(8, Mix::default()).unwrap();
+    spinney.ok("suspend m").unwrap();
+    let stored = number(&space(&spinney, "default")["store_bytes"]);
+    disk.fill_but(stored / 2 + (22 << 20));
+    let ended = spinney.run(["edit", "m", "--group", "work"]);
+    assert_eq!(ended.code, Some(7), "{}", ended.stderr);
+    let detail = ended.problem()["detail"].as_str().unwrap_or_default().to_owned();
+    assert!(detail.starts_with("copying m takes up to"), "{detail}");
+    assert_eq!(fs::read_dir(folder(&spinney, "work").join("layers")).unwrap().count(), 0);
+    disk.empty();
+    spinney.ok("edit m --group work").unwrap();
+    spinney.ok("start m").unwrap();
+    assert!(connect(&spinney, "m").log_check().unwrap().ok);
 }
 
 /// The ids of a process: user, group, and all other groups.
