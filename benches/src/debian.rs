@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::error::{Error, Result, system};
 use crate::machine::{monitor, monitor_args, run_folder, write_memory};
 use crate::spinney::{Done, Spinney};
@@ -66,11 +68,18 @@ impl<'a> DebianMachine<'a> {
     }
 
     /// Waits until nothing is done about the machine's disk in the background any more.
-    // TO FILL IN: once layers are hashed in the background and `du --json` or `show --json` says how far that is, ask there
-    // until it is done. Until then nothing is done in the background, and this only lets the guest come to rest.
     pub(crate) fn wait_for_layers(&self) -> Result<()> {
-        thread::sleep(Duration::from_secs(5));
-        self.spinney.bench.check()
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let du = self.spinney.run(&["du", NAME])?.document;
+            let bytes = |key: &str| du.pointer(&format!("/groups/0/{key}")).and_then(Value::as_u64);
+            match (bytes("frozen_bytes"), bytes("known_bytes")) {
+                (Some(frozen), Some(known)) if frozen > 0 && frozen == known => return Ok(()),
+                (Some(_), Some(_)) if Instant::now() < deadline => thread::sleep(Duration::from_millis(200)),
+                _ => return Err(Error::Lacks("a disk whose blocks are known")),
+            }
+            self.spinney.bench.check()?;
+        }
     }
 }
 

@@ -4,9 +4,9 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use pages::{GroupKey, MapRoot, PAGE_SIZE, PageHash, PageStore, Saved, Store};
+use pages::{Cold, GcRequest, GroupKey, MapRoot, PAGE_SIZE, PageHash, PageStore, Saved, Store};
 use tempfile::TempDir;
 
 use super::ms;
@@ -21,6 +21,8 @@ use crate::tool::{self, Stored};
 
 /// restic cuts files where a polynomial says that it draws for each repository: what it finds differs by a fifth from one to the next.
 const RESTIC_ROUNDS: u64 = 5;
+/// Level of zstd at which the daemon compresses.
+const LEVEL: i32 = 3;
 /// Pages that are put at a time.
 const BATCH: usize = 4096;
 
@@ -99,7 +101,7 @@ fn store(folder: &Path, files: &[PathBuf]) -> Result<Ours> {
     }
     compact(&store, &roots)?;
     let took = began.elapsed();
-    let known = store.page_count() as u64;
+    let known = store.page_count();
     drop(store);
     disk::settle(folder)?;
     Ok(Ours { stored: Stored { bytes: disk::allocated(folder), took }, known, written })
@@ -122,8 +124,12 @@ fn put(store: &Store, path: &Path) -> Result<(MapRoot, Saved)> {
 }
 
 /// Has the store make itself as small as it gets.
-// TO FILL IN: `Store::compact`, once there is one. Until then what is measured is what takes wrote.
-fn compact(_store: &Store, _roots: &[MapRoot]) -> Result<()> {
+fn compact(store: &Store, roots: &[MapRoot]) -> Result<()> {
+    let compress = Some(Cold { age: Duration::ZERO, level: LEVEL });
+    let request = GcRequest { roots: roots.to_vec(), compress, ..GcRequest::default() };
+    let plan = store.plan_gc_with(|| Ok::<_, pages::Error>(request))?;
+    store.run_gc(&plan, &|_, _| true)?;
+    store.fold()?;
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::binary::{self, BinaryError};
@@ -103,6 +104,28 @@ struct Template {
     name_at: usize,
 }
 
+/// A stretch of an image's file that holds data of the image as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataExtent {
+    /// Where it begins in the file, in bytes.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// What `qemu-img map` says of a stretch of an image.
+#[derive(Deserialize)]
+struct MapEntry {
+    length: u64,
+    depth: u32,
+    data: bool,
+    zero: bool,
+    #[serde(default)]
+    compressed: bool,
+    /// Where it lies in the file, if it lies there as it is.
+    offset: Option<u64>,
+}
+
 /// An empty overlay is longer only if its disk has more than 128 TiB.
 const TEMPLATE_MAX: u64 = 4 << 20;
 /// Templates that are kept: machines have few sizes of disks.
@@ -146,6 +169,20 @@ impl QemuImg {
                 .ok_or_else(|| failed("no virtual size in its answer"))?,
             backing: text("full-backing-filename").or_else(|| text("backing-filename")).map(PathBuf::from),
         })
+    }
+
+    /// Where in the file the image's own data lies, as it is, in stretches: what is compressed, encrypted or in a backing file is left out.
+    /// The image may be in use, as long as nobody writes to it.
+    pub fn data(&self, image: &Path, format: &str) -> Result<Vec<DataExtent>, ImageError> {
+        let mut args: Vec<OsString> = ["--output=json", "-U", "-f", format].map(Into::into).into();
+        args.extend(["--".into(), image.into()]);
+        let output = self.run("map", image, &args, SLOW)?;
+        let found: Vec<MapEntry> = serde_json::from_str(&output.stdout).map_err(|error| {
+            ImageError::Failed { act: "map", path: image.to_owned(), reason: error.to_string() }
+        })?;
+        let own = |entry: &MapEntry| entry.depth == 0 && entry.data && !entry.zero && !entry.compressed;
+        let extents = found.into_iter().filter(own);
+        Ok(extents.filter_map(|e| Some(DataExtent { offset: e.offset?, bytes: e.length })).collect())
     }
 
     /// Makes an empty qcow2 image of `size` bytes over `backing` (its path as it is to stand in the header, its format),

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use snapshots::{Code, Context, Engine, Settings};
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,6 +15,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How often what nothing needs is looked for.
 const COLLECT_EVERY: Duration = Duration::from_secs(600);
+
+/// How often it is looked whether an operation has ended.
+const TEND_EVERY: Duration = Duration::from_millis(200);
 
 /// How often it is looked whether a guest that had no room has some.
 const RESUME_EVERY: Duration = Duration::from_secs(2);
@@ -63,6 +66,7 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     collect_in_background(&engine)
         .and_then(|()| resume_in_background(&engine))
+        .and_then(|()| tend_in_background(&engine))
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -105,6 +109,28 @@ fn resume_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
         }
     };
     std::thread::Builder::new().name("resume".into()).spawn(resume).map(drop)
+}
+
+/// Tends the page stores after every operation, and compresses what is cold now and then, when there is nothing else to do.
+fn tend_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
+    let engine = Arc::downgrade(engine);
+    let tend = move || {
+        // Whatever else there is to do comes first. As far as the system lets us.
+        let _ = rustix::process::setpriority_process(None, 19);
+        let (mut tended, mut compressed) = (None, Instant::now());
+        loop {
+            std::thread::sleep(TEND_EVERY);
+            let Some(strong) = engine.upgrade() else { return };
+            let ended = strong.operations_ended();
+            let compress = compressed.elapsed() > COLLECT_EVERY;
+            if compress || tended != Some(ended) {
+                (tended, compressed) = (Some(ended), if compress { Instant::now() } else { compressed });
+                // Our own hold on the engine is one: with no other it has ended.
+                strong.tend(compress, &|| Arc::strong_count(&strong) == 1);
+            }
+        }
+    };
+    std::thread::Builder::new().name("tend".into()).spawn(tend).map(drop)
 }
 
 async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {

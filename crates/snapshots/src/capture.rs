@@ -165,7 +165,7 @@ impl Engine {
         row: &mut SnapshotRow,
         switched: &mut bool,
     ) -> Result<Captured<'_>> {
-        let session = self.store_of(job.target)?.begin()?;
+        let session = self.store_of(job.target)?.begin_for(&self.purpose(job.target)?)?;
         cx.phase("saving memory", job.target.config.memory);
         let armed = self.arm(running, job.power == Power::Running)?;
         let progress = || armed.renew(STILL_LIMIT);

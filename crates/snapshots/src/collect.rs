@@ -26,6 +26,11 @@ use crate::fault::step;
 use crate::groups::OpenGroup;
 use crate::types::{GcReport, GroupGc};
 
+/// Packs that are left alone for so long are compressed ...
+pub(crate) const COLD: Duration = Duration::from_secs(600);
+/// ... at this level of zstd (`docs/decisions/0017-compression.md`).
+pub(crate) const LEVEL: i32 = 3;
+
 /// How long undo keeps what was removed.
 const UNDO_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -137,8 +142,6 @@ impl Engine {
         let id = &group.row.id;
         cx.phase("looking for what nothing needs", 0);
         let before = self.undo_border(group, now)?;
-        // Names of layers go in one transaction with the decision that nothing reaches them; files follow. A crash
-        // between the two leaves files that the next start removes.
         let ids = self.catalog.read(|tx| Ok(TargetRow::of_group(tx, id)?.into_iter().map(|t| t.id)))?;
         let (mut idle, mut busy) = (Vec::new(), HashSet::new());
         for id in ids {
@@ -155,12 +158,18 @@ impl Engine {
         })?;
         step("gc.purged");
         drop(idle);
-        for layer in plan.layers.iter().filter(|l| l.stamp.is_none()) {
-            remove_file(&self.layer_file(layer));
-            step("gc.layer");
-        }
+        let images = store.images();
+        let mut leaving: HashSet<String> = plan.layers.iter().map(|layer| layer.id.clone()).collect();
+        // What an image's row has gone without, by a catalog that is a copy from an earlier time.
+        let known: HashSet<String> = self
+            .catalog
+            .read(|tx| Ok(LayerRow::of_group(tx, id)?.into_iter().map(|layer| layer.id)))?
+            .collect();
+        leaving.extend(images.into_iter().map(|image| image.label).filter(|label| !known.contains(label)));
+        let compress = now.then_some(pages::Cold { age: Duration::ZERO, level: LEVEL });
         let pages = store.plan_gc_with(|| {
-            Ok::<_, Error>(pages::GcRequest { roots: self.live_roots(id)?, ..pages::GcRequest::default() })
+            let leaving = leaving.iter().cloned().collect();
+            Ok::<_, Error>(pages::GcRequest { roots: self.live_roots(id)?, leaving, compress })
         })?;
         step("gc.planned");
         let done = store.run_gc(&pages, &|done, total| {
@@ -172,10 +181,42 @@ impl Engine {
         })?;
         step("gc.freed");
         cx.check()?;
+        let layers = self.drop_layers(store, &plan.layers)?;
+        part.group.layers = layers.iter().filter(|(layer, _)| !layer.is_users()).count() as u64;
+        part.group.bytes = layers.iter().map(|(_, bytes)| bytes).sum::<u64>() + done.freed_bytes;
         part.group.packs = done.deleted + done.rewritten;
-        part.group.bytes += done.freed_bytes;
+        part.group.compressed = done.compressed;
         *no_room += usize::try_from(done.no_room).unwrap_or(usize::MAX);
         Ok(part)
+    }
+
+    /// Layers that nothing lies over and no page is left on go: their rows in one transaction, then the files. A crash between the two
+    /// leaves files that the next start removes. Returns those that went, with the bytes that they took.
+    fn drop_layers(&self, store: &Store, layers: &[LayerRow]) -> Result<Vec<(LayerRow, u64)>> {
+        let images: HashSet<String> = store.images().into_iter().map(|image| image.label).collect();
+        // From the top down: a layer is referred to by those over it, and stays with them.
+        let mut stays: HashSet<&str> = HashSet::new();
+        let mut going = Vec::new();
+        for layer in layers.iter().rev() {
+            if images.contains(&layer.id) || stays.contains(layer.id.as_str()) {
+                stays.extend(layer.below.as_deref());
+            } else {
+                going.push(layer);
+            }
+        }
+        self.catalog.write(|tx| going.iter().try_for_each(|layer| LayerRow::purge(tx, &layer.id)))?;
+        let mut gone = Vec::new();
+        for layer in going {
+            let mut bytes = 0;
+            if !layer.is_users() {
+                let file = self.layer_file(layer);
+                bytes = allocated(&file);
+                remove_file(&file);
+                step("gc.layer");
+            }
+            gone.push((layer.clone(), bytes));
+        }
+        Ok(gone)
     }
 
     /// Maps of a group that the catalog refers to at this moment.
@@ -191,6 +232,7 @@ impl Engine {
             packs: packs as u64,
             layers: ours().count() as u64,
             bytes: page_bytes + ours().map(|l| allocated(&self.layer_file(l))).sum::<u64>(),
+            compressed: 0,
             problem: None,
         };
         let ends_undo_of = plan.ends_undo_of.iter().filter(|op| is_loss(op)).map(OpRow::title).collect();
@@ -296,7 +338,5 @@ fn plan_catalog(
 fn purge(tx: &Transaction<'_>, plan: &CatalogPlan) -> Result<()> {
     plan.snapshots.iter().try_for_each(|id| SnapshotRow::purge(tx, id))?;
     plan.targets.iter().try_for_each(|id| TargetRow::purge(tx, id))?;
-    // From the top down: a layer is referred to by those over it.
-    plan.layers.iter().rev().try_for_each(|row| LayerRow::purge(tx, &row.id))?;
     plan.ends_undo_of.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))
 }

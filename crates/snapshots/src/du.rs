@@ -258,6 +258,7 @@ impl Engine {
         if let Some(without) = &mut du.without {
             *without += ledger.without(&|holder| dropped.contains(holder))?.0;
         }
+        let (frozen_bytes, known_bytes) = self.hashed_layers(group)?;
         let space = GroupSpace {
             group: group.row.name.clone(),
             store_bytes,
@@ -265,6 +266,8 @@ impl Engine {
             reclaimable: unneeded.sum::<u64>() + dead,
             pinned_by_undo: ledger.pinned_by_undo(i64::MIN)?,
             saved,
+            frozen_bytes,
+            known_bytes,
             problem: group.problem().map(str::to_owned),
         };
         du.store_bytes += space.store_bytes;
@@ -305,6 +308,8 @@ fn add(to: &mut Saved, more: &Saved) {
     to.zero += more.zero;
     to.same += more.same;
     to.earlier += more.earlier;
+    to.other += more.other;
+    to.disk += more.disk;
     to.new += more.new;
     to.bytes_written += more.bytes_written;
 }

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use qemu::accel::{self, Accel};
@@ -64,6 +65,10 @@ pub struct Engine {
     img: Mutex<Option<QemuImg>>,
     /// Held while something goes through everything that is stored: the collector, `fsck`.
     pub(crate) housekeeping: Mutex<()>,
+    /// How many wait for it: what is done in the background makes way.
+    wanted: AtomicUsize,
+    /// Operations that have ended: each may have left something to tend.
+    ended: AtomicUsize,
     /// Held for as long as the state folder is ours.
     _lock: File,
 }
@@ -98,6 +103,8 @@ impl Engine {
             tools: Mutex::default(),
             img: Mutex::default(),
             housekeeping: Mutex::default(),
+            wanted: AtomicUsize::new(0),
+            ended: AtomicUsize::new(0),
             _lock: lock,
         };
         let old_copy = engine.catalog.is_old_copy()?;
@@ -146,6 +153,7 @@ impl Engine {
 
     /// Waits for the right to go through everything that is stored.
     pub(crate) fn housekeep(&self, cx: &Context) -> Result<MutexGuard<'_, ()>> {
+        let _wanted = Wanted::new(&self.wanted);
         loop {
             match self.housekeeping.try_lock() {
                 Ok(guard) => return Ok(guard),
@@ -156,6 +164,16 @@ impl Engine {
             cx.check()?;
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
+    }
+
+    /// How many operations have ended so far.
+    pub fn operations_ended(&self) -> usize {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Somebody waits for what is done in the background.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed) > 0
     }
 
     /// QEMU and the accelerator, found once.
@@ -202,6 +220,7 @@ impl Engine {
         let open = OpenEntry { engine: self, id: &cx.id };
         let result = body();
         std::mem::forget(open);
+        self.ended.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = &result {
             let state = if error.code() == Code::Interrupted { OpState::Cancelled } else { OpState::Failed };
             let words = error.to_string();
@@ -212,6 +231,22 @@ impl Engine {
             }
         }
         result
+    }
+}
+
+/// Counts who waits, until dropped.
+struct Wanted<'a>(&'a AtomicUsize);
+
+impl<'a> Wanted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Wanted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -60,6 +60,11 @@ impl TargetLocks {
         Some(TargetGuard { locks: self, target: target.to_owned() })
     }
 
+    /// Something is being done to some target.
+    pub(crate) fn any(&self) -> bool {
+        !self.lock().is_empty()
+    }
+
     /// What is being done to a target, if anything.
     pub(crate) fn busy_with(&self, target: &str) -> Option<&'static str> {
         self.lock().get(target).map(|work| work.kind)

@@ -283,6 +283,12 @@ pub struct GroupSpace {
     pub pinned_by_undo: u64,
     /// Pages of all listed takes, by cause.
     pub saved: pages::Saved,
+    /// Bytes of the layers that nobody writes to any more, users' images included.
+    #[serde(default)]
+    pub frozen_bytes: u64,
+    /// Bytes of those whose blocks the page store knows: a page that is there is not stored again.
+    #[serde(default)]
+    pub known_bytes: u64,
     /// Why its page store cannot be used; its pages count nothing then.
     pub problem: Option<String>,
 }
@@ -317,6 +323,9 @@ pub struct GroupGc {
     pub group: String,
     /// Pack files removed or rewritten.
     pub packs: u64,
+    /// Pack files compressed.
+    #[serde(default)]
+    pub compressed: u64,
     /// Disk layers removed.
     pub layers: u64,
     /// Bytes freed, or to be freed.

@@ -2,7 +2,7 @@
 
 use clap_complete::ArgValueCompleter;
 use server::Problem;
-use server::snapshots::{Du, GroupSpace};
+use server::snapshots::{Du, GroupSpace, Saved};
 
 use crate::output::{Output, Style, bytes};
 use crate::session::Session;
@@ -91,28 +91,39 @@ fn rows(du: &Du, group: &str) -> Vec<Vec<String>> {
 
 /// What a group takes in all.
 fn totals(space: &GroupSpace) -> Vec<String> {
-    let causes = saved([space.saved.zero, space.saved.same, space.saved.earlier, space.saved.new]);
     let mut lines = vec![
         format!("page store       {}", bytes(space.store_bytes)),
-        format!("disk layers      {}", bytes(space.disk_bytes)),
+        format!("disk layers      {}{}", bytes(space.disk_bytes), unknown(space)),
         format!("gc would free    {}", bytes(space.reclaimable)),
         format!("pinned by undo   {}", bytes(space.pinned_by_undo)),
-        format!("memory saved     {causes}"),
+        format!("memory           {}", saved(&space.saved)),
     ];
     lines.extend(space.problem.as_ref().map(|why| format!("unusable         {why}")));
     lines
 }
 
-/// Memory saved, by cause: pages that were zero, equal to another, known before, new.
-pub(super) fn saved([zero, same, earlier, new]: [u64; 4]) -> String {
-    let size = |pages: u64| bytes(pages.saturating_mul(4096));
-    format!(
-        "{} zero, {} equal to another, {} known before, {} new",
-        size(zero),
-        size(same),
-        size(earlier),
-        size(new)
-    )
+/// What of the frozen layers the store has not looked through yet: pages that are only there are stored again until it has.
+fn unknown(space: &GroupSpace) -> String {
+    match space.frozen_bytes.saturating_sub(space.known_bytes) {
+        0 => String::new(),
+        left => format!(", {} not looked through yet", bytes(left)),
+    }
+}
+
+/// Where the pages of memory were found: causes that have none are left out.
+pub(super) fn saved(saved: &Saved) -> String {
+    let causes = [
+        (saved.zero, "zero"),
+        (saved.same, "equal to another page"),
+        (saved.earlier, "in an earlier snapshot"),
+        (saved.other, "in another machine"),
+        (saved.disk, "on disk"),
+        (saved.new, "new"),
+    ];
+    let there = causes.iter().filter(|(pages, _)| *pages > 0);
+    let words: Vec<String> =
+        there.map(|(pages, cause)| format!("{} {cause}", bytes(pages.saturating_mul(4096)))).collect();
+    if words.is_empty() { "none stored".into() } else { words.join(", ") }
 }
 
 #[cfg(test)]
@@ -127,7 +138,9 @@ mod tests {
             disk_bytes: 1 << 20,
             reclaimable: 0,
             pinned_by_undo: 0,
-            saved: Default::default(),
+            saved: Saved { zero: 100, other: 256, disk: 1000, ..Saved::default() },
+            frozen_bytes: 9 << 20,
+            known_bytes: 5 << 20,
             problem: Some("its key is gone: /s/key".into()),
         };
         insta::assert_snapshot!(totals(&space).join("\n"));

@@ -10,11 +10,12 @@ use crate::session::Session;
 
 /// Free what nothing needs
 ///
-/// What undo still needs stays, unless --now: then the operations that can no longer be undone are named.
+/// What undo still needs stays, unless --now: then the operations that can no longer be undone are named, and pages that are not
+/// compressed yet are. That happens by itself to what nobody has touched for ten minutes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney gc --dry-run\n  spinney gc --now")]
 pub(crate) struct Args {
-    /// Free what only undo needs, too
+    /// Free what only undo needs, too, and compress at once
     #[arg(long)]
     now: bool,
     /// Only say what would be freed
@@ -43,6 +44,10 @@ fn summary(report: &GcReport) -> Vec<String> {
         format!("{}: {}, {}", bytes(freed), count(packs, "pack"), count(layers, "disk layer"))
     };
     let mut lines = vec![format!("{verb} {}", part(report.bytes, report.packs, report.layers))];
+    let compressed: u64 = report.groups.iter().map(|group| group.compressed).sum();
+    if compressed > 0 {
+        lines.push(format!("compressed {}", count(compressed, "pack")));
+    }
     for group in report.groups.iter().filter(|group| report.groups.len() > 1 || group.problem.is_some()) {
         let did = part(group.bytes, group.packs, group.layers);
         lines.push(match &group.problem {
@@ -61,7 +66,14 @@ mod tests {
 
     #[test]
     fn several_groups_have_a_line_each() {
-        let work = GroupGc { group: "work".into(), packs: 2, layers: 1, bytes: 3 << 20, problem: None };
+        let work = GroupGc {
+            group: "work".into(),
+            packs: 2,
+            compressed: 0,
+            layers: 1,
+            bytes: 3 << 20,
+            problem: None,
+        };
         let broken =
             GroupGc { problem: Some("its key is gone".into()), group: "old".into(), ..GroupGc::default() };
         let groups = vec![GroupGc { group: "default".into(), ..GroupGc::default() }, work.clone(), broken];

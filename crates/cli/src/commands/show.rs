@@ -53,7 +53,7 @@ pub(super) type Rows = Vec<(&'static str, String)>;
 
 pub(super) fn page(session: &Session, rows: &Rows) {
     // Prose is broken between words; what somebody may want to copy is left to the terminal.
-    const PROSE: [&str; 3] = ["note", "memory saved", "as it was"];
+    const PROSE: [&str; 3] = ["note", "memory", "as it was"];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (mut name, value) in rows.iter().map(|(name, value)| (*name, value)) {
         let lines = match session.out.width {
@@ -125,11 +125,7 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
     add("durable in", Some(span(s.took_us)));
     add("memory held", (s.memory_bytes > 0).then(|| bytes(s.memory_bytes)));
     add("stored", Some(bytes(s.stored_bytes)));
-    add(
-        "memory saved",
-        (s.memory_bytes > 0)
-            .then(|| super::du::saved([s.saved.zero, s.saved.same, s.saved.earlier, s.saved.new])),
-    );
+    add("memory", (s.memory_bytes > 0).then(|| super::du::saved(&s.saved)));
     add("disk layers", Some(s.depth.to_string()));
     add(
         "disks written",

@@ -1,0 +1,153 @@
+//! Frozen disk layers become known to the page store, in the background: most of a guest's memory is a copy of its disk, and what is there
+//! need not be stored again (`docs/decisions/0016-memory-on-disk.md`).
+//!
+//! A layer is frozen when nothing writes to it any more: something lies over it, a snapshot has it, or it is a user's own image. The
+//! store names its blocks and leaves the file alone. A user's image is *private*: only machines that lie over it have pages on it, so nobody
+//! comes to depend on a file that he did not depend on already. A layer of ours goes only when the collector has moved what is needed of
+//! it (`collect.rs`).
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use pages::{Extent, NewImage, Origin, PAGE_SIZE, Purpose, Store};
+use rusqlite::Transaction;
+
+use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::groups::OpenGroup;
+
+impl Engine {
+    /// Names the blocks of all frozen layers of a group that its store does not know yet. `go_on` may wait, and stops it by returning
+    /// false. Returns how many it has named.
+    pub(crate) fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<usize> {
+        let store = group.store()?;
+        let known: HashSet<String> =
+            store.images().into_iter().filter(|image| image.whole).map(|image| image.label).collect();
+        let mut frozen = self.catalog.read(|tx| frozen(tx, &group.row.id))?;
+        frozen.retain(|layer| !known.contains(&layer.id));
+        let mut named = 0;
+        for layer in frozen {
+            if !go_on() {
+                break;
+            }
+            match self.hash_layer(store, &layer, go_on) {
+                Ok(whole) => named += usize::from(whole),
+                Err(error) if error.code() == Code::NoSpace => return Err(error),
+                // It may be gone by now, or a user's image that is not to be had: then nothing is left on it.
+                Err(error) => tracing::debug!(layer = layer.id, %error, "a layer is not hashed"),
+            }
+        }
+        Ok(named)
+    }
+
+    fn hash_layer(&self, store: &Store, layer: &LayerRow, go_on: &dyn Fn() -> bool) -> Result<bool> {
+        let file = self.layer_file(layer);
+        let data = match layer.format.as_str() {
+            "raw" => vec![Extent { offset: 0, bytes: u64::MAX }],
+            format => {
+                let found = self.img()?.data(&file, format)?;
+                found.into_iter().map(|data| Extent { offset: data.offset, bytes: data.bytes }).collect()
+            }
+        };
+        let path = if layer.is_users() { file } else { PathBuf::from("../layers").join(&layer.file) };
+        let image = NewImage { label: layer.id.clone(), path, private: layer.is_users(), data };
+        Ok(store.add_image(&image, &|_, _| go_on())?)
+    }
+
+    /// What a session is for that stores a machine's memory.
+    pub(crate) fn purpose(&self, target: &TargetRow) -> Result<Purpose> {
+        let images = self.catalog.read(|tx| {
+            let mut images = Vec::new();
+            for (_, top) in TargetRow::disks(tx, &target.id)? {
+                images.extend(LayerRow::chain(tx, &top)?.into_iter().filter(LayerRow::is_users));
+            }
+            Ok(images.into_iter().map(|layer| layer.id).collect())
+        })?;
+        Ok(Purpose { origin: origin(&target.id), images })
+    }
+
+    /// How far the layers of a group are known to its store: bytes of all frozen ones, and of those that are known.
+    pub(crate) fn hashed_layers(&self, group: &OpenGroup) -> Result<(u64, u64)> {
+        let images = group.store().map(|store| store.images()).unwrap_or_default();
+        let known: HashMap<String, bool> =
+            images.into_iter().map(|image| (image.label, image.whole)).collect();
+        let frozen = self.catalog.read(|tx| frozen(tx, &group.row.id))?;
+        let bytes = |layer: &LayerRow| crate::disks::allocated(&self.layer_file(layer));
+        let all = frozen.iter().map(bytes).sum();
+        let done = frozen.iter().filter(|layer| known.get(&layer.id) == Some(&true)).map(bytes).sum();
+        Ok((all, done))
+    }
+
+    /// Does in the background what makes later takes smaller and faster: layers are hashed, the index is put into files, cold packs are
+    /// compressed. It stops for whatever anybody waits for, and begins again with the next call.
+    pub fn tend(&self, compress: bool, ended: &dyn Fn() -> bool) {
+        let go_on = || {
+            while self.is_at_work() && !ended() {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            !ended() && !self.is_wanted()
+        };
+        for group in self.groups.all() {
+            let Ok(store) = group.store() else { continue };
+            let tended = self.hash_layers(&group, &go_on).and_then(|_| {
+                if store.wants_folding() {
+                    store.fold()?;
+                }
+                if compress { self.compress_cold(&group, &go_on) } else { Ok(()) }
+            });
+            match tended {
+                Err(error) if error.code() != Code::Interrupted => {
+                    tracing::warn!(group = group.row.name, %error, causes = ?error.causes(), "tending the page store");
+                }
+                _ => {}
+            }
+            if !go_on() {
+                return;
+            }
+        }
+    }
+
+    /// Something is done to a machine at this moment.
+    fn is_at_work(&self) -> bool {
+        self.locks.any()
+    }
+
+    fn compress_cold(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
+        let (Ok(_alone), true) = (self.housekeeping.try_lock(), go_on()) else { return Ok(()) };
+        let store = group.store()?;
+        let mut plan = store.plan_gc_with(|| {
+            Ok::<_, Error>(pages::GcRequest {
+                roots: self.live_roots(&group.row.id)?,
+                compress: Some(pages::Cold { age: crate::collect::COLD, level: crate::collect::LEVEL }),
+                ..pages::GcRequest::default()
+            })
+        })?;
+        // What is dead is for `gc`, which says so in the journal.
+        plan.delete.clear();
+        plan.rewrite.clear();
+        let cx = Context::new();
+        store.run_gc(&plan, &|_, _| go_on() && cx.check().is_ok())?;
+        Ok(())
+    }
+}
+
+/// A machine's number among those who bring pages.
+pub(crate) fn origin(target: &str) -> Origin {
+    let mut number = [0; 16];
+    number.iter_mut().zip(target.bytes()).for_each(|(to, from)| *to = from);
+    Origin(number)
+}
+
+/// The layers of a group that nobody writes to any more.
+fn frozen(tx: &Transaction<'_>, group: &str) -> Result<Vec<LayerRow>> {
+    let mut layers = LayerRow::of_group(tx, group)?;
+    let mut still: HashSet<String> = layers.iter().filter_map(|layer| layer.below.clone()).collect();
+    for snapshot in SnapshotRow::of_group(tx, group)? {
+        still.extend(SnapshotRow::disks(tx, &snapshot.id)?.into_iter().map(|(_, layer)| layer));
+    }
+    layers.retain(|layer| layer.is_users() || still.contains(&layer.id));
+    layers.retain(|layer| layer.size >= PAGE_SIZE as u64);
+    Ok(layers)
+}
