@@ -158,18 +158,20 @@ impl Engine {
         })?;
         step("gc.purged");
         drop(idle);
-        let images = store.images();
-        let mut leaving: HashSet<String> = plan.layers.iter().map(|layer| layer.id.clone()).collect();
-        // What an image's row has gone without, by a catalog that is a copy from an earlier time.
-        let known: HashSet<String> = self
-            .catalog
-            .read(|tx| Ok(LayerRow::of_group(tx, id)?.into_iter().map(|layer| layer.id)))?
-            .collect();
-        leaving.extend(images.into_iter().map(|image| image.label).filter(|label| !known.contains(label)));
+        // Images of layers that go; and those that no row speaks of any more, as after a user's image was accepted in another state.
+        let going: HashSet<&str> = plan.layers.iter().map(|layer| layer.id.as_str()).collect();
+        let mut staying = self.catalog.read(|tx| LayerRow::of_group(tx, id))?;
+        staying.retain(|layer| !going.contains(layer.id.as_str()));
+        let staying: HashSet<String> = staying.iter().map(LayerRow::image_label).collect();
+        let mut leaving: Vec<String> = store.images().into_iter().map(|image| image.label).collect();
+        leaving.retain(|label| !staying.contains(label));
         let compress = now.then_some(pages::Cold { age: Duration::ZERO, level: LEVEL });
         let pages = store.plan_gc_with(|| {
-            let leaving = leaving.iter().cloned().collect();
-            Ok::<_, Error>(pages::GcRequest { roots: self.live_roots(id)?, leaving, compress })
+            Ok::<_, Error>(pages::GcRequest {
+                roots: self.live_roots(id)?,
+                leaving: leaving.clone(),
+                compress,
+            })
         })?;
         step("gc.planned");
         let done = store.run_gc(&pages, &|done, total| {
@@ -198,7 +200,8 @@ impl Engine {
         let mut stays: HashSet<&str> = HashSet::new();
         let mut going = Vec::new();
         for layer in layers.iter().rev() {
-            if images.contains(&layer.id) || stays.contains(layer.id.as_str()) {
+            // A user's image is his: nothing of ours goes with its row.
+            if !layer.is_users() && images.contains(&layer.id) || stays.contains(layer.id.as_str()) {
                 stays.extend(layer.below.as_deref());
             } else {
                 going.push(layer);

@@ -26,7 +26,10 @@ impl Engine {
         let known: HashSet<String> =
             store.images().into_iter().filter(|image| image.whole).map(|image| image.label).collect();
         let mut frozen = self.catalog.read(|tx| frozen(tx, &group.row.id))?;
-        frozen.retain(|layer| !known.contains(&layer.id));
+        frozen.retain(|layer| !known.contains(&layer.image_label()));
+        // The machines over a user's image have a row each for it.
+        let mut seen = HashSet::new();
+        frozen.retain(|layer| seen.insert(layer.image_label()));
         let mut named = 0;
         for layer in frozen {
             if !go_on() {
@@ -51,8 +54,13 @@ impl Engine {
                 found.into_iter().map(|data| Extent { offset: data.offset, bytes: data.bytes }).collect()
             }
         };
+        if let Some(known) = layer.stamp
+            && crate::disks::stamp(&file).ok() != Some(known)
+        {
+            return Err(Error::new(Code::Damaged, "it was changed behind our back"));
+        }
         let path = if layer.is_users() { file } else { PathBuf::from("../layers").join(&layer.file) };
-        let image = NewImage { label: layer.id.clone(), path, private: layer.is_users(), data };
+        let image = NewImage { label: layer.image_label(), path, private: layer.is_users(), data };
         Ok(store.add_image(&image, &|_, _| go_on())?)
     }
 
@@ -63,7 +71,7 @@ impl Engine {
             for (_, top) in TargetRow::disks(tx, &target.id)? {
                 images.extend(LayerRow::chain(tx, &top)?.into_iter().filter(LayerRow::is_users));
             }
-            Ok(images.into_iter().map(|layer| layer.id).collect())
+            Ok(images.iter().map(LayerRow::image_label).collect())
         })?;
         Ok(Purpose { origin: origin(&target.id), images })
     }
@@ -74,10 +82,12 @@ impl Engine {
         let known: HashMap<String, bool> =
             images.into_iter().map(|image| (image.label, image.whole)).collect();
         let frozen = self.catalog.read(|tx| frozen(tx, &group.row.id))?;
-        let bytes = |layer: &LayerRow| crate::disks::allocated(&self.layer_file(layer));
-        let all = frozen.iter().map(bytes).sum();
-        let done = frozen.iter().filter(|layer| known.get(&layer.id) == Some(&true)).map(bytes).sum();
-        Ok((all, done))
+        let mut files: HashMap<String, u64> = HashMap::new();
+        for layer in frozen {
+            files.insert(layer.image_label(), crate::disks::allocated(&self.layer_file(&layer)));
+        }
+        let done = files.iter().filter(|(label, _)| known.get(*label) == Some(&true)).map(|(_, bytes)| bytes);
+        Ok((files.values().sum(), done.sum()))
     }
 
     /// Does in the background what makes later takes smaller and faster: layers are hashed, the index is put into files, cold packs are

@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -263,6 +264,43 @@ impl Spinney {
             groups.into_iter().flat_map(|group| entries(&group.join("layers"))).collect();
         files.sort();
         files
+    }
+
+    /// Files in the folders of packs.
+    pub fn pack_files(&self) -> Vec<PathBuf> {
+        let groups = entries(&self.state().join("groups"));
+        let mut files: Vec<PathBuf> =
+            groups.into_iter().flat_map(|group| entries(&group.join("pages/packs"))).collect();
+        files.sort();
+        files
+    }
+
+    /// Packs that have pages of their own: not those that name the blocks of a disk layer (`docs/formats/pages.md`, "Header").
+    pub fn packs(&self) -> Vec<PathBuf> {
+        let mut packs = self.pack_files();
+        packs.retain(|path| {
+            let mut body = [0; 4];
+            let read = fs::File::open(path).and_then(|file| file.read_exact_at(&mut body, 56));
+            read.is_err() || body != [2, 0, 0, 0]
+        });
+        packs
+    }
+
+    /// Waits until every layer that nobody writes to any more is known to its group's page store.
+    ///
+    /// # Errors
+    /// It takes longer than a minute.
+    pub fn settle(&self) -> Result<(), String> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while Instant::now() < deadline {
+            let du = self.ok("du").map_err(|failed| failed.to_string())?;
+            let groups = du["groups"].as_array().cloned().unwrap_or_default();
+            if groups.iter().all(|group| group["frozen_bytes"] == group["known_bytes"]) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Err("layers are not looked through after a minute".into())
     }
 
     /// Process ids of the machines.

@@ -23,7 +23,7 @@ fn taken_twice() -> (Spinney, Vec<PathBuf>) {
         say(&spinney, word);
         // The guest runs on, so that one thread stores, into one pack.
         spinney.ok(&format!("take m {word} --mode live")).unwrap();
-        let new: Vec<PathBuf> = packs(&spinney).into_iter().filter(|pack| !seen.contains(pack)).collect();
+        let new: Vec<PathBuf> = spinney.packs().into_iter().filter(|pack| !seen.contains(pack)).collect();
         assert_eq!(new.len(), 1, "a live take makes one pack");
         seen.extend(new);
     }
@@ -57,15 +57,6 @@ fn does_not_restore(spinney: &Spinney, word: &str) -> Value {
     assert_eq!(spinney.ok("show m").unwrap()["pid"], pid, "the machine is as it was");
     guest(spinney).counter().unwrap();
     ended.problem()
-}
-
-fn packs(spinney: &Spinney) -> Vec<PathBuf> {
-    let groups = fs::read_dir(spinney.state().join("groups")).unwrap();
-    let folders = groups.map(|group| group.unwrap().path().join("pages/packs"));
-    let mut packs: Vec<_> =
-        folders.flat_map(|f| fs::read_dir(f).unwrap()).map(|pack| pack.unwrap().path()).collect();
-    packs.sort();
-    packs
 }
 
 fn flip(path: &Path, at: usize) {
@@ -110,7 +101,7 @@ fn a_pack_whose_index_is_gone_is_mended_whole() {
     // Its footer, its header, its end.
     for kind in 0..3 {
         match kind {
-            0 => flip(&packs[0], intact.len() - 128 - 400),
+            0 => flip(&packs[0], intact.len() - 160 - 400),
             1 => flip(&packs[0], 60),
             _ => fs::write(&packs[0], &intact[..intact.len() - 64]).unwrap(),
         }
@@ -129,7 +120,7 @@ fn a_pack_whose_index_is_gone_is_mended_whole() {
             restores(&spinney, word);
         }
         // As before, for the next kind.
-        for path in packs_now(&spinney) {
+        for path in spinney.packs() {
             if path != packs[1] {
                 fs::remove_file(path).unwrap();
             }
@@ -138,10 +129,6 @@ fn a_pack_whose_index_is_gone_is_mended_whole() {
         again(&spinney);
         assert_eq!(fsck(&spinney, "fsck")["damage"], json!([]));
     }
-}
-
-fn packs_now(spinney: &Spinney) -> Vec<PathBuf> {
-    packs(spinney)
 }
 
 #[test]
@@ -173,7 +160,7 @@ fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
 fn a_repair_that_dies_in_the_middle_is_done_again() {
     let (mut spinney, packs) = taken_twice();
     let len = fs::metadata(&packs[0]).unwrap().len() as usize;
-    flip(&packs[0], len - 128 - 400);
+    flip(&packs[0], len - 160 - 400);
     let marker = spinney.folder().join("mended");
     spinney.set("SPINNEY_CRASH", &format!("fsck.mended kill {}", marker.display()));
     again(&spinney);

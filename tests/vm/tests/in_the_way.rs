@@ -140,11 +140,7 @@ fn pid(spinney: &Spinney) -> Option<u64> {
 
 /// Flips a byte in the middle of every page pack that the last take wrote.
 fn damage_newest_pack(spinney: &Spinney) {
-    let groups = fs::read_dir(spinney.state().join("groups")).unwrap();
-    let packs = groups.flat_map(|group| fs::read_dir(group.unwrap().path().join("pages/packs")).unwrap());
-    let newest = packs
-        .map(|pack| pack.unwrap().path())
-        .max_by_key(|path| path.metadata().unwrap().modified().unwrap());
+    let newest = spinney.packs().into_iter().max_by_key(|path| path.metadata().unwrap().modified().unwrap());
     let newest = newest.expect("a pack");
     let mut bytes = fs::read(&newest).unwrap();
     let middle = bytes.len() / 2;

@@ -118,11 +118,14 @@ impl Index {
             });
         }
         if !on_images.is_empty() {
-            // What was found in a pack of our own after all is not to be done any more. Of the rest the last one is the oldest.
+            // What was found in a pack of our own after all is not to be done any more. Of the rest the last one is the oldest; one that
+            // is not what it was is the last choice.
             let open: HashSet<usize> = todo.iter().map(|(i, _)| *i).collect();
             let mut oldest: HashMap<usize, (Place, Arc<Pack>)> = HashMap::new();
             for (i, place, pack) in on_images.into_iter().filter(|(i, ..)| open.contains(i)) {
-                oldest.insert(i, (place, pack));
+                if !pack.is_suspect() || !oldest.contains_key(&i) {
+                    oldest.insert(i, (place, pack));
+                }
             }
             oldest.into_iter().for_each(|(i, (place, pack))| found(i, place, &pack));
         }

@@ -48,6 +48,15 @@ impl LayerRow {
         self.stamp.is_some()
     }
 
+    /// What the page store calls the file: its id; a user's image by its path and what it looked like, since all machines of a group that
+    /// lie over it have the same.
+    pub(crate) fn image_label(&self) -> String {
+        match &self.stamp {
+            None => self.id.clone(),
+            Some(stamp) => format!("{}#{}.{}", self.file, stamp.bytes, stamp.mtime_ns),
+        }
+    }
+
     /// Writes a new one.
     pub(crate) fn insert(&self, tx: &Transaction<'_>) -> Result<()> {
         tx.execute(
