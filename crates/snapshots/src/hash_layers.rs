@@ -1,7 +1,7 @@
 //! Frozen disk layers become known to the page store, in the background: most of a guest's memory is a copy of its disk, and what is there
 //! need not be stored again (`docs/decisions/0016-memory-on-disk.md`).
 //!
-//! A layer is frozen when nothing writes to it any more: something lies over it, a snapshot has it, or it is a user's own image. The
+//! A layer is frozen when nothing writes to it any more: a snapshot has it, or it is a user's own image. The
 //! store names its blocks and leaves the file alone. A user's image is *private*: only machines that lie over it have pages on it, so nobody
 //! comes to depend on a file that he did not depend on already. A layer of ours goes only when the collector has moved what is needed of
 //! it (`collect.rs`).
@@ -150,12 +150,21 @@ pub(crate) fn origin(target: &str) -> Origin {
     Origin(number)
 }
 
-/// The layers of a group that nobody writes to any more.
+/// The layers of a group that nobody writes to any more: users' images, and what a snapshot has. That something lies over a layer is not
+/// enough: a take that is taken back takes its overlay away, and the guest goes on writing to what was below.
 fn frozen(tx: &Transaction<'_>, group: &str) -> Result<Vec<LayerRow>> {
     let mut layers = LayerRow::of_group(tx, group)?;
-    let mut still: HashSet<String> = layers.iter().filter_map(|layer| layer.below.clone()).collect();
+    let below: HashMap<String, Option<String>> =
+        layers.iter().map(|layer| (layer.id.clone(), layer.below.clone())).collect();
+    let mut still: HashSet<String> = HashSet::new();
     for snapshot in SnapshotRow::of_group(tx, group)? {
-        still.extend(SnapshotRow::disks(tx, &snapshot.id)?.into_iter().map(|(_, layer)| layer));
+        for (_, top) in SnapshotRow::disks(tx, &snapshot.id)? {
+            let mut at = Some(top);
+            while let Some(layer) = at.filter(|layer| !still.contains(layer)) {
+                at = below.get(&layer).cloned().flatten();
+                still.insert(layer);
+            }
+        }
     }
     layers.retain(|layer| layer.is_users() || still.contains(&layer.id));
     layers.retain(|layer| layer.size >= PAGE_SIZE as u64);
