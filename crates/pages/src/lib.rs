@@ -14,7 +14,9 @@
 //! | **commit** | | yes: files of its own; shard locks to publish | yes | yes: what came later is not in the plan | yes: new packs are in no plan, and their names win over older places |
 //! | **read, map_range** | | | yes | yes | yes: a pack gone between look-up and open is looked up once more; an open file outlives its name |
 //! | **usage, fsck** | | | | yes | yes: as read |
-//! | **plan_gc, run_gc** | | | | | no: the collector's lock |
+//! | **plan_gc, run_gc** | | | | estimate_gc: yes, its numbers are as of some moment meanwhile; else the collector's lock | no: the collector's lock |
+//! | **add_image** | yes: as commit | yes | yes | yes | yes: as commit; the caller sees to it that an image which leaves is not being added |
+//! | **fold** | yes: memory says nothing less before the run is found | yes: a pack whose names are not all entered is in no run | yes: memory is asked before runs | yes | yes: places in packs that are gone count for nothing |
 //! | **repair** | yes; what it gives up is told by [`Hold::check`] to whoever records a root | as put | yes: as run_gc | yes | no: the collector's lock |
 //!
 //! The *gate* is a reader-writer lock: look-ups that a session will rely on hold it shared; the collector holds it alone for

@@ -124,9 +124,10 @@ fn tend_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
             let ended = strong.operations_ended();
             let compress = compressed.elapsed() > COLLECT_EVERY;
             if compress || tended != Some(ended) {
-                (tended, compressed) = (Some(ended), if compress { Instant::now() } else { compressed });
                 // Our own hold on the engine is one: with no other it has ended.
-                strong.tend(compress, &|| Arc::strong_count(&strong) == 1);
+                let done = strong.tend(compress, &|| Arc::strong_count(&strong) == 1);
+                tended = done.then_some(ended);
+                compressed = if compress && done { Instant::now() } else { compressed };
             }
         }
     };

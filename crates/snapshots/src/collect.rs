@@ -126,7 +126,7 @@ impl Engine {
     fn plan_group(&self, now: bool, group: &OpenGroup, store: &Store) -> Result<Part> {
         let before = self.undo_border(group, now)?;
         let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
-        let pages = store.plan_gc(&plan.roots)?;
+        let pages = store.estimate_gc(&plan.roots)?;
         Ok(self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes))
     }
 

@@ -13,15 +13,14 @@ use pages::{Extent, NewImage, Origin, PAGE_SIZE, Purpose, Store};
 use rusqlite::Transaction;
 
 use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
-use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::groups::OpenGroup;
 
 impl Engine {
     /// Names the blocks of all frozen layers of a group that its store does not know yet. `go_on` may wait, and stops it by returning
-    /// false. Returns how many it has named.
-    pub(crate) fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<usize> {
+    /// false.
+    fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
         let store = group.store()?;
         let known: HashSet<String> =
             store.images().into_iter().filter(|image| image.whole).map(|image| image.label).collect();
@@ -30,19 +29,18 @@ impl Engine {
         // The machines over a user's image have a row each for it.
         let mut seen = HashSet::new();
         frozen.retain(|layer| seen.insert(layer.image_label()));
-        let mut named = 0;
         for layer in frozen {
             if !go_on() {
                 break;
             }
             match self.hash_layer(store, &layer, go_on) {
-                Ok(whole) => named += usize::from(whole),
+                Ok(_) => {}
                 Err(error) if error.code() == Code::NoSpace => return Err(error),
                 // It may be gone by now, or a user's image that is not to be had: then nothing is left on it.
                 Err(error) => tracing::debug!(layer = layer.id, %error, "a layer is not hashed"),
             }
         }
-        Ok(named)
+        Ok(())
     }
 
     fn hash_layer(&self, store: &Store, layer: &LayerRow, go_on: &dyn Fn() -> bool) -> Result<bool> {
@@ -91,17 +89,19 @@ impl Engine {
     }
 
     /// Does in the background what makes later takes smaller and faster: layers are hashed, the index is put into files, cold packs are
-    /// compressed. It stops for whatever anybody waits for, and begins again with the next call.
-    pub fn tend(&self, compress: bool, ended: &dyn Fn() -> bool) {
+    /// compressed. It stops for whatever anybody waits for. False if something is left to do.
+    pub fn tend(&self, compress: bool, ended: &dyn Fn() -> bool) -> bool {
+        // A layer that is hashed may not be about to go.
+        let Ok(_alone) = self.housekeeping.try_lock() else { return false };
         let go_on = || {
-            while self.is_at_work() && !ended() {
+            while self.locks.any() && !ended() && !self.is_wanted() {
                 std::thread::sleep(std::time::Duration::from_millis(20));
             }
             !ended() && !self.is_wanted()
         };
         for group in self.groups.all() {
             let Ok(store) = group.store() else { continue };
-            let tended = self.hash_layers(&group, &go_on).and_then(|_| {
+            let tended = self.hash_layers(&group, &go_on).and_then(|()| {
                 if store.wants_folding() {
                     store.fold()?;
                 }
@@ -114,18 +114,13 @@ impl Engine {
                 _ => {}
             }
             if !go_on() {
-                return;
+                return false;
             }
         }
-    }
-
-    /// Something is done to a machine at this moment.
-    fn is_at_work(&self) -> bool {
-        self.locks.any()
+        true
     }
 
     fn compress_cold(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
-        let (Ok(_alone), true) = (self.housekeeping.try_lock(), go_on()) else { return Ok(()) };
         let store = group.store()?;
         let mut plan = store.plan_gc_with(|| {
             Ok::<_, Error>(pages::GcRequest {
@@ -137,8 +132,7 @@ impl Engine {
         // What is dead is for `gc`, which says so in the journal.
         plan.delete.clear();
         plan.rewrite.clear();
-        let cx = Context::new();
-        store.run_gc(&plan, &|_, _| go_on() && cx.check().is_ok())?;
+        store.run_gc(&plan, &|_, _| go_on())?;
         Ok(())
     }
 }

@@ -58,7 +58,10 @@ impl Ended {
         }
         // The events of long work say nothing that the problem does not.
         let problem = self.problem();
-        let stderr = if problem.is_null() { self.stderr } else { problem.to_string() };
+        let mut stderr = if problem.is_null() { self.stderr } else { problem.to_string() };
+        if let Some(damage) = self.document.get("damage") {
+            stderr = format!("{stderr}: {damage}");
+        }
         Err(Failed { command: self.command, code: self.code, stderr })
     }
 

@@ -93,6 +93,13 @@ impl Store {
         })
     }
 
+    /// What a collection would do, as far as that can be told while another one may be at work. It cannot be carried out.
+    pub fn estimate_gc(&self, roots: &[MapRoot]) -> Result<GcPlan> {
+        let request = GcRequest { roots: roots.to_vec(), ..GcRequest::default() };
+        let since = self.inner.clock.hold_all().since;
+        Ok(GcPlan { instance: 0, ..self.plan(&request, since)? })
+    }
+
     /// Plans the collection that `ask` asks for. It is called after the plan has begun to watch, so no commit falls between the two.
     /// Whoever commits keeps a [`Hold`](crate::Hold) until `ask` would see the root.
     pub fn plan_gc_with<E: From<crate::Error>>(
@@ -101,11 +108,11 @@ impl Store {
     ) -> Result<GcPlan, E> {
         let hold = self.inner.clock.hold_all();
         let request = ask()?;
+        let _one = lock(&self.inner.collector);
         Ok(self.plan(&request, hold.since)?)
     }
 
     fn plan(&self, request: &GcRequest, since: u64) -> Result<GcPlan> {
-        let _one = lock(&self.inner.collector);
         let mut live = self.mark(&request.roots)?;
         let mut plan = GcPlan {
             delete: Vec::new(),
