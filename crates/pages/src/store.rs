@@ -34,6 +34,9 @@ pub(crate) struct Limits {
     /// Planted fault: the collector does not care what sessions rely on.
     #[cfg(test)]
     pub(crate) ignore_sessions: bool,
+    /// Planted fault: an image that goes takes with it what is needed of it.
+    #[cfg(test)]
+    pub(crate) leave_nothing: bool,
 }
 
 impl Default for Limits {
@@ -44,6 +47,8 @@ impl Default for Limits {
             node_bytes: 8 << 20,
             #[cfg(test)]
             ignore_sessions: false,
+            #[cfg(test)]
+            leave_nothing: false,
         }
     }
 }

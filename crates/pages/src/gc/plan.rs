@@ -132,6 +132,8 @@ impl Store {
             match pack.layout.image() {
                 None => plan.add(&pack, live, relied_on, self.inner.is_cold(&pack, request.compress)),
                 Some(image) if request.leaving.contains(&image.label) => {
+                    #[cfg(test)]
+                    let live = if self.inner.limits.leave_nothing { Live::default() } else { live };
                     plan.leave(&pack, &image.label, live, relied_on);
                 }
                 Some(_) => {}
