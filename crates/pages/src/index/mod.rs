@@ -17,6 +17,8 @@ mod run;
 mod runs;
 mod table;
 
+pub(crate) mod synthetic;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, RwLock};
 
