@@ -10,11 +10,12 @@ use std::hint::black_box;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pages::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, PageStore, Saved, Session};
+use pages::{LEAF_PAGES, PAGE_SIZE, PageHash, PageStore, Saved, Session};
 use tempfile::TempDir;
 
 use crate::error::{Error, Result, system};
@@ -22,7 +23,6 @@ use crate::error::{Error, Result, system};
 /// Bytes of a run: what a take gives the store at a time.
 const RUN: usize = 1 << 20;
 const RUN_PAGES: usize = RUN / PAGE_SIZE;
-const RUN_LEAVES: usize = RUN_PAGES / LEAF_PAGES;
 /// Threads: both cores.
 pub(crate) const THREADS: usize = 2;
 /// Of no store.
@@ -48,11 +48,52 @@ pub(crate) fn different(images: &[Image]) -> Image {
     pages.filter(|page| seen.insert(*page)).flatten().copied().collect()
 }
 
-/// Has two threads do their part of `runs`, one run after the other; how long all of it took.
-fn side_by_side(runs: usize, act: impl Fn(usize) -> Result<()> + Sync) -> Result<Duration> {
+/// What something took: by the clock, and of all threads' processor time, which others on the machine change less.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Took {
+    pub(crate) wall: Duration,
+    pub(crate) cpu: Duration,
+}
+
+impl Took {
+    /// Times `act`.
+    pub(crate) fn of<T>(act: impl FnOnce() -> Result<T>) -> Result<(T, Self)> {
+        let cpu = || {
+            let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+            Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+        };
+        let (began, before) = (Instant::now(), cpu());
+        let done = act()?;
+        Ok((done, Self { wall: began.elapsed(), cpu: cpu() - before }))
+    }
+
+    /// How many times as long it took as another one, by the clock.
+    pub(crate) fn over(&self, other: &Self) -> f64 {
+        self.wall.as_secs_f64() / other.wall.as_secs_f64()
+    }
+
+    /// The same of processor time.
+    pub(crate) fn cpu_over(&self, other: &Self) -> f64 {
+        self.cpu.as_secs_f64() / other.cpu.as_secs_f64()
+    }
+
+    /// Gigabytes (10^9 bytes) a second by the clock.
+    pub(crate) fn gb_s(&self, bytes: usize) -> f64 {
+        bytes as f64 / 1e9 / self.wall.as_secs_f64()
+    }
+}
+
+impl std::ops::AddAssign for Took {
+    fn add_assign(&mut self, other: Self) {
+        self.wall += other.wall;
+        self.cpu += other.cpu;
+    }
+}
+
+/// Has so many threads do their part of `runs`, one run after the other.
+fn side_by_side(threads: usize, runs: usize, act: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     let next = &AtomicUsize::new(0);
     let act = &act;
-    let began = Instant::now();
     thread::scope(|scope| {
         let work = move || -> Result<()> {
             loop {
@@ -63,10 +104,9 @@ fn side_by_side(runs: usize, act: impl Fn(usize) -> Result<()> + Sync) -> Result
                 act(run)?;
             }
         };
-        let workers: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Err(Error::Lacks("worker"))))
-    })?;
-    Ok(began.elapsed())
+    })
 }
 
 /// How the pages are hashed that a store is compared with.
@@ -78,10 +118,10 @@ pub(crate) enum Hashing {
     SideBySide,
 }
 
-/// Hashes all pages on both cores.
-pub(crate) fn hash(images: &[Image], how: Hashing) -> Result<Duration> {
+/// Hashes all pages with so many threads.
+pub(crate) fn hash(images: &[&Image], how: Hashing, threads: usize) -> Result<Took> {
     let runs: Vec<&[u8]> = images.iter().flat_map(|image| image.chunks(RUN)).collect();
-    side_by_side(runs.len(), |run| {
+    let hash = |run: usize| {
         let bytes = runs.get(run).copied().unwrap_or_default();
         match how {
             Hashing::OneByOne => bytes.chunks_exact(PAGE_SIZE).for_each(|page| {
@@ -92,78 +132,70 @@ pub(crate) fn hash(images: &[Image], how: Hashing) -> Result<Duration> {
             }),
         }
         Ok(())
-    })
+    };
+    Ok(Took::of(|| side_by_side(threads, runs.len(), hash))?.1)
 }
 
 /// What a session of one image came to.
 pub(crate) struct Put {
-    pub(crate) root: MapRoot,
     pub(crate) saved: Saved,
     /// The threads' part of it: [`Session::put_run`].
-    pub(crate) put: Duration,
+    pub(crate) put: Took,
     /// From `begin` to the end of `commit`.
-    pub(crate) whole: Duration,
+    pub(crate) whole: Took,
 }
 
 /// One image by two threads in one session.
 pub(crate) fn put(store: &dyn PageStore, image: &Image) -> Result<Put> {
-    let began = Instant::now();
-    let session = store.begin()?;
-    let runs: Vec<&[u8]> = image.chunks(RUN).collect();
-    let pages = image.len() / PAGE_SIZE;
-    let leaves: Vec<_> = (0..runs.len()).map(|_| std::sync::OnceLock::new()).collect();
-    let put = side_by_side(runs.len(), |run| {
-        let bytes = runs.get(run).copied().unwrap_or_default();
-        let (own, count) = put_run(&*session, bytes)?;
-        let slot = leaves.get(run).ok_or(Error::Lacks("room for leaves"))?;
-        let _ = slot.set(own.get(..count).unwrap_or_default().to_vec());
-        Ok(())
+    let ((saved, put), whole) = Took::of(|| {
+        let session = store.begin()?;
+        let runs: Vec<&[u8]> = image.chunks(RUN).collect();
+        let leaves: Vec<_> = runs.iter().map(|_| OnceLock::new()).collect();
+        let put_run = |run: usize| {
+            let own = put_run(&*session, runs.get(run).copied().unwrap_or_default())?;
+            leaves.get(run).map_or(Err(Error::Lacks("room for leaves")), |slot| {
+                let _ = slot.set(own);
+                Ok(())
+            })
+        };
+        let ((), put) = Took::of(|| side_by_side(THREADS, runs.len(), put_run))?;
+        let leaves: Vec<PageHash> = leaves.into_iter().filter_map(OnceLock::into_inner).flatten().collect();
+        session.put_map_over(&leaves, (image.len() / PAGE_SIZE) as u64)?;
+        Ok((session.commit()?, put))
     })?;
-    let leaves: Vec<PageHash> = leaves.into_iter().filter_map(|own| own.into_inner()).flatten().collect();
-    let root = session.put_map_over(&leaves, pages as u64)?;
-    let saved = session.commit()?;
-    Ok(Put { root, saved, put, whole: began.elapsed() })
+    Ok(Put { saved, put, whole })
 }
 
 /// Several images, each by one thread in a session of its own, all at once: what a cluster's take does. From the first `begin` to the
 /// end of the last `commit`.
-pub(crate) fn put_at_once(store: &dyn PageStore, images: &[&Image]) -> Result<Duration> {
-    let began = Instant::now();
-    thread::scope(|scope| {
-        let workers: Vec<_> = images.iter().map(|image| scope.spawn(|| put_alone(store, image))).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Err(Error::Lacks("worker"))))
-    })?;
-    Ok(began.elapsed())
+pub(crate) fn put_at_once(store: &dyn PageStore, images: &[&Image]) -> Result<Took> {
+    let all = || {
+        thread::scope(|scope| {
+            let workers: Vec<_> = images.iter().map(|image| scope.spawn(|| put_alone(store, image))).collect();
+            workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Err(Error::Lacks("worker"))))
+        })
+    };
+    Ok(Took::of(all)?.1)
 }
 
 fn put_alone(store: &dyn PageStore, image: &Image) -> Result<()> {
     let session = store.begin()?;
     let mut leaves = Vec::new();
     for bytes in image.chunks(RUN) {
-        let (own, count) = put_run(&*session, bytes)?;
-        leaves.extend(own.get(..count).unwrap_or_default());
+        leaves.extend(put_run(&*session, bytes)?);
     }
     session.put_map_over(&leaves, (image.len() / PAGE_SIZE) as u64)?;
     session.commit()?;
     Ok(())
 }
 
-/// A run; its leaves, of which so many count.
-fn put_run(session: &dyn Session, bytes: &[u8]) -> Result<([PageHash; RUN_LEAVES], usize)> {
+/// Puts a run; the names of its leaves.
+fn put_run(session: &dyn Session, bytes: &[u8]) -> Result<Vec<PageHash>> {
     let pages = bytes.len() / PAGE_SIZE;
-    let (mut names, mut leaves) = ([PageHash::ZERO; RUN_PAGES], [PageHash::ZERO; RUN_LEAVES]);
-    let there = [true; RUN_PAGES];
-    let count = pages.div_ceil(LEAF_PAGES);
-    let room = Error::Lacks("room for a run");
-    let parts = there.get(..pages).zip(names.get_mut(..pages)).zip(leaves.get_mut(..count));
-    let ((there, names), own) = parts.ok_or(room)?;
-    session.put_run(bytes, there, names, own)?;
-    Ok((leaves, count))
-}
-
-/// Gigabytes (10^9 bytes) a second.
-pub(crate) fn gb_s(bytes: usize, took: Duration) -> f64 {
-    bytes as f64 / 1e9 / took.as_secs_f64()
+    let (mut names, mut leaves) = ([PageHash::ZERO; RUN_PAGES], vec![PageHash::ZERO; pages.div_ceil(LEAF_PAGES)]);
+    let there = [true; RUN_PAGES].get(..pages).unwrap_or_default().to_vec();
+    session.put_run(bytes, &there, names.get_mut(..pages).unwrap_or_default(), &mut leaves)?;
+    Ok(leaves)
 }
 
 /// A tmpfs of our own, whose pages were all written to before. Unmounted when dropped.

@@ -115,7 +115,7 @@ impl Batches {
 }
 
 /// Copies of the images, each made different from the others: together more than a gibibyte.
-const COPIES: u8 = 5;
+const COPIES: u8 = 7;
 
 /// `fsck.vs_disk_read`: bytes per second of a check of a store of more than 1 GiB over those of reading the same files from begin to end,
 /// both from the disk and by turns.

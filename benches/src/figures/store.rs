@@ -8,11 +8,11 @@
 //! In the other's time is `blake3::keyed_hash` of each page and nothing else. It leaves most of a wide processor unused, so the same is
 //! shown over the fastest keyed BLAKE3 that we have, several pages side by side (`…_wide`), which is how the store itself hashes.
 //!
-//! Each round measures both by turns. `new` pages are all different ones of the eight images, as one image of some 300 MB; `known` ones
+//! Each round measures both by turns; `cpu` beside a ratio is the same ratio of processor time, which neighbours on the machine change less.
+//! `new` pages are all different ones of the eight images, as one image of some 300 MB; `known` ones
 //! are all pages of all images, in a session each, that the store has already.
 
 use std::path::Path;
-use std::time::Duration;
 
 use pages::{GroupKey, PAGE_SIZE, Store};
 
@@ -22,7 +22,7 @@ use crate::memory_images;
 use crate::report::{Better, Figure, Run};
 use crate::settings::Bench;
 use crate::stats::Summary::Median;
-use crate::warm::{self, Hashing, Image, Tmpfs, gb_s};
+use crate::warm::{self, Hashing, Image, THREADS, Tmpfs, Took};
 
 const ROUNDS: u64 = 11;
 
@@ -83,8 +83,8 @@ fn new(bench: &Bench, id: &str, huge: bool) -> Result<Vec<Figure>> {
 /// What sessions took together.
 #[derive(Default)]
 struct Times {
-    put: Duration,
-    whole: Duration,
+    put: Took,
+    whole: Took,
 }
 
 impl Times {
@@ -101,26 +101,27 @@ fn compare(
     images: &[Image],
     mut ours: impl FnMut() -> Result<Times>,
 ) -> Result<Vec<Figure>> {
-    let bytes: usize = images.iter().map(Vec::len).sum();
+    let (bytes, all) = (images.iter().map(Vec::len).sum(), images.iter().collect::<Vec<_>>());
     let (mut over, mut over_wide, mut speed) = (Vec::new(), Vec::new(), Vec::new());
     // A round before the first: caches, page tables, the processor's clock.
     for round in 0..=bench.count(ROUNDS, 3) {
         bench.check()?;
-        let alone = warm::hash(images, Hashing::OneByOne)?;
-        let wide = warm::hash(images, Hashing::SideBySide)?;
+        let alone = warm::hash(&all, Hashing::OneByOne, THREADS)?;
+        let wide = warm::hash(&all, Hashing::SideBySide, THREADS)?;
         let took = ours()?;
         if round == 0 {
             continue;
         }
-        let ratio = |base: Duration| {
-            Run::new(base.as_secs_f64() / took.whole.as_secs_f64())
-                .beside("put_only", base.as_secs_f64() / took.put.as_secs_f64())
-                .beside("blake3_gb_s", gb_s(bytes, base))
-                .beside("ours_gb_s", gb_s(bytes, took.whole))
+        let ratio = |base: Took| {
+            Run::new(base.over(&took.whole))
+                .beside("put_only", base.over(&took.put))
+                .beside("cpu", base.cpu_over(&took.whole))
+                .beside("blake3_gb_s", base.gb_s(bytes))
+                .beside("ours_gb_s", took.whole.gb_s(bytes))
         };
         over.push(ratio(alone));
         over_wide.push(ratio(wide));
-        speed.push(Run::new(gb_s(bytes, took.whole)).beside("session_ms", ms(took.whole)));
+        speed.push(Run::new(took.whole.gb_s(bytes)).beside("session_ms", ms(took.whole.wall)));
     }
     Ok(vec![
         Figure::new(format!("{id}.vs_blake3"), "", Better::Higher, Median, over)?,
@@ -158,7 +159,7 @@ pub(super) fn two_sources(bench: &Bench) -> Result<Vec<Figure>> {
         let mut runs = Vec::new();
         for _ in 0..bench.count(ROUNDS, 3) {
             bench.check()?;
-            let mut timed = |images: &[&Image]| -> Result<Duration> {
+            let mut timed = |images: &[&Image]| -> Result<Took> {
                 if new {
                     store = None;
                     gone()?;
@@ -166,12 +167,21 @@ pub(super) fn two_sources(bench: &Bench) -> Result<Vec<Figure>> {
                 }
                 warm::put_at_once(store.as_ref().ok_or(Error::Lacks("store"))?, images)
             };
-            // By turns, one of each half, so that neither image counts for more.
-            let alone = gb_s(one.len(), timed(&[&one])?);
-            let alone_too = gb_s(other.len(), timed(&[&other])?);
-            let both = gb_s(one.len() + other.len(), timed(&[&one, &other])?);
-            let single = 2.0 / (1.0 / alone + 1.0 / alone_too);
-            runs.push(Run::new(both / single).beside("one_gb_s", single).beside("two_gb_s", both));
+            let (alone, alone_too) = (timed(&[&one])?, timed(&[&other])?);
+            let both = timed(&[&one, &other])?;
+            // What the machine has for two threads just now, others on it being what they are.
+            let by = |threads| warm::hash(&[&one, &other], Hashing::SideBySide, threads);
+            let cores = by(1)?.over(&by(2)?);
+            let bytes = one.len() + other.len();
+            let mut single = alone;
+            single += alone_too;
+            runs.push(
+                Run::new(single.over(&both))
+                    .beside("cpu_one_vs_two", single.cpu_over(&both))
+                    .beside("hash_two_vs_one", cores)
+                    .beside("one_gb_s", single.gb_s(bytes))
+                    .beside("two_gb_s", both.gb_s(bytes)),
+            );
         }
         drop(store);
         gone()?;
