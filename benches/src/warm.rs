@@ -171,7 +171,8 @@ pub(crate) fn put(store: &dyn PageStore, image: &Image) -> Result<Put> {
 pub(crate) fn put_at_once(store: &dyn PageStore, images: &[&Image]) -> Result<Took> {
     let all = || {
         thread::scope(|scope| {
-            let workers: Vec<_> = images.iter().map(|image| scope.spawn(|| put_alone(store, image))).collect();
+            let workers: Vec<_> =
+                images.iter().map(|image| scope.spawn(|| put_alone(store, image))).collect();
             workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Err(Error::Lacks("worker"))))
         })
     };
@@ -192,7 +193,8 @@ fn put_alone(store: &dyn PageStore, image: &Image) -> Result<()> {
 /// Puts a run; the names of its leaves.
 fn put_run(session: &dyn Session, bytes: &[u8]) -> Result<Vec<PageHash>> {
     let pages = bytes.len() / PAGE_SIZE;
-    let (mut names, mut leaves) = ([PageHash::ZERO; RUN_PAGES], vec![PageHash::ZERO; pages.div_ceil(LEAF_PAGES)]);
+    let (mut names, mut leaves) =
+        ([PageHash::ZERO; RUN_PAGES], vec![PageHash::ZERO; pages.div_ceil(LEAF_PAGES)]);
     let there = [true; RUN_PAGES].get(..pages).unwrap_or_default().to_vec();
     session.put_run(bytes, &there, names.get_mut(..pages).unwrap_or_default(), &mut leaves)?;
     Ok(leaves)

@@ -103,7 +103,8 @@ impl Batches {
     fn ask(&mut self, store: &Store) -> Result<f64> {
         let names: Vec<PageHash> = (0..NAMES)
             .map(|i| {
-                self.state = self.state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+                self.state =
+                    self.state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
                 pages::bench::synthetic_name((self.state >> 16) % PAGES, PAGES, i % 2 == 0)
             })
             .collect();

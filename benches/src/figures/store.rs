@@ -147,7 +147,8 @@ pub(super) fn two_sources(bench: &Bench) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for (id, new) in [("store.two_sources.vs_one", false), ("store.two_sources.new.vs_one", true)] {
         // No page is in both: else one of the two finds what the other has just written, and saves time by it.
-        let (one, other) = if new { halves_of(&warm::different(&images)) } else { (one.clone(), other.clone()) };
+        let (one, other) =
+            if new { halves_of(&warm::different(&images)) } else { (one.clone(), other.clone()) };
         let fresh = || -> Result<Store> {
             tmpfs.warm_up((one.len() + other.len()) * 9 / 8)?;
             new_store(&folder)
