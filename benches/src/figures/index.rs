@@ -105,7 +105,7 @@ impl Batches {
             .map(|i| {
                 self.state =
                     self.state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
-                pages::bench::synthetic_name((self.state >> 16) % PAGES, PAGES, i % 2 == 0)
+                pages::bench::synthetic_name((self.state >> 16) % PAGES, PAGES, i.is_multiple_of(2))
             })
             .collect();
         let began = Instant::now();

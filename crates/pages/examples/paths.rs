@@ -114,8 +114,9 @@ fn look_up(folder: &Path, times: usize) -> Result<(), Failure> {
     let key = GroupKey::from_bytes([9; 32]);
     pages::bench::make_synthetic(folder, &key, INDEXED)?;
     let store = Store::open(folder, key)?;
-    let name =
-        |i: u64| pages::bench::synthetic_name(i.wrapping_mul(0x9E37_79B9) % INDEXED, INDEXED, i % 2 == 0);
+    let name = |i: u64| {
+        pages::bench::synthetic_name(i.wrapping_mul(0x9E37_79B9) % INDEXED, INDEXED, i.is_multiple_of(2))
+    };
     let names: Vec<PageHash> = (0..NAMES).map(name).collect();
     for _ in 0..times {
         if black_box(pages::bench::look_up(&store, &names)) as u64 != NAMES / 2 {
