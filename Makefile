@@ -8,7 +8,7 @@ CARGO ?= cargo
 export SPINNEY_CACHE ?= $(CURDIR)/.cache
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
-.PHONY: all setup guest old-qemu build demo test check unit vm bench soak fuzz
+.PHONY: all setup guest old-qemu build demo test check unit instructions vm bench soak fuzz
 
 all: build
 
@@ -27,7 +27,7 @@ build:
 demo: guest build
 	@$(TARGET)/release/spinney demo --guest $(SPINNEY_CACHE)/guest
 
-test: guest old-qemu check unit vm
+test: guest old-qemu check unit instructions vm
 
 check:
 	$(CARGO) fmt --all --check
@@ -38,6 +38,10 @@ check:
 
 unit:
 	$(CARGO) test --locked
+
+# Instructions of the page store's hot paths against crates/pages/instructions.txt.
+instructions: setup
+	scripts/instructions.sh
 
 # The executable under test has planted faults built in; they do nothing unless a test asks for one.
 vm: guest old-qemu

@@ -2,7 +2,7 @@
 # Makes this machine ready to build Spinney and to test it on real guests. Run it as often as you
 # like: it does only what is missing, and nothing takes well under a second.
 #
-# Installs QEMU and the tools that make disk images. The kernel and the busybox of the test guest
+# Installs QEMU, the tools that make disk images, and valgrind, which counts instructions. The kernel and the busybox of the test guest
 # are unpacked into the cache (`.cache`, or $SPINNEY_CACHE) and not installed; `guest.sh` builds the
 # guest from them. Exits 5 where it cannot install anything, after naming what is missing.
 set -eu -o pipefail
@@ -17,6 +17,7 @@ PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4 >/dev/null || missing+=(e2fsprog
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v strip >/dev/null || missing+=(binutils)
 command -v xz >/dev/null || missing+=(xz-utils)
+command -v valgrind >/dev/null || missing+=(valgrind)
 [ -f /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
 
 need_kernel=false

@@ -21,6 +21,7 @@ mod settings;
 mod spinney;
 mod stats;
 mod tool;
+mod warm;
 
 use std::error::Error as _;
 use std::path::Path;

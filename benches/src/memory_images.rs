@@ -4,6 +4,7 @@
 //! Separately booted from one kernel and initramfs, each with a UUID of its own, at rest: they have in common what
 //! machines of one kind have in common, and nothing was put there to be found.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -25,7 +26,7 @@ const REST: Duration = Duration::from_secs(1);
 /// The files, and the folder that goes with the last user.
 #[derive(Debug)]
 pub(crate) struct MemoryImages {
-    _folder: TempDir,
+    _folder: Option<TempDir>,
     paths: Vec<PathBuf>,
 }
 
@@ -42,12 +43,30 @@ pub(crate) fn eight(bench: &Bench) -> Result<&[PathBuf]> {
 }
 
 fn make(bench: &Bench) -> Result<MemoryImages> {
+    if let Some(folder) = &bench.keep_images {
+        return kept(bench, folder);
+    }
     let folder = tempfile::Builder::new().prefix("spinney-bench-images-").tempdir_in(&bench.disk);
     let folder = folder.map_err(system("make a folder in", &bench.disk))?;
-    let paths: Vec<_> =
-        (1..=GUESTS).map(|number| folder.path().join(format!("guest{number}.memory"))).collect();
+    let paths = paths(folder.path());
     paths.iter().try_for_each(|path| boot_and_write(bench, path))?;
-    Ok(MemoryImages { _folder: folder, paths })
+    Ok(MemoryImages { _folder: Some(folder), paths })
+}
+
+/// Those of an earlier run, and those that it lacks.
+fn kept(bench: &Bench, folder: &Path) -> Result<MemoryImages> {
+    let paths = paths(folder);
+    fs::create_dir_all(folder).map_err(system("make", folder))?;
+    for path in paths.iter().filter(|path| !path.exists()) {
+        let unfinished = path.with_extension("unfinished");
+        boot_and_write(bench, &unfinished)?;
+        fs::rename(&unfinished, path).map_err(system("rename", &unfinished))?;
+    }
+    Ok(MemoryImages { _folder: None, paths })
+}
+
+fn paths(folder: &Path) -> Vec<PathBuf> {
+    (1..=GUESTS).map(|number| folder.join(format!("guest{number}.memory"))).collect()
 }
 
 fn boot_and_write(bench: &Bench, path: &Path) -> Result<()> {

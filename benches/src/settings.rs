@@ -34,12 +34,14 @@ pub(crate) struct Bench {
     pub(crate) peaks: Arc<Peaks>,
     /// Memory of guests in files, once something has asked for it.
     pub(crate) images: OnceLock<MemoryImages>,
+    /// A folder that keeps them from one run to the next.
+    pub(crate) keep_images: Option<PathBuf>,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bench {
     /// From the environment: `SPINNEY_BIN`, `SPINNEY_QEMU`, `SPINNEY_ACCEL`, `SPINNEY_CACHE`, `SPINNEY_BENCH_DIR` (state folders;
-    /// a disk, and a short path), `SPINNEY_BENCH_QUICK=1`.
+    /// a disk, and a short path), `SPINNEY_BENCH_IMAGES`, `SPINNEY_BENCH_QUICK=1`.
     pub(crate) fn from_environment() -> Result<Self> {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -70,6 +72,7 @@ impl Bench {
             quick: variable("SPINNEY_BENCH_QUICK").is_some_and(|value| value != "0"),
             peaks: Arc::default(),
             images: OnceLock::new(),
+            keep_images: variable("SPINNEY_BENCH_IMAGES").map(PathBuf::from),
             interrupted,
         })
     }

@@ -3,12 +3,14 @@
 mod daemon;
 mod debian_guest;
 mod goto;
+mod index;
 mod large;
 mod live;
 mod pauses;
 mod second_take;
 mod size;
 mod stop_copy;
+mod store;
 mod tree;
 
 use crate::error::Result;
@@ -19,7 +21,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 14] = [
+pub(crate) const ALL: [(&str, Measure); 22] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -33,6 +35,14 @@ pub(crate) const ALL: [(&str, Measure); 14] = [
     ("first take of a Debian guest", debian_guest::measure),
     ("equal pages that are stored twice", size::duplicates),
     ("stored size against restic and borg", size::rivals),
+    ("known pages into a store", store::known),
+    ("new pages into a store on tmpfs", store::new_tmpfs),
+    ("new pages into a store on huge tmpfs", store::new_huge_tmpfs),
+    ("two sources at once", store::two_sources),
+    ("memory of the index", index::memory),
+    ("an index of fifty million pages", index::fifty_millions),
+    ("checking a store", index::fsck),
+    ("usage of a thousand maps", index::du),
     ("the daemon's memory", daemon::measure),
 ];
 

@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::hash::keyed_pages;
+use crate::hash::{NODE, keyed_nodes, keyed_pages};
 use crate::{PAGE_SIZE, PageHash};
 
 /// The secret of one group. Two stores with one key are one circle of trust.
@@ -74,6 +74,9 @@ pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// Nodes that are worth hashing side by side, though there is room for eight: fewer are faster one by one.
+const FEWEST: usize = 3;
+
 /// What is derived from a key: one naming key for pages, another for map nodes, so that the two never share a name, and
 /// a fingerprint by which a pack tells whose it is.
 pub(crate) struct Names {
@@ -111,6 +114,31 @@ impl Names {
         keyed_pages(&self.page, pages, |number, name| named(number, PageHash(name)));
     }
 
+    /// Names of encoded map nodes that may be empty. Those that are full are hashed side by side, three or more of them.
+    pub(crate) fn nodes(&self, nodes: &[Option<Vec<u8>>]) -> Vec<PageHash> {
+        let full = |node: &Option<Vec<u8>>| node.as_ref().is_some_and(|node| node.len() == NODE);
+        let together = nodes.iter().filter(|node| full(node)).count() >= FEWEST;
+        let alone = |node: &Option<Vec<u8>>| match node {
+            Some(_) if together && full(node) => PageHash::ZERO,
+            Some(node) => self.node(node),
+            None => PageHash::ZERO,
+        };
+        let mut names: Vec<PageHash> = nodes.iter().map(alone).collect();
+        if together {
+            let both = names.iter_mut().zip(nodes).filter_map(|(name, node)| {
+                let node: &[u8; NODE] = node.as_deref()?.try_into().ok()?;
+                Some((name, node))
+            });
+            let (mut places, full): (Vec<_>, Vec<_>) = both.unzip();
+            keyed_nodes(&self.node, &full, |number, name| {
+                if let Some(place) = places.get_mut(number) {
+                    **place = PageHash(name);
+                }
+            });
+        }
+        names
+    }
+
     /// Name of an encoded map node.
     pub(crate) fn node(&self, node: &[u8]) -> PageHash {
         PageHash(*blake3::keyed_hash(&self.node, node).as_bytes())
@@ -133,6 +161,23 @@ mod tests {
         assert_eq!(format!("{key:?}"), "GroupKey(..)");
         fs::write(&path, "abcd").unwrap();
         assert!(matches!(GroupKey::load(&path), Err(Error::BadKey { .. })));
+    }
+
+    #[test]
+    fn nodes_have_the_same_names_alone_and_together() {
+        let names = Names::new(&GroupKey::from_bytes([1; 32]));
+        for count in [0, 1, 2, 3, 17, 40] {
+            // Full ones, with others and empty ones among them.
+            let node = |i: usize| match i % 5 {
+                4 => None,
+                3 => Some(vec![i as u8; NODE - 32]),
+                _ => Some(vec![i as u8; NODE]),
+            };
+            let nodes: Vec<_> = (0..count).map(node).collect();
+            let alone =
+                |node: &Option<Vec<u8>>| node.as_ref().map_or(PageHash::ZERO, |node| names.node(node));
+            assert_eq!(names.nodes(&nodes), nodes.iter().map(alone).collect::<Vec<_>>());
+        }
     }
 
     #[test]

@@ -11,10 +11,12 @@
 //! the process if a page is the last before a hole in memory. So it is only ever given eights, which are read to the byte.
 
 use blake3::IncrementCounter;
-use blake3::platform::{Platform, words_from_le_bytes_32};
+use blake3::platform::{Platform, le_bytes_from_words_32, words_from_le_bytes_32};
 
 use crate::PAGE_SIZE;
 
+/// Bytes that are compressed at a time.
+const BLOCK: usize = 64;
 /// Bytes of a chunk.
 const CHUNK: usize = 1024;
 /// Chunks of a page.
@@ -63,6 +65,44 @@ pub(crate) fn keyed_pages<'a>(
     }
 }
 
+/// Bytes of a full node of a map: two chunks and a bit.
+pub(crate) const NODE: usize = crate::map::MAX_NODE;
+const _: () = assert!(2 * CHUNK < NODE && NODE <= 2 * CHUNK + BLOCK);
+
+/// The same of full nodes: two chunks side by side with those of the others, then the bit that is left, then two levels of parents.
+pub(crate) fn keyed_nodes(
+    key: &[u8; VALUE],
+    nodes: &[&[u8; NODE]],
+    mut named: impl FnMut(usize, [u8; VALUE]),
+) {
+    let (platform, key) = (Platform::detect(), words_from_le_bytes_32(key));
+    for (nodes, first) in nodes.chunks(LANES).zip((0..).step_by(LANES)) {
+        let lanes = nodes.len().next_multiple_of(STEP);
+        let chunk = |number: usize| {
+            let mut inputs = [FILLER.first_chunk::<CHUNK>().unwrap_or(&[0; CHUNK]); LANES];
+            for (input, node) in inputs.iter_mut().zip(nodes) {
+                if let Some(chunk) = node.as_chunks::<CHUNK>().0.get(number) {
+                    *input = chunk;
+                }
+            }
+            chunks_of(platform, &key, inputs.get(..lanes).unwrap_or_default(), number as u64)
+        };
+        let left = parents_of(platform, &key, &chunk(0), &chunk(1), lanes, flag::KEYED_HASH | flag::PARENT);
+        let mut right = [[0; VALUE]; LANES];
+        for (value, node) in right.iter_mut().zip(nodes) {
+            let rest = node.as_chunks::<CHUNK>().1;
+            let (mut words, mut block) = (key, [0; BLOCK]);
+            block.iter_mut().zip(rest).for_each(|(byte, own)| *byte = *own);
+            let flags = flag::KEYED_HASH | flag::CHUNK_START | flag::CHUNK_END;
+            platform.compress_in_place(&mut words, &block, rest.len() as u8, 2, flags);
+            *value = le_bytes_from_words_32(&words);
+        }
+        let root = flag::KEYED_HASH | flag::PARENT | flag::ROOT;
+        let names = parents_of(platform, &key, &left, &right, lanes, root);
+        names.iter().take(nodes.len()).enumerate().for_each(|(i, name)| named(first + i, *name));
+    }
+}
+
 /// The hashes of [`STEP`] pages or of [`LANES`].
 fn lanes_of(platform: Platform, key: &[u32; 8], pages: &[&[u8; PAGE_SIZE]]) -> [[u8; VALUE]; LANES] {
     // Chunk by chunk: those with the same number in their pages have the same counter.
@@ -74,22 +114,34 @@ fn lanes_of(platform: Platform, key: &[u32; 8], pages: &[&[u8; PAGE_SIZE]]) -> [
                 *input = chunk;
             }
         }
-        platform.hash_many(
-            inputs.get(..pages.len()).unwrap_or_default(),
-            key,
-            number as u64,
-            IncrementCounter::No,
-            flag::KEYED_HASH,
-            flag::CHUNK_START,
-            flag::CHUNK_END,
-            values.as_flattened_mut(),
-        );
+        *values = chunks_of(platform, key, inputs.get(..pages.len()).unwrap_or_default(), number as u64);
     }
     let [a, b, c, d] = &chunks;
     let parents = flag::KEYED_HASH | flag::PARENT;
     let left = parents_of(platform, key, a, b, pages.len(), parents);
     let right = parents_of(platform, key, c, d, pages.len(), parents);
     parents_of(platform, key, &left, &right, pages.len(), parents | flag::ROOT)
+}
+
+/// The values of chunks that have the same number in what they are chunks of.
+fn chunks_of(
+    platform: Platform,
+    key: &[u32; 8],
+    inputs: &[&[u8; CHUNK]],
+    number: u64,
+) -> [[u8; VALUE]; LANES] {
+    let mut values = [[0; VALUE]; LANES];
+    platform.hash_many(
+        inputs,
+        key,
+        number,
+        IncrementCounter::No,
+        flag::KEYED_HASH,
+        flag::CHUNK_START,
+        flag::CHUNK_END,
+        values.as_flattened_mut(),
+    );
+    values
 }
 
 fn parents_of(
@@ -139,6 +191,15 @@ mod tests {
                 names.push(name);
             });
             let alone: Vec<_> = pages.iter().map(|page| *blake3::keyed_hash(&key, page).as_bytes()).collect();
+            prop_assert_eq!(names, alone);
+            let (nodes, _) = pages.as_flattened().as_chunks::<NODE>();
+            let nodes: Vec<_> = nodes.iter().collect();
+            let mut names = Vec::new();
+            keyed_nodes(&key, &nodes, |i, name| {
+                assert_eq!(i, names.len());
+                names.push(name);
+            });
+            let alone: Vec<_> = nodes.iter().map(|node| *blake3::keyed_hash(&key, *node).as_bytes()).collect();
             prop_assert_eq!(names, alone);
         }
     }

@@ -52,6 +52,8 @@ mod threads;
 mod usage;
 
 #[doc(hidden)]
+pub mod bench;
+#[doc(hidden)]
 pub mod fuzzing;
 
 #[cfg(test)]

@@ -196,9 +196,7 @@ impl Writer {
 
     /// Names the nodes of one level and keeps those that are new.
     fn keep_nodes(&self, level: map::Level) -> Result<Vec<PageHash>> {
-        let name =
-            |node: &Option<Vec<u8>>| node.as_ref().map_or(PageHash::ZERO, |n| self.store.names.node(n));
-        let names: Vec<PageHash> = level.iter().map(name).collect();
+        let names = self.store.names.nodes(&level);
         let mut known = vec![None; names.len()];
         self.store.rely_on(&self.relying, &names, &mut known);
         let mut own = lock(&self.own);

@@ -17,6 +17,8 @@ mod run;
 mod runs;
 mod table;
 
+pub(crate) mod synthetic;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, RwLock};
 
@@ -159,7 +161,7 @@ impl Index {
         place
     }
 
-    /// Sets the places of names that a pack of our own has; each shard is locked once for a batch.
+    /// Sets the places of names that a pack of our own has; best in the order of names.
     pub(crate) fn set(&self, batch: &[(Fingerprint, Place)]) {
         each_shard(&self.shards, batch, |(name, _)| *name, |table, (name, place)| table.set(*name, *place));
     }
@@ -267,11 +269,12 @@ fn each_shard<T>(
     name: impl Fn(&T) -> Fingerprint,
     mut act: impl FnMut(&mut Table, &T),
 ) {
-    for (number, table) in shards.iter().enumerate() {
-        let mut own = batch.iter().filter(|item| shard(name(item)) == number).peekable();
-        if own.peek().is_some() {
+    // Mostly they come in the order of names, as footers have them: then each shard is locked once.
+    for own in batch.chunk_by(|a, b| shard(name(a)) == shard(name(b))) {
+        let table = own.first().and_then(|first| shards.get(shard(name(first))));
+        if let Some(table) = table {
             let mut table = write(table);
-            own.for_each(|item| act(&mut table, item));
+            own.iter().for_each(|item| act(&mut table, item));
         }
     }
 }

@@ -181,7 +181,7 @@ impl Index {
 
 impl Runs {
     /// Writes a run and makes it durable under its name.
-    fn write(
+    pub(super) fn write(
         &self,
         number: u64,
         mut encoder: Encoder,

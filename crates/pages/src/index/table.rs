@@ -1,6 +1,7 @@
 //! Names and places in memory: one shard of the index, or one session's own.
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::Fingerprint;
 use crate::pack::Place;
@@ -27,18 +28,23 @@ impl Table {
 
     /// Sets the place of a name, new or known.
     pub(crate) fn set(&mut self, name: Fingerprint, place: Place) {
-        let known = self.positions.find(hash(name), |&i| self.is_at(i, name)).copied();
-        if let Some(entry) = known.and_then(|i| self.entries.get_mut(i as usize)) {
-            entry.1 = place;
-            return;
-        }
-        let Ok(at) = u32::try_from(self.entries.len()) else {
-            return; // 4 billion names in a shard: those beyond are stored again, never lost
-        };
-        self.entries.push((name, place));
         let entries = &self.entries;
-        self.positions
-            .insert_unique(hash(name), at, |&i| entries.get(i as usize).map_or(0, |(name, _)| hash(*name)));
+        let name_at = |&i: &u32| entries.get(i as usize).map(|(name, _)| *name);
+        let is_it = |i: &u32| name_at(i) == Some(name);
+        match self.positions.entry(hash(name), is_it, |i| name_at(i).map_or(0, hash)) {
+            Entry::Occupied(known) => {
+                let known = *known.get();
+                if let Some(entry) = self.entries.get_mut(known as usize) {
+                    entry.1 = place;
+                }
+            }
+            Entry::Vacant(gap) => {
+                // 4 billion names in a shard: those beyond are stored again, never lost.
+                let Ok(at) = u32::try_from(self.entries.len()) else { return };
+                gap.insert(at);
+                self.entries.push((name, place));
+            }
+        }
     }
 
     /// Forgets a name.
