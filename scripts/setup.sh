@@ -18,6 +18,9 @@ command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v strip >/dev/null || missing+=(binutils)
 command -v xz >/dev/null || missing+=(xz-utils)
 command -v valgrind >/dev/null || missing+=(valgrind)
+# The second reader of page stores (crates/pages/tests/reader.py).
+command -v python3 >/dev/null || missing+=(python3)
+command -v zstd >/dev/null || missing+=(zstd)
 [ -f /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing+=(ovmf)
 
 need_kernel=false

@@ -9,6 +9,7 @@
 //! A node may outlive pages below it (when its pack is kept and theirs goes). That is harmless: `put_leaves`
 //! looks every page up, and `put_map_over` takes only leaves of its own session, so no old node's word is taken for what lies below.
 
+mod doubt;
 mod plan;
 mod run;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::MapRoot;
 use crate::error::{Error, Result};
-use crate::map::{Child, Forest};
+use crate::map::Child;
 use crate::pack::{At, Body, ENTRY, Pack};
 use crate::store::{Inner, Store};
 use crate::sync::lock;
@@ -144,7 +144,7 @@ impl Store {
 
     /// Live content by number of the pack.
     fn mark(&self, roots: &[MapRoot]) -> Result<HashMap<u32, Live>> {
-        let mut forest = Forest::read(&self.inner, roots)?;
+        let mut forest = self.inner.forest_surely(roots)?;
         if let Some(at) = forest.missing.iter().position(|missing| missing.kind == crate::Kind::Node) {
             return Err(forest.missing.swap_remove(at).why);
         }

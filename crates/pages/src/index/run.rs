@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Mapping;
 use crate::Fingerprint;
@@ -39,6 +40,9 @@ pub(crate) struct Run {
     /// Numbers in this process of the packs in the run's list.
     packs: Vec<u32>,
     ids: Vec<PackId>,
+    checksum: [u8; 32],
+    /// The checksum was looked at.
+    checked: AtomicBool,
 }
 
 /// Where the parts of a run are.
@@ -90,15 +94,24 @@ impl Run {
         if packs_at + packs as usize * ID != end {
             return Err(impossible);
         }
-        let content = bytes.get(HEADER..end).ok_or(impossible)?;
-        if whole && checksum_of(content) != checksum {
-            return Err(Problem::Checksum("index"));
-        }
         let ids = bytes.get(packs_at..end).unwrap_or_default().as_chunks::<ID>().0;
         let ids: Vec<PackId> = ids.iter().map(|id| PackId(u64::from_le_bytes(*id))).collect();
         let packs = ids.iter().map(|id| pack(*id).unwrap_or(NONE)).collect();
         let parts = Parts { entries, bits: bits as u32, buckets_at };
-        Ok(Self { number, path, bytes, parts, packs, ids })
+        let run = Self { number, path, bytes, parts, packs, ids, checksum, checked: AtomicBool::new(false) };
+        if whole && !run.is_whole() { Err(Problem::Checksum("index")) } else { Ok(run) }
+    }
+
+    /// Everything in it is as it was written. Slow, the first time.
+    pub(super) fn is_whole(&self) -> bool {
+        if !self.checked.load(Ordering::Relaxed) {
+            let content = self.bytes.get(HEADER..self.bytes.len().saturating_sub(TRAILER));
+            if content.map(checksum_of) != Some(self.checksum) {
+                return false;
+            }
+            self.checked.store(true, Ordering::Relaxed);
+        }
+        true
     }
 
     /// Number of names.

@@ -130,11 +130,13 @@ impl Index {
     pub(crate) fn fold(&self) -> Result<()> {
         let runs = &self.runs;
         let mut next = lock(&runs.next);
-        // Before memory is copied: all names of these are in it, or in a run.
+        // Before memory is copied: all names of these are in it, or in a run. Of a pack that is published while memory is copied only
+        // some may be, so it waits for the next time.
         let view = self.packs.view();
-        let whole = |pack: &crate::pack::Pack| pack.is_published();
+        let whole: HashSet<u32> =
+            view.iter().filter(|pack| pack.is_published()).map(|pack| pack.number).collect();
         let mut copied = self.copy_memory();
-        copied.retain(|(_, place)| view.get(place.pack).is_some_and(|pack| whole(pack)));
+        copied.retain(|(_, place)| whole.contains(&place.pack));
         let old = runs.all();
         let mut names = copied.len();
         let merged: Vec<Arc<Run>> = old
@@ -151,7 +153,7 @@ impl Index {
         let spoken_of: HashSet<u32> = copied.iter().map(|(_, place)| place.pack).collect();
         let own: Vec<(PackId, u32)> = view
             .iter()
-            .filter(|pack| whole(pack))
+            .filter(|pack| whole.contains(&pack.number))
             .map(|pack| (pack.layout.id, pack.number))
             .filter(|(id, number)| {
                 // A pack of an older run may have names here that were set anew.
@@ -176,6 +178,28 @@ impl Index {
             runs.disk.remove(&run.path).map_err(Error::io("remove", &run.path))?;
         }
         Ok(())
+    }
+}
+
+impl Index {
+    /// Looks at the checksums of runs that nobody has looked at since they were opened. One that is damaged is thrown away: `enter` puts
+    /// the names of its packs into memory, and how many there were is returned.
+    pub(crate) fn doubt(&self, enter: impl Fn(PackId) -> Result<()>) -> Result<usize> {
+        let runs = &self.runs;
+        let _one = lock(&runs.next);
+        let all = runs.all();
+        let (whole, damaged): (Vec<_>, Vec<_>) = all.iter().cloned().partition(|run| run.is_whole());
+        for run in &damaged {
+            tracing::warn!(path = %run.path.display(), "a part of the index is damaged: made anew");
+            run.covers().iter().try_for_each(|id| enter(*id))?;
+        }
+        if !damaged.is_empty() {
+            *write(&runs.list) = Arc::new(whole);
+        }
+        for run in &damaged {
+            runs.disk.remove(&run.path).map_err(Error::io("remove", &run.path))?;
+        }
+        Ok(damaged.len())
     }
 }
 

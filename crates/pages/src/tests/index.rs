@@ -126,3 +126,50 @@ fn a_run_is_refused_at_every_cut() {
         assert!(!disk.index_paths().contains(&path), "cut to {len}");
     }
 }
+
+/// The mistake this guards against: a collector that takes the index at its word deletes what the index has forgotten.
+#[test]
+fn a_collection_does_not_take_a_damaged_index_at_its_word() {
+    type Harm = fn(&mut [u8]);
+    let harms: [(&str, Harm); 3] = [
+        ("another slot", |entry| entry[20] ^= 1),
+        ("another name", |entry| entry[10] ^= 1),
+        ("another pack", |entry| entry[16] ^= 1),
+    ];
+    for (what, harm) in harms {
+        let (disk, store, mut kept) = folded();
+        drop(store);
+        for path in disk.index_paths() {
+            let mut bytes = disk.bytes(&path);
+            let at = bytes.len() - 96;
+            let entries = u64::from_le_bytes(bytes[at + 8..at + 16].try_into().unwrap()) as usize;
+            bytes[4096..].chunks_mut(24).take(entries).for_each(harm);
+            disk.replace(&path, &bytes);
+        }
+        let store = open(&disk);
+        kept.retain(|(_, numbers)| numbers[0] % 40 == 1);
+        let roots: Vec<MapRoot> = kept.iter().map(|(root, _)| *root).collect();
+        let collected = store.plan_gc(&roots).and_then(|plan| store.run_gc(&plan, &|_, _| true));
+        check_all(&store, &kept).unwrap_or_else(|e| panic!("{what}: {e}; {collected:?}"));
+        check_all(&open(&disk), &kept).unwrap_or_else(|e| panic!("{what}: {e}; {collected:?}"));
+    }
+}
+
+#[test]
+fn a_collection_finds_what_the_index_has_forgotten() {
+    let disk = CrashDisk::default();
+    let store = open(&disk);
+    let kept: Kept = (0..4).map(|n| take(&store, (n * 50 + 1..n * 50 + 90).collect()).0).collect();
+    let kept = kept[1..].to_vec();
+    let roots: Vec<MapRoot> = kept.iter().map(|(root, _)| *root).collect();
+    let hold = store.hold();
+    store.inner.index.retain(|place| place.pack % 3 == 1);
+    let plan = store.plan_gc(&roots).unwrap();
+    assert!(hold.check().is_err(), "whoever relied on the index meanwhile is told");
+    let done = store.run_gc(&plan, &|_, _| true).unwrap();
+    assert!(done.deleted + done.rewritten > 0, "{done:?}");
+    for store in [store, open(&disk)] {
+        check_all(&store, &kept).unwrap();
+        assert_eq!(store.fsck(&[(roots[0], "x".into())], &|_, _| true).unwrap().damage, []);
+    }
+}
