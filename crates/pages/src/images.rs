@@ -70,8 +70,10 @@ impl Store {
         let store = &*self.inner;
         let path = store.home.join(&new.path);
         let file = store.disk.open(&path).map_err(Error::io("open", &path))?;
+        // Always by its name: it may be gone, or another file, while this one can still be read.
         let stamp = || -> Result<(u64, i128)> {
-            let stamp = file.len().and_then(|len| file.modified().map(|modified| (len, modified)));
+            let named = store.disk.open(&path).map_err(Error::io("open", &path))?;
+            let stamp = named.len().and_then(|len| named.modified().map(|modified| (len, modified)));
             stamp.map_err(Error::io("look at", &path))
         };
         let (bytes, modified) = stamp()?;
@@ -97,6 +99,8 @@ impl Store {
             if known.contains(&part) {
                 continue;
             }
+            // What is relied on must be durable: a user may have copied the file a moment ago.
+            file.sync().map_err(Error::io("sync", &path))?;
             if stamp()? != (bytes, modified) {
                 return Err(Error::ImageChanges { path });
             }
@@ -109,6 +113,15 @@ impl Store {
         }
         go_on(total * PAGE_SIZE as u64, total * PAGE_SIZE as u64);
         Ok(true)
+    }
+
+    /// Relies on no other images from now on than those with these labels. What lies on others is still read there.
+    pub fn trust_images(&self, labels: &HashSet<String>) {
+        for pack in self.inner.packs.view().iter() {
+            if pack.layout.image().is_some_and(|image| !labels.contains(&image.label)) {
+                pack.suspect();
+            }
+        }
     }
 
     /// The images that the store knows.
@@ -205,11 +218,9 @@ impl Inner {
         labels.iter().flat_map(|label| self.parts(label)).for_each(|(pack, _)| self.watch_image(&pack));
     }
 
-    /// The same for one pack. A file of our own is taken at its word; what is read of it is checked all the same.
+    /// The same for one pack.
     pub(crate) fn watch_image(&self, pack: &Pack) {
-        let Some(image) = pack.layout.image().filter(|image| image.private && !pack.is_suspect()) else {
-            return;
-        };
+        let Some(image) = pack.layout.image().filter(|_| !pack.is_suspect()) else { return };
         // By its name: the file that is held open may have been replaced.
         let file = self.disk.open(pack.body_path());
         let same = file.is_ok_and(|file| {

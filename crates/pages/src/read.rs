@@ -8,9 +8,9 @@ use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
 use crate::index::ATTEMPTS;
 use crate::map::{MAX_NODE, Node};
-use crate::pack::{At, Body, HEADER, Pack, decode_frame};
+use crate::pack::{At, Body, HEADER, Pack, Place, decode_frame};
 use crate::store::Inner;
-use crate::{PAGE_SIZE, PageHash};
+use crate::{Fingerprint, PAGE_SIZE, PageHash};
 
 /// Pages read at once at most: 1 MiB.
 const RUN: usize = 256;
@@ -51,9 +51,7 @@ impl Inner {
             let mut reading = Reading { names, out: pages, again: Vec::new(), bad: Vec::new() };
             self.read_found(&todo, &mut reading)?;
             let (again, bad) = (reading.again, reading.bad);
-            for (i, why) in bad {
-                self.read_elsewhere(names, i, why, pages)?;
-            }
+            self.read_elsewhere(names, bad, pages)?;
             todo = again;
             if todo.is_empty() {
                 return Ok(());
@@ -132,43 +130,56 @@ impl Inner {
         Ok(good.then_some(page))
     }
 
-    /// Reads one page from any pack that has it; else fails for the reason given.
+    /// Reads pages from any packs that have them, going once through every footer; fails for the first reason given if one is nowhere. What
+    /// is found is where the index looks from then on.
     fn read_elsewhere(
         &self,
         names: &[PageHash],
-        i: usize,
-        why: Error,
+        mut bad: Vec<(usize, Error)>,
         out: &mut [[u8; PAGE_SIZE]],
     ) -> Result<()> {
-        let (Some(name), Some(out)) = (names.get(i), out.get_mut(i)) else { return Err(why) };
-        for (pack, at) in self.all_places(name) {
-            if let Some(slot) = at.slot()
-                && let Ok(Some(page)) = self.page_at(&pack, slot, name)
-            {
-                tracing::warn!(pack = pack.name(), error = %why, "a page was read from another pack");
+        if bad.is_empty() {
+            return Ok(());
+        }
+        let wanted: Vec<PageHash> = bad.iter().filter_map(|(i, _)| names.get(*i)).copied().collect();
+        for (pack, places) in self.all_places(&wanted) {
+            let mut found = Vec::new();
+            bad.retain(|(i, _)| {
+                let (Some(name), Some(out)) = (names.get(*i), out.get_mut(*i)) else { return true };
+                let at = places.iter().find(|(own, _)| own.is_of(name)).map(|(_, at)| *at);
+                let Some((at, slot)) = at.and_then(|at| Some((at, at.slot()?))) else { return true };
+                let Ok(Some(page)) = self.page_at(&pack, slot, name) else { return true };
                 *out = page;
-                return Ok(());
+                found.push((name.fingerprint(), Place { pack: pack.number, at }));
+                false
+            });
+            if !found.is_empty() && pack.layout.image().is_none() {
+                tracing::warn!(pack = pack.name(), pages = found.len(), "pages were read from another pack");
+                self.index.set(&found);
+            }
+            if bad.is_empty() {
+                break;
             }
         }
-        Err(why)
+        bad.into_iter().next().map_or(Ok(()), |(_, why)| Err(why))
     }
 
-    /// Every place that a name has, from the packs themselves.
-    pub(crate) fn all_places(&self, name: &PageHash) -> Vec<(Arc<Pack>, At)> {
-        let mut places = Vec::new();
-        for pack in self.packs.all() {
-            let footer = self
-                .packs
-                .file(&pack)
-                .ok()
-                .and_then(|file| crate::pack::read_footer(&*file, &pack.layout).ok());
+    /// Every place that these names have, pack by pack, from the packs themselves.
+    fn all_places(&self, names: &[PageHash]) -> impl Iterator<Item = (Arc<Pack>, Vec<(Fingerprint, At)>)> {
+        let mut wanted: Vec<Fingerprint> = names.iter().map(PageHash::fingerprint).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        self.packs.all().into_iter().map(move |pack| {
+            let footer = self.packs.file(&pack).ok();
+            let footer = footer.and_then(|file| crate::pack::read_footer(&*file, &pack.layout).ok());
             let footer = footer.unwrap_or_default();
-            let found = footer.binary_search_by_key(&name.fingerprint(), |entry| entry.name).ok();
-            if let Some(entry) = found.and_then(|i| footer.get(i)) {
-                places.push((pack, entry.at));
-            }
-        }
-        places
+            let place = |name: &Fingerprint| {
+                let found = footer.binary_search_by_key(name, |entry| entry.name).ok();
+                found.and_then(|i| footer.get(i)).map(|entry| (*name, entry.at))
+            };
+            let places = wanted.iter().filter_map(place).collect();
+            (pack, places)
+        })
     }
 
     /// A node by its name, which must be of this level; from the cache if it was used lately.
@@ -203,9 +214,10 @@ impl Inner {
                 Err(e) => return Err(e),
             }
         }
-        for (pack, at) in self.all_places(name) {
-            if let Ok(file) = self.packs.file(&pack)
-                && let Ok(node) = self.read_node_at(&pack, &*file, at, name)
+        for (pack, places) in self.all_places(std::slice::from_ref(name)) {
+            if let Some((_, at)) = places.first()
+                && let Ok(file) = self.packs.file(&pack)
+                && let Ok(node) = self.read_node_at(&pack, &*file, *at, name)
             {
                 return Ok(node);
             }

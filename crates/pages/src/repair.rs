@@ -14,7 +14,8 @@ use crate::error::{Error, Kind, Problem, Result};
 use crate::fsck::Report;
 use crate::map::{Forest, MAX_NODE, Node};
 use crate::pack::{
-    At, Building, Entry, FRAME_MAGIC, HEADER, NewBody, Pack, Place, decode_frame, read_footer, read_layout,
+    At, Building, Entry, FRAME_MAGIC, HEADER, MAX_FRAME_PAGES, NewBody, Pack, Place, decode_frame,
+    frame_bytes, is_raw, read_footer, read_layout,
 };
 use crate::read::read_span;
 use crate::store::{Inner, Store};
@@ -50,9 +51,6 @@ const RUN: usize = 256;
 /// How often a read that failed is tried again.
 const RETRIES: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(20);
-
-/// Bytes of a frame at most.
-const MAX_FRAME: u64 = (1 << 20) + 64;
 
 /// Rounds in which what was found may show what else is missing: one for each level of a map, and one to see that nothing is.
 const ROUNDS: usize = 12;
@@ -135,22 +133,24 @@ impl Inner {
             Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good)?),
             _ => None,
         };
+        // Whatever does not move is bad, but for what lies elsewhere too. Found before the gate: nobody is to wait for it.
+        let had = self.index.in_pack(pack.number).len();
+        let moved = new.iter().flat_map(|(new, entries)| {
+            let place = |at: At| Place { pack: new.number, at };
+            entries.iter().map(move |entry| (entry.name, place(entry.at)))
+        });
+        let moved = self.index.those_in(pack.number, &moved.collect::<Vec<_>>());
+        let bad = had.saturating_sub(moved.len());
         {
             let _gate = write(&self.gate);
-            if let Some((new, entries)) = &new {
-                let place = |at: At| Place { pack: new.number, at };
-                let moved: Vec<_> = entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
-                self.index.switch(pack.number, &moved);
-            }
-            // Whatever has not moved is bad, but for what lies elsewhere too.
-            let bad = self.index.in_pack(pack.number);
-            done.lost += bad.len() as u64;
-            if !bad.is_empty() {
+            self.index.set(&moved);
+            done.lost += bad as u64;
+            if bad > 0 {
                 self.clock.lose();
             }
-            self.index.retain(|place| place.pack != pack.number);
             pack.retire();
         }
+        self.index.retain(|place| place.pack != pack.number);
         new.iter().for_each(|(new, _)| new.publish());
         self.packs.forget(pack.number);
         if file.is_some() {
@@ -267,6 +267,8 @@ impl Inner {
     /// no longer wanted.
     fn scan(&self, file: &dyn DiskFile, wanted: &mut HashSet<Name>, salvage: &mut Salvage<'_>) -> Result<()> {
         let len = file.len().unwrap_or(0);
+        // A guest can write what looks like frames into pages that lie as they are: then there are none.
+        let framed = !is_raw(file);
         let mut bytes = Vec::new();
         for start in (HEADER..len).step_by(RUN * PAGE_SIZE) {
             let own = (len - start).min((RUN * PAGE_SIZE) as u64) as usize;
@@ -299,13 +301,15 @@ impl Inner {
                     .filter(|at| bytes.get(*at..).is_some_and(|b| b.starts_with(magic)))
                     .collect()
             };
-            let frames: Vec<usize> = starts(FRAME_MAGIC);
+            let frames: Vec<usize> = if framed { starts(FRAME_MAGIC) } else { Vec::new() };
             for at in frames {
-                let at = start + at as u64;
-                let room = (len - at).min(MAX_FRAME) as usize;
-                let mut frame = vec![0; room];
-                if file.read_at(&mut frame, at).is_ok() {
-                    let pages = decode_frame(&frame, u32::MAX).unwrap_or_default();
+                let header = bytes.get(at..).unwrap_or_default();
+                let Some(room) = frame_bytes(header).filter(|room| *room <= len - start - at as u64) else {
+                    continue;
+                };
+                let mut frame = vec![0; room as usize];
+                if file.read_at(&mut frame, start + at as u64).is_ok() {
+                    let pages = decode_frame(&frame, MAX_FRAME_PAGES).unwrap_or_default();
                     pages.iter().try_for_each(|one| page(one, wanted))?;
                 }
             }

@@ -109,6 +109,7 @@ impl Engine {
         };
         let old_copy = engine.catalog.is_old_copy()?;
         let mut notes = engine.recover()?;
+        engine.trust_layers()?;
         for group in engine.groups.all() {
             notes.extend(
                 group.problem().map(|why| format!("the group {} cannot be used: {why}", group.row.name)),

@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::TryLockError;
 
 use pages::{Extent, NewImage, Origin, PAGE_SIZE, Purpose, Store};
 use rusqlite::Transaction;
@@ -62,6 +63,16 @@ impl Engine {
         Ok(store.add_image(&image, &|_, _| go_on())?)
     }
 
+    /// Has every store rely on no other layers than those that the catalog knows: an older copy of it may have been put back.
+    pub(crate) fn trust_layers(&self) -> Result<()> {
+        for group in self.groups.all() {
+            let Ok(store) = group.store() else { continue };
+            let rows = self.catalog.read(|tx| LayerRow::of_group(tx, &group.row.id))?;
+            store.trust_images(&rows.iter().map(LayerRow::image_label).collect());
+        }
+        Ok(())
+    }
+
     /// What a session is for that stores a machine's memory.
     pub(crate) fn purpose(&self, target: &TargetRow) -> Result<Purpose> {
         let images = self.catalog.read(|tx| {
@@ -92,7 +103,11 @@ impl Engine {
     /// compressed. It stops for whatever anybody waits for. False if something is left to do.
     pub fn tend(&self, compress: bool, ended: &dyn Fn() -> bool) -> bool {
         // A layer that is hashed may not be about to go.
-        let Ok(_alone) = self.housekeeping.try_lock() else { return false };
+        let _alone = match self.housekeeping.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
         let go_on = || {
             while self.locks.any() && !ended() && !self.is_wanted() {
                 std::thread::sleep(std::time::Duration::from_millis(20));
@@ -101,12 +116,11 @@ impl Engine {
         };
         for group in self.groups.all() {
             let Ok(store) = group.store() else { continue };
-            let tended = self.hash_layers(&group, &go_on).and_then(|()| {
-                if store.wants_folding() {
-                    store.fold()?;
-                }
-                if compress { self.compress_cold(&group, &go_on) } else { Ok(()) }
-            });
+            // First what the index has in memory: the others may wait for hours.
+            let folded = if store.wants_folding() { store.fold().map_err(Error::from) } else { Ok(()) };
+            let tended = folded
+                .and_then(|()| self.hash_layers(&group, &go_on))
+                .and_then(|()| if compress { self.compress_cold(&group, &go_on) } else { Ok(()) });
             match tended {
                 Err(error) if error.code() != Code::Interrupted => {
                     tracing::warn!(group = group.row.name, %error, causes = ?error.causes(), "tending the page store");

@@ -73,7 +73,8 @@ impl Store {
             store.rewrite(pack, level, plan.since, &mut go_on, &mut done)?;
             at += size(pack);
         }
-        if done.deleted + done.rewritten + done.compressed > 0 {
+        // An image that came back after its file is gone would be believed, so its end is as durable as a pack's.
+        if done.deleted + done.rewritten + done.compressed > 0 || !done.left.is_empty() {
             store.disk.sync_folder(&store.folder).map_err(Error::io("sync", &store.folder))?;
         }
         done.left.sort_unstable();
@@ -151,6 +152,11 @@ impl Inner {
         };
         step("gc.copied");
         let new = self.packs.add(&self.home, copy.path, copy.layout, self.clock.now());
+        let place = |at: At| Place { pack: new.number, at };
+        let moved: Vec<(Fingerprint, Place)> =
+            copy.entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
+        // Before the gate: nobody is to wait for the files of the index. What a commit sets meanwhile is as good as what is set here.
+        let moved = self.index.those_in(pack.number, &moved);
         {
             let _gate = write(&self.gate);
             if self.is_relied_on(&pack, since) {
@@ -158,13 +164,10 @@ impl Inner {
                 building.discard(&*self.disk);
                 return Ok(());
             }
-            let place = |at: At| Place { pack: new.number, at };
-            let moved: Vec<(Fingerprint, Place)> =
-                copy.entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
-            self.index.switch(pack.number, &moved);
-            self.index.retain(|place| place.pack != pack.number);
+            self.index.set(&moved);
             pack.retire();
         }
+        self.index.retain(|place| place.pack != pack.number);
         new.publish();
         self.remove(&pack)?;
         done.skipped -= 1;

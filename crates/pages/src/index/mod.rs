@@ -51,11 +51,12 @@ fn shard(name: Fingerprint) -> usize {
     usize::from(first >> 4)
 }
 
-/// What a place is worth.
+/// What a place is worth. A private image comes last, so that nothing comes to lie on it that was not there before.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     Gone,
-    Image,
+    Private,
+    Shared,
     Own,
 }
 
@@ -64,7 +65,16 @@ fn rank(view: &View, place: Place) -> Rank {
 }
 
 fn rank_of(pack: &Pack) -> Rank {
-    if pack.layout.image().is_some() { Rank::Image } else { Rank::Own }
+    match pack.layout.image() {
+        None => Rank::Own,
+        Some(image) if image.private => Rank::Private,
+        Some(_) => Rank::Shared,
+    }
+}
+
+/// The same, where it matters whether an image is what it was.
+fn worth(pack: &Pack) -> (bool, Rank) {
+    (!pack.is_suspect(), rank_of(pack))
 }
 
 impl Index {
@@ -123,13 +133,13 @@ impl Index {
             // What was found in a pack of our own after all is not to be done any more. Of the rest the last one is the oldest; one that
             // is not what it was is the last choice.
             let open: HashSet<usize> = todo.iter().map(|(i, _)| *i).collect();
-            let mut oldest: HashMap<usize, (Place, Arc<Pack>)> = HashMap::new();
+            let mut best: HashMap<usize, (Place, Arc<Pack>)> = HashMap::new();
             for (i, place, pack) in on_images.into_iter().filter(|(i, ..)| open.contains(i)) {
-                if !pack.is_suspect() || !oldest.contains_key(&i) {
-                    oldest.insert(i, (place, pack));
+                if best.get(&i).is_none_or(|(_, other)| worth(&pack) >= worth(other)) {
+                    best.insert(i, (place, pack));
                 }
             }
-            oldest.into_iter().for_each(|(i, (place, pack))| found(i, place, &pack));
+            best.into_iter().for_each(|(i, (place, pack))| found(i, place, &pack));
         }
     }
 
@@ -166,30 +176,32 @@ impl Index {
         each_shard(&self.shards, batch, |(name, _)| *name, |table, (name, place)| table.set(*name, *place));
     }
 
-    /// Sets the places of names that an image has; what memory has of a name stays.
+    /// Sets the places of names that an image has; what memory has of a name stays, if it is worth as much.
     pub(crate) fn set_on_image(&self, batch: &[(Fingerprint, Place)]) {
+        let view = self.packs.view();
         each_shard(
             &self.shards,
             batch,
             |(name, _)| *name,
             |table, (name, place)| {
-                if table.get(*name).is_none() {
+                let worth = |place: Place| view.get(place.pack).map(|pack| worth(pack));
+                if table.get(*name).is_none_or(|old| worth(old) < worth(*place)) {
                     table.set(*name, *place);
                 }
             },
         );
     }
 
-    /// Moves names that lie in `pack` to another place; names that lie elsewhere by now stay there.
-    pub(crate) fn switch(&self, pack: u32, batch: &[(Fingerprint, Place)]) {
+    /// Of these names those that lie in `pack`. It may take a while: files are looked into.
+    pub(crate) fn those_in(&self, pack: u32, batch: &[(Fingerprint, Place)]) -> Vec<(Fingerprint, Place)> {
         let names: Vec<PageHash> = batch.iter().map(|(name, _)| name.padded()).collect();
         let mut own = Vec::with_capacity(batch.len());
-        self.lookup(&names, |i, place, _| {
+        self.lookup_surely(&names, |i, place, _| {
             if place.pack == pack {
                 own.extend(batch.get(i).copied());
             }
         });
-        self.set(&own);
+        own
     }
 
     /// Forgets names in memory whose place fails the test. What runs have in packs that are gone counts for nothing anyway.

@@ -1,6 +1,7 @@
 //! A run: names and places of many packs, sorted, in a file that is mapped.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -124,6 +125,11 @@ impl Run {
         &self.ids
     }
 
+    /// Numbers of the packs that its places are in.
+    pub(super) fn packs(&self) -> impl Iterator<Item = u32> {
+        self.packs.iter().copied().filter(|pack| *pack != NONE)
+    }
+
     /// Memory that the run takes, apart from its mapping.
     pub(crate) fn memory_bytes(&self) -> usize {
         self.ids.len() * size_of::<PackId>() + self.packs.len() * size_of::<u32>()
@@ -215,9 +221,14 @@ impl Encoder {
         seal(out)
     }
 
-    /// Appends an entry, in order; one of a pack that is not listed is left out.
-    pub(super) fn entry(&mut self, (name, place): (Fingerprint, Place), out: &mut Vec<u8>) {
-        let Some(pack) = self.packs.get(&place.pack) else { return };
+    /// Appends an entry, in order.
+    ///
+    /// # Errors
+    /// Its pack is not listed: without it the run would say that it has all names of a pack and lack some.
+    pub(super) fn entry(&mut self, (name, place): (Fingerprint, Place), out: &mut Vec<u8>) -> io::Result<()> {
+        let Some(pack) = self.packs.get(&place.pack) else {
+            return Err(io::Error::other("a name of a pack that is not listed"));
+        };
         out.extend(name.0);
         out.extend(pack.to_le_bytes());
         out.extend(place.at.raw().to_le_bytes());
@@ -225,6 +236,7 @@ impl Encoder {
         if let Some(count) = self.buckets.get_mut(bucket(name, self.bits) + 1) {
             *count += 1;
         }
+        Ok(())
     }
 
     /// Counts bytes that are written.

@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::merge::merge;
@@ -38,11 +39,20 @@ pub(crate) struct Runs {
     list: RwLock<Arc<Vec<Arc<Run>>>>,
     /// Number of the next run; held by whoever makes one.
     next: Mutex<u64>,
+    /// The mark is ours to take away.
+    opened: AtomicBool,
 }
 
 impl Runs {
     pub(crate) fn new(disk: Arc<dyn Disk>, folder: PathBuf, group: [u8; 16]) -> Self {
-        Self { disk, folder, group, list: RwLock::default(), next: Mutex::new(1) }
+        Self {
+            disk,
+            folder,
+            group,
+            list: RwLock::default(),
+            next: Mutex::new(1),
+            opened: AtomicBool::new(false),
+        }
     }
 
     /// All runs, newest first.
@@ -82,15 +92,19 @@ impl Runs {
         if !marked {
             let path = self.folder.join(MARK);
             // On a disk that is full, or read-only, it is only that nobody notices.
-            if let Err(error) = self.disk.create(&path) {
+            if let Err(error) = self.disk.create(&path).and_then(|_| self.disk.sync_folder(&self.folder)) {
                 tracing::debug!(%error, "no mark beside the index");
             }
         }
+        self.opened.store(true, Ordering::Relaxed);
         Ok(covered)
     }
 
     /// The store closes in order.
     pub(crate) fn close(&self) {
+        if !self.opened.load(Ordering::Relaxed) {
+            return;
+        }
         let _ = self.disk.remove(&self.folder.join(MARK));
     }
 
@@ -150,15 +164,14 @@ impl Index {
             .collect();
         let untouched: HashSet<PackId> =
             old.iter().skip(merged.len()).flat_map(|run| run.covers().to_vec()).collect();
-        let spoken_of: HashSet<u32> = copied.iter().map(|(_, place)| place.pack).collect();
+        // Packs of older runs may have names here all the same: set anew, by a repair, now or before an earlier fold.
+        let mut spoken_of: HashSet<u32> = copied.iter().map(|(_, place)| place.pack).collect();
+        spoken_of.extend(merged.iter().flat_map(|run| run.packs()));
         let own: Vec<(PackId, u32)> = view
             .iter()
             .filter(|pack| whole.contains(&pack.number))
             .map(|pack| (pack.layout.id, pack.number))
-            .filter(|(id, number)| {
-                // A pack of an older run may have names here that were set anew.
-                !untouched.contains(id) || spoken_of.contains(number)
-            })
+            .filter(|(id, number)| !untouched.contains(id) || spoken_of.contains(number))
             .collect();
         let number = *next;
         let mut lists: Vec<Box<dyn Iterator<Item = _>>> = vec![Box::new(copied.iter().copied())];
@@ -228,7 +241,7 @@ impl Runs {
                 Ok::<_, io::Error>(())
             };
             for entry in entries {
-                encoder.entry(entry, &mut piece);
+                encoder.entry(entry, &mut piece)?;
                 if piece.len() >= PIECE {
                     put(&mut piece, Some(&mut encoder))?;
                 }

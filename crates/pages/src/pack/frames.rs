@@ -6,6 +6,8 @@ use crate::PAGE_SIZE;
 use crate::codec::Reader;
 use crate::error::Problem;
 
+use super::frame::MAX_FRAME_PAGES;
+
 /// Begins every frame.
 pub(crate) const FRAME_MAGIC: &[u8; 4] = b"SPFR";
 /// Bytes before a frame's content.
@@ -92,6 +94,15 @@ impl FrameWriter {
         out.resize(out.len().next_multiple_of(8), 0);
         out
     }
+}
+
+/// Bytes of the frame whose header is at the head of `bytes`; none if it cannot be one.
+pub(crate) fn frame_bytes(bytes: &[u8]) -> Option<u64> {
+    let mut reader = Reader::new(bytes);
+    let (magic, len) = (reader.array::<4>().ok()?, u64::from(reader.u32().ok()?));
+    let (pages, kind, zero) = (reader.u16().ok()?, reader.u16().ok()?, reader.u32().ok()?);
+    let fits = u32::from(pages) <= MAX_FRAME_PAGES && len <= u64::from(pages) * PAGE_SIZE as u64;
+    (&magic == FRAME_MAGIC && fits && len > 0 && kind <= 1 && zero == 0).then_some(FRAME_HEADER as u64 + len)
 }
 
 /// The pages of the frame at the head of `bytes`, at most `most` of them. Their content is checked by their names, not here.

@@ -178,6 +178,13 @@ pub(crate) fn read_layout(file: &dyn DiskFile, id: PackId, group: &[u8; 16]) -> 
     Ok(layout.with_table(header.body, &table)?)
 }
 
+/// Its header can be read, and says that pages lie in it as they are.
+pub(crate) fn is_raw(file: &dyn DiskFile) -> bool {
+    let mut block = [0; HEADER as usize];
+    let header = file.read_at(&mut block, 0).ok().and_then(|()| Header::decode(&block).ok());
+    header.is_some_and(|header| header.body == BodyKind::Raw)
+}
+
 fn tail<const N: usize>(file: &dyn DiskFile, len: u64) -> Result<[u8; N], Problem> {
     let at = len.checked_sub(N as u64).filter(|at| *at >= HEADER).ok_or(Problem::TooShort)?;
     let mut tail = [0; N];

@@ -164,8 +164,7 @@ fn an_edited_image_is_noticed_and_named() {
         let (_, saved) = take(&store, &on(&["a"]), &[2]);
         assert_eq!((saved.disk, saved.new), (0, 1));
         check_all(&store, std::slice::from_ref(&kept)).unwrap();
-        let suspect = store.images().iter().any(|image| image.suspect);
-        assert_eq!(suspect, private);
+        assert!(store.images().iter().any(|image| image.suspect));
     }
 }
 

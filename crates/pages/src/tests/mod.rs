@@ -8,6 +8,7 @@ mod fixtures;
 mod gc;
 mod images;
 mod index;
+mod losses;
 mod model;
 mod repair;
 
@@ -15,7 +16,8 @@ use crate::store::Limits;
 use crate::{MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
 
 /// Small packs, so that a few pages make several.
-pub(crate) const SMALL: Limits = Limits { pack_pages: 16, node_bytes: 4096, ignore_sessions: false, leave_nothing: false };
+pub(crate) const SMALL: Limits =
+    Limits { pack_pages: 16, node_bytes: 4096, ignore_sessions: false, leave_nothing: false };
 
 /// A page that differs from those of other numbers; number 0 is the zero page.
 pub(crate) fn page(number: u64) -> Vec<u8> {
