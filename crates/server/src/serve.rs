@@ -85,12 +85,20 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
 fn collect_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
     let engine = Arc::downgrade(engine);
     let collect = move || {
+        // What could not be freed the last time will not be this time.
+        let mut in_vain = 0;
         loop {
             std::thread::sleep(COLLECT_EVERY);
             let Some(engine) = engine.upgrade() else { return };
-            let worthwhile = engine.gc(&Context::new(), false, true).is_ok_and(|report| report.bytes > 0);
-            if worthwhile && let Err(error) = engine.gc(&Context::new(), false, false) {
-                tracing::warn!(%error, "gc in the background");
+            let planned = engine.gc(&Context::new(), false, true).map_or(0, |report| report.bytes);
+            if planned > in_vain {
+                in_vain = match engine.gc(&Context::new(), false, false) {
+                    Ok(report) => planned.saturating_sub(report.bytes),
+                    Err(error) => {
+                        tracing::warn!(%error, "gc in the background");
+                        0
+                    }
+                };
             }
             engine.keep_copy_of_catalog();
         }

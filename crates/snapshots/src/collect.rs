@@ -126,8 +126,33 @@ impl Engine {
     fn plan_group(&self, now: bool, group: &OpenGroup, store: &Store) -> Result<Part> {
         let before = self.undo_border(group, now)?;
         let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
-        let pages = store.estimate_gc(&plan.roots)?;
-        Ok(self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes))
+        let request = self.request(&plan, &group.row.id, store, now, plan.roots.clone())?;
+        let pages = store.estimate_gc(&request)?;
+        let mut part = self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes);
+        // What is needed of layers that go has to be written anew.
+        part.group.bytes = part.group.bytes.saturating_sub(pages.moved_bytes);
+        part.group.compressed = pages.compress.len() as u64;
+        Ok(part)
+    }
+
+    /// What the page store is asked for.
+    fn request(
+        &self,
+        plan: &CatalogPlan,
+        group: &str,
+        store: &Store,
+        now: bool,
+        roots: Vec<pages::MapRoot>,
+    ) -> Result<pages::GcRequest> {
+        // Images of layers that go; and those that no row speaks of any more, as after a user's image was accepted in another state.
+        let going: HashSet<&str> = plan.layers.iter().map(|layer| layer.id.as_str()).collect();
+        let mut staying = self.catalog.read(|tx| LayerRow::of_group(tx, group))?;
+        staying.retain(|layer| !going.contains(layer.id.as_str()));
+        let staying: HashSet<String> = staying.iter().map(LayerRow::image_label).collect();
+        let mut leaving: Vec<String> = store.images().into_iter().map(|image| image.label).collect();
+        leaving.retain(|label| !staying.contains(label));
+        let compress = now.then_some(pages::Cold { age: Duration::ZERO, level: LEVEL });
+        Ok(pages::GcRequest { roots, leaving, compress })
     }
 
     /// What happens in one group.
@@ -158,21 +183,9 @@ impl Engine {
         })?;
         step("gc.purged");
         drop(idle);
-        // Images of layers that go; and those that no row speaks of any more, as after a user's image was accepted in another state.
-        let going: HashSet<&str> = plan.layers.iter().map(|layer| layer.id.as_str()).collect();
-        let mut staying = self.catalog.read(|tx| LayerRow::of_group(tx, id))?;
-        staying.retain(|layer| !going.contains(layer.id.as_str()));
-        let staying: HashSet<String> = staying.iter().map(LayerRow::image_label).collect();
-        let mut leaving: Vec<String> = store.images().into_iter().map(|image| image.label).collect();
-        leaving.retain(|label| !staying.contains(label));
-        let compress = now.then_some(pages::Cold { age: Duration::ZERO, level: LEVEL });
-        let pages = store.plan_gc_with(|| {
-            Ok::<_, Error>(pages::GcRequest {
-                roots: self.live_roots(id)?,
-                leaving: leaving.clone(),
-                compress,
-            })
-        })?;
+        let request = self.request(&plan, id, store, now, Vec::new())?;
+        let pages = store
+            .plan_gc_with(|| Ok::<_, Error>(pages::GcRequest { roots: self.live_roots(id)?, ..request }))?;
         step("gc.planned");
         let done = store.run_gc(&pages, &|done, total| {
             if done == 0 {
@@ -184,7 +197,16 @@ impl Engine {
         step("gc.freed");
         cx.check()?;
         let layers = self.drop_layers(store, &plan.layers)?;
-        part.group.layers = layers.iter().filter(|(layer, _)| !layer.is_users()).count() as u64;
+        let ours = |layer: &&LayerRow| !layer.is_users();
+        part.group.layers = layers.iter().map(|(layer, _)| layer).filter(ours).count() as u64;
+        let stays = (plan.layers.iter().filter(ours).count() as u64).saturating_sub(part.group.layers);
+        if stays > 0 {
+            cx.warn(format!(
+                "{stays} disk layers of the group {} stay: pages that are needed lie on them and could not be moved. They may be damaged \
+                 (`spinney fsck` says so), or a take that is under way relies on them",
+                group.row.name
+            ));
+        }
         part.group.bytes = layers.iter().map(|(_, bytes)| bytes).sum::<u64>() + done.freed_bytes;
         part.group.packs = done.deleted + done.rewritten;
         part.group.compressed = done.compressed;

@@ -252,7 +252,10 @@ impl Engine {
         let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
         let (dead, store_bytes) = match &ledger.store {
-            Some(store) => (store.estimate_gc(&all_roots)?.freed_bytes, store.allocated_bytes()?),
+            Some(store) => (
+                store.estimate_gc(&pages::GcRequest { roots: all_roots, ..Default::default() })?.freed_bytes,
+                store.allocated_bytes()?,
+            ),
             None => (0, 0),
         };
         if let Some(without) = &mut du.without {

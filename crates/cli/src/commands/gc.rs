@@ -46,7 +46,8 @@ fn summary(report: &GcReport) -> Vec<String> {
     let mut lines = vec![format!("{verb} {}", part(report.bytes, report.packs, report.layers))];
     let compressed: u64 = report.groups.iter().map(|group| group.compressed).sum();
     if compressed > 0 {
-        lines.push(format!("compressed {}", count(compressed, "pack")));
+        let verb = if report.dry_run { "would compress" } else { "compressed" };
+        lines.push(format!("{verb} {}", count(compressed, "pack")));
     }
     for group in report.groups.iter().filter(|group| report.groups.len() > 1 || group.problem.is_some()) {
         let did = part(group.bytes, group.packs, group.layers);

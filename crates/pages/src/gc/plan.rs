@@ -26,6 +26,8 @@ pub struct GcPlan {
     pub dead_bytes: u64,
     /// Bytes by which the packs' files will shrink.
     pub freed_bytes: u64,
+    /// Bytes of pages that lie on images that go, and have to be written.
+    pub moved_bytes: u64,
     /// Packs that are left alone because a session relied on them lately.
     pub in_use: u64,
     /// Everything touched at this tick or later is left alone.
@@ -94,10 +96,9 @@ impl Store {
     }
 
     /// What a collection would do, as far as that can be told while another one may be at work. It cannot be carried out.
-    pub fn estimate_gc(&self, roots: &[MapRoot]) -> Result<GcPlan> {
-        let request = GcRequest { roots: roots.to_vec(), ..GcRequest::default() };
+    pub fn estimate_gc(&self, request: &GcRequest) -> Result<GcPlan> {
         let since = self.inner.clock.hold_all().since;
-        Ok(GcPlan { instance: 0, ..self.plan(&request, since)? })
+        Ok(GcPlan { instance: 0, ..self.plan(request, since)? })
     }
 
     /// Plans the collection that `ask` asks for. It is called after the plan has begun to watch, so no commit falls between the two.
@@ -122,6 +123,7 @@ impl Store {
             live_bytes: 0,
             dead_bytes: 0,
             freed_bytes: 0,
+            moved_bytes: 0,
             in_use: 0,
             since,
             instance: self.inner.instance,
@@ -235,6 +237,7 @@ impl GcPlan {
             return;
         }
         let list = if live.page_count == 0 { &mut self.delete } else { &mut self.rewrite };
+        self.moved_bytes += live.page_count * crate::PAGE_SIZE as u64;
         list.push(PackPlan {
             pack: pack.name(),
             image: Some(label.to_owned()),
