@@ -37,6 +37,10 @@ impl Alarm {
         self.bell.notify_all();
     }
 
+    fn silence(&self) {
+        *self.rung.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
     /// Waits until it rings or the time is over.
     pub fn wait(&self, limit: Duration) {
         let rung = self.rung.lock().unwrap_or_else(PoisonError::into_inner);
@@ -74,6 +78,8 @@ impl Engine {
                 Ok(false) => next = next.min(BUSY),
                 Err(error) => {
                     tracing::warn!(%error, causes = ?error.causes(), target, "what has expired stays for now");
+                    // What failed just now, and rang, fails again at once.
+                    self.alarm.silence();
                 }
             }
         }
