@@ -221,8 +221,9 @@ fn carry_out(tx: &Transaction<'_>, act: &Act, stay: &mut Vec<String>) -> Result<
             SnapshotRow::set_text(tx, id, to, note.as_ref().unwrap_or(&now.note), keep.unwrap_or(now.keep))?;
             if let Some(until) = expiry {
                 let expiry = match until {
-                    Until::Expired(expiry) => Some(expiry),
-                    Until::Removed => None,
+                    // What was kept meanwhile does not expire.
+                    Until::Expired(expiry) if !keep.unwrap_or(now.keep) => Some(expiry),
+                    Until::Expired(_) | Until::Removed => None,
                 };
                 SnapshotRow::set_expiry(tx, id, expiry)?;
                 if SnapshotRow::end_expiry(tx, id)? {
