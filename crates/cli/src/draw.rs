@@ -6,14 +6,14 @@ use std::collections::{HashMap, HashSet};
 use jiff::Timestamp;
 use server::snapshots::{Mode, Power, Snapshot, SnapshotState, Tree};
 
-use crate::output::{LEAST, NAME_LEAST, ago, bytes, cut, plain, room, span};
+use crate::output::{LEAST, NAME_LEAST, ago, bytes, cut, expires, plain, room, span};
 
 /// One line of the drawing: branches and name first, then what stands in columns, then words and the note.
 #[derive(Default)]
 struct Line {
     label: String,
     cells: Vec<String>,
-    words: Vec<&'static str>,
+    words: Vec<String>,
     note: String,
 }
 
@@ -109,6 +109,7 @@ impl<'a> Drawing<'a> {
             (s.protected, "protected"),
             (s.keep, "kept"),
         ];
+        let expires = s.expires.map(|then| expires(self.now, then));
         Line {
             label,
             cells: vec![
@@ -117,7 +118,12 @@ impl<'a> Drawing<'a> {
                 bytes(s.stored_bytes + s.disk_bytes),
                 s.pause_us.map(|us| format!("paused {}", span(us))).unwrap_or_default(),
             ],
-            words: words.into_iter().filter(|(is, _)| *is).map(|(_, word)| word).collect(),
+            words: words
+                .into_iter()
+                .filter(|(is, _)| *is)
+                .map(|(_, word)| word.to_owned())
+                .chain(expires)
+                .collect(),
             note: plain(&s.note),
         }
     }

@@ -256,6 +256,25 @@ pub(crate) fn ago(now: Timestamp, then: Timestamp) -> String {
     }
 }
 
+/// How long until then: `5 min`, `2 h`, `3 d`; begun ones count, so that what was given seven days has seven at first. None if it
+/// is over.
+pub(crate) fn left(now: Timestamp, then: Timestamp) -> Option<String> {
+    let seconds =
+        then.as_millisecond().saturating_sub(now.as_millisecond()).max(0).unsigned_abs().div_ceil(1000);
+    Some(match seconds {
+        0 => return None,
+        1..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds.div_ceil(60)),
+        3600..172_800 => format!("{} h", seconds.div_ceil(3600)),
+        _ => format!("{} d", seconds.div_ceil(86_400)),
+    })
+}
+
+/// `expires in 3 d`; `expires now` when its time has come and it has to wait.
+pub(crate) fn expires(now: Timestamp, then: Timestamp) -> String {
+    left(now, then).map_or_else(|| "expires now".to_owned(), |left| format!("expires in {left}"))
+}
+
 /// One line of foreign text without what a terminal would obey.
 pub(crate) fn plain(text: &str) -> String {
     let mut lines = text.lines();
@@ -296,6 +315,24 @@ mod tests {
         assert_eq!(
             [-5, 0, 59, 60, 7200, 172_800].map(before),
             ["now", "now", "59 s ago", "1 min ago", "2 h ago", "2 d ago"]
+        );
+    }
+
+    #[test]
+    fn what_is_left() {
+        let now = Timestamp::from_second(1_000_000).unwrap();
+        let after = |ms: i64| expires(now, Timestamp::from_millisecond(1_000_000_000 + ms).unwrap());
+        assert_eq!(
+            [-5, 0, 1, 59_000, 3_600_000, 7 * 86_400_000 - 20, i64::from(u32::MAX)].map(after),
+            [
+                "expires now",
+                "expires now",
+                "expires in 1 s",
+                "expires in 59 s",
+                "expires in 1 h",
+                "expires in 7 d",
+                "expires in 50 d"
+            ]
         );
     }
 

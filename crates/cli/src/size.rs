@@ -4,6 +4,7 @@ use std::time::Duration;
 
 /// Units of 1,024, smallest first.
 const UNITS: &str = "KMGTPE";
+const UNITS_OF_TIME: &str = "a time is a number and ms, s, m, h, d or w";
 
 /// Reads a size with its unit: `512M`, `1G`, `1GiB`.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
@@ -39,7 +40,7 @@ pub(crate) fn looks_like_size(text: &str) -> bool {
     digits > 0 && (unit.is_empty() || unit.len() == 1 && UNITS.contains(unit))
 }
 
-/// Reads a time: `500ms`, `60s`, `5m`, `1h`; a bare number is seconds.
+/// Reads a time: `500ms`, `60s`, `5m`, `1h`, `7d`, `4w`; a bare number is seconds.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
@@ -48,10 +49,26 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         "" | "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
-        _ => return Err("a time is a number and ms, s, m or h".to_owned()),
+        "d" => 86_400_000,
+        "w" => 604_800_000,
+        _ => return Err(UNITS_OF_TIME.to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a time is a number and ms, s, m or h".to_owned())?;
+    let number: u64 = number.parse().map_err(|_| UNITS_OF_TIME.to_owned())?;
     number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(|| "it is too long".to_owned())
+}
+
+/// Reads the time that a snapshot stays, in seconds: `30s`, `10m`, `2h`, `7d`, `4w`. A bare number could mean any of these.
+pub(crate) fn parse_expiry(text: &str) -> Result<u64, String> {
+    let time = parse_duration(text)?;
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(format!("{text} has no unit: write {text}d or {text}h"));
+    }
+    if time.as_secs() == 0 { Err("it must be a second at least".to_owned()) } else { Ok(time.as_secs()) }
+}
+
+/// The same, or 0 for `never`.
+pub(crate) fn parse_expiry_or_never(text: &str) -> Result<u64, String> {
+    if text == "never" { Ok(0) } else { parse_expiry(text).map_err(|error| format!("{error}, or never")) }
 }
 
 #[cfg(test)]
@@ -100,7 +117,26 @@ mod tests {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_duration("60"), Ok(Duration::from_secs(60)));
         assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("4w"), Ok(Duration::from_secs(28 * 86_400)));
         assert!(parse_duration("5 m").is_err() && parse_duration("s").is_err());
         assert!(parse_duration("18446744073709551615h").is_err());
+    }
+
+    #[test]
+    fn expiries() {
+        for (text, seconds) in [("30s", 30), ("10m", 600), ("2h", 7200), ("7d", 604_800), ("1500ms", 1)] {
+            assert_eq!(parse_expiry(text), Ok(seconds), "{text}");
+        }
+        assert_eq!(parse_expiry_or_never("never"), Ok(0));
+        for (text, words) in [
+            ("7", "write 7d"),
+            ("0d", "a second"),
+            ("20ms", "a second"),
+            ("never", "a number and"),
+            ("", "a number and"),
+        ] {
+            let error = parse_expiry(text).unwrap_err();
+            assert!(error.contains(words), "{text}: {error}");
+        }
     }
 }

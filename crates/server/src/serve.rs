@@ -67,6 +67,7 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
     collect_in_background(&engine)
         .and_then(|()| resume_in_background(&engine))
         .and_then(|()| tend_in_background(&engine))
+        .and_then(|()| expire_in_background(&engine))
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -140,6 +141,21 @@ fn tend_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
         }
     };
     std::thread::Builder::new().name("tend".into()).spawn(tend).map(drop)
+}
+
+/// Removes what has expired, at the start and whenever something does.
+fn expire_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
+    let alarm = engine.expiry_alarm();
+    let engine = Arc::downgrade(engine);
+    let expire = move || {
+        loop {
+            let Some(strong) = engine.upgrade() else { return };
+            let next = strong.expire();
+            drop(strong);
+            alarm.wait(next);
+        }
+    };
+    std::thread::Builder::new().name("expire".into()).spawn(expire).map(drop)
 }
 
 async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {

@@ -28,7 +28,8 @@ use crate::saving;
 use crate::switch::switch_disks;
 use crate::take::{TakeJob, micros, point_here_at};
 use crate::tree::view_at;
-use crate::types::{Mode, Power, SnapshotState};
+use crate::types::{Mode, Power, Snapshot, SnapshotState};
+
 /// What the memory part brought.
 #[derive(Default)]
 struct Captured<'a> {
@@ -175,7 +176,7 @@ impl Engine {
         let instant = Cell::new(row.created);
         let mut saving = None;
         let mut runs_on = |pause_us| {
-            saving = self.show_saving(cx, row, overlays, instant.get(), pause_us);
+            saving = self.show_saving(cx, job, row, overlays, instant.get(), pause_us);
             step("take.resumed");
         };
         let mut switch = || {
@@ -249,6 +250,7 @@ impl Engine {
     fn show_saving(
         &self,
         cx: &Context,
+        job: &TakeJob<'_>,
         row: &SnapshotRow,
         overlays: &[NewOverlay],
         instant: Timestamp,
@@ -259,7 +261,11 @@ impl Engine {
         row.facts.pause_us = pause_us;
         row.facts.memory_bytes = row.config.memory;
         let depth = overlays.iter().map(|new| new.below.depth).max().unwrap_or(0);
-        let shown = self.catalog.read(|tx| view_at(tx, &row, depth, SnapshotState::Saving));
+        let shown = self.catalog.read(|tx| {
+            // Its time begins when it is durable, but nobody is to think that it stays.
+            let expires = job.expire.and_then(|after| now().checked_add(after).ok());
+            Ok(Snapshot { expires, ..view_at(tx, &row, depth, SnapshotState::Saving)? })
+        });
         let shown =
             shown.inspect_err(|error| tracing::warn!(%error, "a snapshot cannot be shown yet")).ok()?;
         cx.so_far(&shown);

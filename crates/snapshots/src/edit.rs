@@ -1,17 +1,42 @@
-//! Names, notes, `keep` and protection: what of a snapshot or machine can be changed.
+//! Names, notes, `keep`, expiry and protection: what of a snapshot or machine can be changed.
+
+use std::time::Duration;
 
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, Expiry, OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::expire::{check_expiry, kept_does_not_expire};
 use crate::fault::step;
 use crate::name::{check_name, check_note, check_snapshot_name};
 use crate::take::snapshot_name_taken;
 use crate::types::Edit;
+
+/// What is asked for of an expiry.
+enum Expire {
+    Never,
+    After(Duration),
+}
+
+impl Expire {
+    fn read(seconds: u64) -> Result<Self> {
+        if seconds == 0 { Ok(Self::Never) } else { check_expiry(seconds).map(Self::After) }
+    }
+}
+
+fn is_kept(name: &str) -> Error {
+    Error::new(Code::Refused, format!("{name} is kept: it does not expire"))
+        .hint(format!("`spinney edit {name} --keep=false` with --expire has it expire"))
+}
+
+fn is_undo_point(name: &str) -> Error {
+    Error::new(Code::Refused, format!("{name} is an undo point: those go by themselves"))
+        .hint("with a name of its own (--name) it is a snapshot like any other, and can expire")
+}
 
 impl Engine {
     /// Renames or annotates a machine or a snapshot. Returns its full name afterwards.
@@ -28,8 +53,9 @@ impl Engine {
                 "`spinney edit {target} --group {group}` copies the machine with all its snapshots"
             ))),
             ((target, None), Some(group)) => {
-                let Edit { name, note, keep, accept_disks, group: _ } = &edit;
-                if name.is_some() || note.is_some() || keep.is_some() || *accept_disks {
+                let Edit { name, note, keep, expire_seconds, accept_disks, group: _ } = &edit;
+                let text = name.is_some() || note.is_some();
+                if text || keep.is_some() || expire_seconds.is_some() || *accept_disks {
                     return Err(Error::new(
                         Code::Usage,
                         "a group is changed by itself: it is a copy, and takes its time",
@@ -53,15 +79,23 @@ impl Engine {
         if let Some(name) = &edit.name {
             check_snapshot_name(name)?;
         }
+        let expire = edit.expire_seconds.map(Expire::read).transpose()?;
+        if edit.keep == Some(true) && matches!(expire, Some(Expire::After(_))) {
+            return Err(kept_does_not_expire());
+        }
         let (row, _guard) = self.lock_target(cx, address::split(address).0, "edit")?;
         self.journaled(cx, "edit", address, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let (target, old) = address::resolve(tx, address)?;
+                let keep = edit.keep.unwrap_or(old.keep);
+                let had = SnapshotRow::expiry(tx, &old.id)?;
+                let ends = had.is_some() && keep;
                 let undo = Act::WriteSnapshot {
                     id: old.id.clone(),
                     name: edit.name.is_some().then(|| old.name.clone()),
                     note: edit.note.is_some().then(|| old.note.clone()),
                     keep: edit.keep.is_some().then_some(old.keep),
+                    expiry: (expire.is_some() || ends).then_some(had.into()),
                 };
                 let name = edit.name.clone().unwrap_or_else(|| old.name.clone());
                 if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
@@ -72,21 +106,39 @@ impl Engine {
                     // Who gives it a name wants to keep it: no later goto takes it away.
                     SnapshotRow::promote(tx, &old.id)?;
                 }
-                SnapshotRow::set_text(tx, &old.id, &name, &note, edit.keep.unwrap_or(old.keep))?;
+                SnapshotRow::set_text(tx, &old.id, &name, &note, keep)?;
+                let full_name = format!("{}@{name}", target.name);
+                match &expire {
+                    Some(Expire::After(_)) if keep => return Err(is_kept(&full_name)),
+                    Some(Expire::After(_)) if old.undo_point && name == old.name => {
+                        return Err(is_undo_point(&full_name));
+                    }
+                    Some(Expire::After(time)) => {
+                        SnapshotRow::set_expiry(tx, &old.id, Some(&Expiry::begin(tx, *time)?))?;
+                    }
+                    None if !ends => {}
+                    None | Some(Expire::Never) => SnapshotRow::set_expiry(tx, &old.id, None)?,
+                }
                 OpRow::finish(tx, &cx.id, Some(undo))?;
-                Ok(format!("{}@{name}", target.name))
+                Ok((full_name, ends && expire.is_none()))
             })
+        })
+        .map(|(name, ends)| {
+            if ends {
+                cx.warn(format!("{name} is kept from now on, and does not expire any more"));
+            }
+            name
         })
         .inspect(|_| step("edit.written"))
     }
 
     fn edit_machine(&self, cx: &Context, target: &str, edit: Edit) -> Result<String> {
-        if edit.note.is_some() || edit.keep.is_some() {
+        if edit.note.is_some() || edit.keep.is_some() || edit.expire_seconds.is_some() {
             return Err(Error::new(
                 Code::Usage,
                 format!("{target} is a machine: only its name can be edited"),
             )
-            .hint(format!("notes and --keep belong to snapshots: {target}@NAME")));
+            .hint(format!("notes, --keep and --expire belong to snapshots: {target}@NAME")));
         }
         if let Some(name) = &edit.name {
             check_name("machine", name)?;

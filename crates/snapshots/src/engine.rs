@@ -16,6 +16,7 @@ use warden::Keeper;
 use crate::catalog::{Catalog, OpRow};
 use crate::context::Context;
 use crate::error::{Code, Error, Result};
+use crate::expire::Alarm;
 use crate::fault::{self, Fault, planted, step};
 use crate::groups::Groups;
 use crate::id::new_id;
@@ -69,6 +70,8 @@ pub struct Engine {
     wanted: AtomicUsize,
     /// Operations that have ended: each may have left something to tend.
     ended: AtomicUsize,
+    /// Rung by each of them too: a snapshot may expire earlier now.
+    pub(crate) alarm: Arc<Alarm>,
     /// Held for as long as the state folder is ours.
     _lock: File,
 }
@@ -105,6 +108,7 @@ impl Engine {
             housekeeping: Mutex::default(),
             wanted: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
+            alarm: Arc::default(),
             _lock: lock,
         };
         let old_copy = engine.catalog.is_old_copy()?;
@@ -222,6 +226,7 @@ impl Engine {
         let result = body();
         std::mem::forget(open);
         self.ended.fetch_add(1, Ordering::Relaxed);
+        self.alarm.ring();
         if let Err(error) = &result {
             let state = if error.code() == Code::Interrupted { OpState::Cancelled } else { OpState::Failed };
             let words = error.to_string();

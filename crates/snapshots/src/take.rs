@@ -24,12 +24,13 @@ use qemu::save::SaveError;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things};
+use crate::catalog::{Act, Expiry, OpRow, SnapshotRow, TargetRow, Things};
 use crate::config::Firmware;
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::expire::{check_expiry, kept_does_not_expire};
 use crate::fault::step;
 use crate::let_go::save_error;
 use crate::name::{check_note, check_snapshot_name};
@@ -50,6 +51,8 @@ pub(crate) struct TakeJob<'a> {
     pub(crate) name: String,
     pub(crate) note: String,
     pub(crate) keep: bool,
+    /// How long it stays, if it is to go by itself.
+    pub(crate) expire: Option<Duration>,
     pub(crate) undo_point: bool,
     pub(crate) mode: Mode,
     pub(crate) power: Power,
@@ -65,6 +68,10 @@ impl Engine {
         check_note(&options.note)?;
         if let Some(name) = &options.name {
             check_snapshot_name(name)?;
+        }
+        let expire = options.expire_seconds.map(check_expiry).transpose()?;
+        if options.keep && expire.is_some() {
+            return Err(kept_does_not_expire());
         }
         let (row, guard) = self.lock_target(cx, target, "take")?;
         let (power, running) = self.look(&row)?;
@@ -82,6 +89,7 @@ impl Engine {
             name,
             note: options.note,
             keep: options.keep,
+            expire,
             undo_point: false,
             mode,
             power,
@@ -146,6 +154,9 @@ impl Engine {
                     point_here_at(tx, &target.id, &overlays)?;
                 }
                 row.insert(tx, &frozen)?;
+                if let Some(after) = job.expire {
+                    SnapshotRow::set_expiry(tx, &row.id, Some(&Expiry::begin(tx, after)?))?;
+                }
                 TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
                 let made = Things { snapshots: vec![row.id.clone()], target: None };
                 OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))

@@ -75,6 +75,7 @@ pub(crate) fn view_at(
         disk_bytes: facts.disk_bytes,
         saved: facts.saved,
         keep: row.keep,
+        expires: SnapshotRow::expires(tx, &row.id)?,
         protected: row.protected,
         depth,
         config: row.config.clone(),

@@ -144,6 +144,9 @@ pub struct Snapshot {
     pub saved: pages::Saved,
     /// No policy, series or expiry removes it.
     pub keep: bool,
+    /// When it goes by itself, if it does. Later if its machine is worked on then, or as long as it is protected.
+    #[serde(default)]
+    pub expires: Option<Timestamp>,
     /// Refuses `rm`.
     pub protected: bool,
     /// Layers under the disk with the longest chain.
@@ -167,6 +170,8 @@ pub struct TakeOptions {
     pub disk_only: bool,
     /// Set `keep`.
     pub keep: bool,
+    /// Seconds until it goes by itself, as by `rm`; never if left out. Not together with `keep`.
+    pub expire_seconds: Option<u64>,
     /// Microseconds that the guest may stand still; a take that would need more is rolled back.
     pub max_pause_us: Option<u64>,
 }
@@ -211,8 +216,10 @@ pub struct Edit {
     pub name: Option<String>,
     /// New note.
     pub note: Option<String>,
-    /// New `keep` (snapshots only).
+    /// New `keep` (snapshots only). What is kept does not expire: setting it takes an expiry away.
     pub keep: Option<bool>,
+    /// Seconds from now until it goes by itself, as by `rm`; 0: never (snapshots only).
+    pub expire_seconds: Option<u64>,
     /// Take the images of the user's under the disks as they are now (machines only).
     pub accept_disks: bool,
     /// Group that it is to belong to (machines only, and nothing else at the same time): all that is stored of it is copied there.

@@ -7,7 +7,7 @@
 use rusqlite::Transaction;
 use serde_json::json;
 
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things};
+use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things, Until};
 use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
@@ -75,11 +75,18 @@ impl Engine {
         }
         let (kind, subject) = self.entry_of(op)?;
         self.journaled(cx, kind, &subject, op.target.as_deref(), &json!({}), || {
-            self.catalog.write(|tx| {
-                let back = carry_out(tx, act)?;
-                op.taken_back(tx, &cx.id, Some(back))
+            let stay = self.catalog.write(|tx| {
+                let mut stay = Vec::new();
+                let back = carry_out(tx, act, &mut stay)?;
+                op.taken_back(tx, &cx.id, Some(back))?;
+                Ok(stay)
             })?;
             step("undo.written");
+            for name in stay {
+                cx.warn(format!(
+                    "{name} does not expire any more: its time was over; `spinney edit {name} --expire` gives it another"
+                ));
+            }
             Ok(())
         })
     }
@@ -137,14 +144,17 @@ fn machine(tx: &Transaction<'_>, name: &str) -> Result<Option<String>> {
 
 /// What `undo` without an id takes back. Undos themselves are passed over, and what was rolled back; but what cannot be taken back
 /// is not: whoever wants to undo that would get something older.
-fn last_undoable(tx: &Transaction<'_>, mut target: Option<String>) -> Result<OpRow> {
-    for op in OpRow::newest(tx, LOOK_BACK)? {
-        let changes = matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "undo" | "redo");
-        if !changes || op.target.is_none() || target.as_ref().is_some_and(|id| op.target.as_ref() != Some(id))
-        {
+fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> {
+    let asked_for =
+        |op: &OpRow| matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "undo" | "redo");
+    let newest = OpRow::newest(tx, LOOK_BACK)?;
+    // What expires by itself is work on a machine, but nobody's who would want to undo it before anything else.
+    let worked_on = || newest.iter().filter(|op| asked_for(op)).find_map(|op| op.target.clone());
+    let target = target.or_else(worked_on);
+    for op in newest {
+        if !asked_for(&op) && op.kind != "expire" || op.target.is_none() || op.target != target {
             continue;
         }
-        target.clone_from(&op.target);
         if op.state == OpState::Done && op.kind != "undo" {
             return match &op.undo {
                 Some(_) => Ok(op),
@@ -184,12 +194,13 @@ fn undoable(op: &OpRow) -> Result<&Act> {
     })
 }
 
-/// Carries an act out; returns the act that takes it back.
-fn carry_out(tx: &Transaction<'_>, act: &Act) -> Result<Act> {
+/// Carries an act out; returns the act that takes it back. `stay` gets the names of the snapshots that would have gone by themselves at
+/// once, and stay.
+fn carry_out(tx: &Transaction<'_>, act: &Act, stay: &mut Vec<String>) -> Result<Act> {
     Ok(match act {
         Act::Remove(things) => Act::Restore(remove_again(tx, things)?),
         Act::Restore(things) => {
-            restore(tx, things)?;
+            restore(tx, things, stay)?;
             Act::Remove(things.clone())
         }
         Act::NameTarget { id, name } => {
@@ -200,18 +211,31 @@ fn carry_out(tx: &Transaction<'_>, act: &Act) -> Result<Act> {
             TargetRow::set_name(tx, id, name)?;
             Act::NameTarget { id: id.clone(), name: now.name }
         }
-        Act::WriteSnapshot { id, name, note, keep } => {
+        Act::WriteSnapshot { id, name, note, keep, expiry } => {
             let now = SnapshotRow::by_id(tx, id)?;
+            let had = SnapshotRow::expiry(tx, id)?;
             let to = name.as_ref().unwrap_or(&now.name);
             if now.name != *to && SnapshotRow::name_taken(tx, &now.target, to)? {
                 return Err(snapshot_name_taken(&now.target_name, to));
             }
             SnapshotRow::set_text(tx, id, to, note.as_ref().unwrap_or(&now.note), keep.unwrap_or(now.keep))?;
+            if let Some(until) = expiry {
+                let expiry = match until {
+                    // What was kept meanwhile does not expire.
+                    Until::Expired(expiry) if !keep.unwrap_or(now.keep) => Some(expiry),
+                    Until::Expired(_) | Until::Removed => None,
+                };
+                SnapshotRow::set_expiry(tx, id, expiry)?;
+                if SnapshotRow::end_expiry(tx, id)? {
+                    stay.push(format!("{}@{to}", now.target_name));
+                }
+            }
             Act::WriteSnapshot {
                 id: id.clone(),
                 name: name.is_some().then_some(now.name),
                 note: note.is_some().then_some(now.note),
                 keep: keep.is_some().then_some(now.keep),
+                expiry: expiry.is_some().then_some(had.into()),
             }
         }
         Act::Goto(_) | Act::Regroup { .. } => {
@@ -256,8 +280,8 @@ fn remove_again(tx: &Transaction<'_>, things: &Things) -> Result<Things> {
     Ok(gone)
 }
 
-/// Names come back, if nobody else has taken them.
-fn restore(tx: &Transaction<'_>, things: &Things) -> Result<()> {
+/// Names come back, if nobody else has taken them; an expiry that is over does not.
+fn restore(tx: &Transaction<'_>, things: &Things, stay: &mut Vec<String>) -> Result<()> {
     if let Some(id) = &things.target {
         let target = TargetRow::by_id(tx, id)?;
         if TargetRow::name_taken(tx, &target.name)? {
@@ -274,6 +298,9 @@ fn restore(tx: &Transaction<'_>, things: &Things) -> Result<()> {
             return Err(snapshot_name_taken(&snapshot.target_name, &snapshot.name));
         }
         SnapshotRow::set_removed(tx, id, None)?;
+        if SnapshotRow::end_expiry(tx, id)? {
+            stay.push(snapshot.full_name());
+        }
     }
     Ok(())
 }

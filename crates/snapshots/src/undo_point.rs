@@ -53,6 +53,7 @@ impl Engine {
             name,
             note: "before goto".into(),
             keep: false,
+            expire: None,
             undo_point: true,
             mode,
             power,

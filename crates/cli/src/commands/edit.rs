@@ -1,24 +1,30 @@
 //! `edit`: another name, another note, another group.
 
+use std::time::Duration;
+
 use clap::ArgGroup;
 use clap_complete::ArgValueCompleter;
+use jiff::Timestamp;
 use server::Problem;
 use server::api::Renamed;
 use server::client::Method;
 use server::snapshots::Edit;
 
+use crate::output::expires;
 use crate::session::Session;
+use crate::size::parse_expiry_or_never;
 use crate::{address, complete};
 
-/// Change a name, a note, whether it is kept, or the group
+/// Change a name, a note, whether and how long it is kept, or the group
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   spinney edit web --name www
   spinney edit web@snap-1 --name before-upgrade -m \"all is well\"
   spinney edit web@snap-1 --keep=false
+  spinney edit web@snap-1 --expire 7d         gone in a week
   spinney edit web --group work               copied there with all its snapshots")]
-#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "accept_disks", "group"])))]
+#[command(group(ArgGroup::new("changes").required(true).multiple(true).args(["name", "message", "keep", "expire", "accept_disks", "group"])))]
 pub(crate) struct Args {
     /// Machine or snapshot
     #[arg(value_name = "TARGET[@SNAP]", add = ArgValueCompleter::new(complete::addresses))]
@@ -29,15 +35,18 @@ pub(crate) struct Args {
     /// New note
     #[arg(short, long = "message", value_name = "TEXT")]
     message: Option<String>,
-    /// Let nothing but rm remove it, or with =false anything
+    /// Let nothing but rm remove it, or with =false anything. Takes an expiry away
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     keep: Option<bool>,
+    /// Remove it by itself after this time from now, as rm would (30s, 10m, 2h, 7d, 4w); or never
+    #[arg(long, value_name = "TIME|never", value_parser = parse_expiry_or_never)]
+    expire: Option<u64>,
     /// Take the image files under a machine's disks as they are now, after one was touched or copied back
     #[arg(long)]
     accept_disks: bool,
     /// Group that the machine is to belong to. All that is stored of it, snapshots and all, is copied there; it has to be off or
     /// suspended
-    #[arg(long, conflicts_with_all = ["name", "message", "keep", "accept_disks"], add = ArgValueCompleter::new(complete::groups))]
+    #[arg(long, conflicts_with_all = ["name", "message", "keep", "expire", "accept_disks"], add = ArgValueCompleter::new(complete::groups))]
     group: Option<String>,
 }
 
@@ -48,6 +57,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
         name: args.name,
         note: args.message,
         keep: args.keep,
+        expire_seconds: args.expire,
         accept_disks: args.accept_disks,
         group: args.group,
     };
@@ -60,6 +70,15 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
             None if has_name => format!("{} is now {}", args.address, renamed.address),
             None => format!("changed {}", renamed.address),
         });
+        match args.expire {
+            Some(0) => session.out.note("it does not expire"),
+            Some(seconds) => {
+                let now = Timestamp::now();
+                let then = now.checked_add(Duration::from_secs(seconds)).unwrap_or(Timestamp::MAX);
+                session.out.note(format_args!("it {}", expires(now, then)));
+            }
+            None => {}
+        }
     }
     Ok(())
 }

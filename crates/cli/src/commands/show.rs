@@ -10,7 +10,7 @@ use server::snapshots::{
 };
 
 use crate::draw::{power, state};
-use crate::output::{Style, ago, bytes, plain, room, span, wrap};
+use crate::output::{Style, ago, bytes, left, plain, room, span, wrap};
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -119,6 +119,7 @@ fn of_snapshot(s: &Snapshot, parent: Option<String>) -> Rows {
     add("parent", parent);
     add("kind", s.undo_point.then(|| "undo point".to_owned()));
     add("protected", s.protected.then(|| "yes".to_owned()));
+    add("expires", s.expires.map(|then| expiry(Timestamp::now(), then, s.protected)));
     add("kept", s.keep.then(|| "yes: nothing but rm removes it".to_owned()));
     add("taken by", Some(mode(s.mode).to_owned()));
     add("pause", s.pause_us.map(span));
@@ -181,6 +182,13 @@ pub(super) fn moment(now: Timestamp, then: Timestamp) -> String {
     format!("{} ({})", then.strftime("%Y-%m-%d %H:%M:%S UTC"), ago(now, then))
 }
 
+/// `2026-03-08 09:30:00 UTC (in 7 d)`
+fn expiry(now: Timestamp, then: Timestamp, protected: bool) -> String {
+    let left = left(now, then).map_or_else(|| "now".to_owned(), |left| format!("in {left}"));
+    let but = if protected { ", but not while it is protected" } else { "" };
+    format!("{} ({left}{but})", then.strftime("%Y-%m-%d %H:%M:%S UTC"))
+}
+
 /// A mode as people type it.
 pub(super) fn mode(mode: Mode) -> &'static str {
     match mode {
@@ -202,5 +210,7 @@ mod tests {
         let then = Timestamp::from_second(1_800_000_000).unwrap();
         let now = Timestamp::from_second(1_800_007_200).unwrap();
         assert_eq!(moment(now, then), "2027-01-15 08:00:00 UTC (2 h ago)");
+        assert_eq!(expiry(then, now, false), "2027-01-15 10:00:00 UTC (in 2 h)");
+        assert_eq!(expiry(now, then, true), "2027-01-15 08:00:00 UTC (now, but not while it is protected)");
     }
 }

@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use clap_complete::ArgValueCompleter;
+use jiff::Timestamp;
 use server::Problem;
 use server::client::{Method, Until};
 use server::snapshots::{Mode, Snapshot, SnapshotState, TakeOptions};
 
 use super::show::mode;
 use crate::draw::state;
-use crate::output::{bytes, span};
+use crate::output::{bytes, expires, span};
 use crate::session::Session;
-use crate::size::parse_duration;
+use crate::size::{parse_duration, parse_expiry};
 use crate::{address, complete};
 
 /// Take a snapshot
@@ -25,6 +26,7 @@ Examples:
   spinney take web                                     named snap-1, snap-2, ...
   spinney take web before-upgrade -m \"all is well\"
   spinney take web --max-pause 50ms --no-wait          back at once; `tree` shows it as saving
+  spinney take web --expire 7d                         gone in a week, unless `edit` says otherwise
   spinney take web --disk-only")]
 pub(crate) struct Args {
     /// Machine
@@ -44,6 +46,9 @@ pub(crate) struct Args {
     /// Let nothing but rm, or an undo of this take, remove it
     #[arg(long)]
     keep: bool,
+    /// Remove it by itself after this time, as rm would: 30s, 10m, 2h, 7d, 4w
+    #[arg(long, value_name = "TIME", value_parser = parse_expiry, conflicts_with = "keep")]
+    expire: Option<u64>,
     /// Roll back rather than let the guest stand still for longer than this
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     max_pause: Option<Duration>,
@@ -76,6 +81,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
         mode,
         disk_only: args.disk_only,
         keep: args.keep,
+        expire_seconds: args.expire,
         max_pause_us: args.max_pause.map(|limit| u64::try_from(limit.as_micros()).unwrap_or(u64::MAX)),
     };
     let until = if args.no_wait { Until::Result } else { Until::Ended };
@@ -84,14 +90,14 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     if session.out.json {
         session.document("spinney.snapshot/1", &snapshot);
     } else {
-        session.out.line(line(&snapshot));
+        session.out.line(line(&snapshot, Timestamp::now()));
     }
     Ok(())
 }
 
 /// `web@snap-1  running, 512 MiB → 38.2 MiB stored, paused 212 ms (stop-copy), durable in 480 ms`;
 /// `web@snap-2  off (disk only), 0 B stored, durable in 59 ms`
-fn line(s: &Snapshot) -> String {
+fn line(s: &Snapshot, now: Timestamp) -> String {
     let mut stored = bytes(s.stored_bytes);
     if s.disk_bytes > 0 {
         stored = format!("{stored} + {} of disk", bytes(s.disk_bytes));
@@ -106,13 +112,17 @@ fn line(s: &Snapshot) -> String {
         (None, Mode::Off | Mode::DiskOnly) => String::new(),
         (None, _) => format!(", {}", mode(s.mode)),
     };
+    let expires = s.expires.map(|then| format!(", {}", expires(now, then))).unwrap_or_default();
     let (address, state) = (format_args!("{}@{}", s.target, s.name), state(s));
     match s.state {
         SnapshotState::Ready | SnapshotState::Damaged => {
-            format!("{address}  {state}, {size}{pause}, durable in {}", span(s.took_us))
+            format!("{address}  {state}, {size}{pause}, durable in {}{expires}", span(s.took_us))
         }
         SnapshotState::Saving => {
-            format!("{address}  {state}{pause}, saving; `spinney tree {}` shows when it is durable", s.target)
+            format!(
+                "{address}  {state}{pause}, saving{expires}; `spinney tree {}` shows when it is durable",
+                s.target
+            )
         }
     }
 }

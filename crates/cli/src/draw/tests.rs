@@ -49,7 +49,12 @@ fn branches() {
     let tree = tree(
         vec![
             snapshot("base", None, 50, json!({ "note": "fresh install", "protected": true })),
-            snapshot("before-upgrade", Some("base"), 2, json!({ "stored_bytes": 12_345_678 })),
+            snapshot(
+                "before-upgrade",
+                Some("base"),
+                2,
+                json!({ "stored_bytes": 12_345_678, "expires": Timestamp::from_second(NOW + 3 * 86_400).unwrap() }),
+            ),
             snapshot("after", Some("before-upgrade"), 1, json!({ "pause_us": 212_000, "keep": true })),
             snapshot("other", Some("base"), 1, json!({ "power": "off", "mode": "off", "pause_us": null })),
         ],

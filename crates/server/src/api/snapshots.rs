@@ -29,7 +29,7 @@ pub(super) async fn show(State(app): Shared, Segment(text): Segment) -> Result<J
     app.read(move |engine| engine.snapshot(&address)).await
 }
 
-/// Change name, note or keep; the operation's result is a `Renamed`
+/// Change name, note, keep or expiry; the operation's result is a `Renamed`
 #[utoipa::path(patch, path = "/v1/snapshots/{address}", tag = "snapshots", operation_id = "edit_snapshot",
     params(("address" = String, Path, description = "Address")), request_body = Edit,
     responses((status = 202, description = "Started", body = OperationView)))]

@@ -12,3 +12,11 @@ CREATE TABLE IF NOT EXISTS clock (
     boot   TEXT NOT NULL,
     jumped INTEGER
 ) STRICT;
+
+CREATE TABLE IF NOT EXISTS expiry (
+    snapshot TEXT PRIMARY KEY,
+    after    INTEGER NOT NULL,
+    since    INTEGER NOT NULL,
+    jumped   INTEGER,
+    spent    INTEGER NOT NULL
+) STRICT;

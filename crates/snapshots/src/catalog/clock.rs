@@ -45,6 +45,11 @@ pub(crate) fn last_jump(tx: &Transaction<'_>) -> Result<Option<Timestamp>> {
     Ok(jumped.map(|at| Timestamp::from_millisecond(at).unwrap_or(Timestamp::MAX)))
 }
 
+/// When the clock was last seen to jump, as last looked at, in milliseconds.
+pub(crate) fn known_jump(tx: &Transaction<'_>) -> Result<Option<i64>> {
+    Ok(one(tx.query_row("SELECT jumped FROM clock", [], |row| row.get(0)))?.flatten())
+}
+
 /// Milliseconds since the host's boot, sleep included. Nobody can set it.
 fn uptime() -> i64 {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();

@@ -5,7 +5,7 @@ use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{json_column, now, optional_json, time_column, to_json};
+use super::{Expiry, json_column, now, optional_json, time_column, to_json};
 use crate::error::{Code, Error, Result};
 use crate::types::OpState;
 
@@ -27,7 +27,30 @@ pub(crate) enum Act {
     /// Copy a machine into this group, by its id.
     Regroup { target: String, group: String },
     /// Write the text of a snapshot, as far as it is given.
-    WriteSnapshot { id: String, name: Option<String>, note: Option<String>, keep: Option<bool> },
+    WriteSnapshot {
+        id: String,
+        name: Option<String>,
+        note: Option<String>,
+        keep: Option<bool>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expiry: Option<Until>,
+    },
+}
+
+/// How long [`Act::WriteSnapshot`] lets a snapshot stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Until {
+    /// Until somebody removes it.
+    Removed,
+    /// Until it expires.
+    Expired(Expiry),
+}
+
+impl From<Option<Expiry>> for Until {
+    fn from(expiry: Option<Expiry>) -> Self {
+        expiry.map_or(Self::Removed, Self::Expired)
+    }
 }
 
 impl Act {

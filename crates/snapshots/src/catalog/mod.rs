@@ -5,6 +5,7 @@
 
 mod clock;
 mod damaged;
+mod expiry;
 mod groups;
 mod journal;
 mod layers;
@@ -26,8 +27,9 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 
 pub(crate) use clock::last_jump;
+pub(crate) use expiry::{Expiring, Expiry};
 pub(crate) use groups::{DEFAULT_GROUP, GroupRow, no_group};
-pub(crate) use journal::{Act, OpRow, Things};
+pub(crate) use journal::{Act, OpRow, Things, Until};
 pub(crate) use layers::{BaseStamp, LayerRow};
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
 pub(crate) use targets::{ProcessRow, Suspended, TargetRow};

@@ -258,6 +258,7 @@ impl SnapshotRow {
         )?;
         tx.execute("DELETE FROM snapshot_disks WHERE snapshot = ?1", [id])?;
         tx.execute("DELETE FROM damaged WHERE snapshot = ?1", [id])?;
+        Self::set_expiry(tx, id, None)?;
         tx.execute("DELETE FROM snapshots WHERE id = ?1", [id])?;
         Ok(())
     }

@@ -47,6 +47,8 @@ pub enum Act {
     TakeOff,
     /// `rm` of a snapshot in the middle.
     Rm,
+    /// A snapshot in the middle expires, a second after the command that asks for it.
+    Expire,
     /// `rm --tree`.
     RmTree,
     /// `rm` of the machine.
@@ -119,6 +121,11 @@ impl Act {
         )
     }
 
+    /// It happens after the command, by itself.
+    pub(super) fn comes_later(self) -> bool {
+        self == Act::Expire
+    }
+
     /// It is about whether there is a process at all.
     pub(super) fn switches(self) -> bool {
         matches!(self, Act::Start | Act::Stop | Act::Kill)
@@ -186,6 +193,7 @@ impl Act {
             Act::GroupCreate => (format!("group create g{number}"), "group create", was()),
             Act::GroupRm => (format!("group rm g{number} --yes"), "group rm", was()),
             Act::Rm => (format!("rm {m}@c2"), "rm", was().without("c2")),
+            Act::Expire => (format!("edit {m}@c2 --expire 1s"), "expire", was().without("c2")),
             Act::RmTree => (format!("rm {m}@c2 --tree --yes"), "rm", was().without("c3").without("c2")),
             Act::RmMachine => (format!("rm {m} --yes"), "rm", View::default()),
             Act::Edit => (format!("edit {m}@c2 --name {fresh} -m note"), "edit", was().renamed("c2", &fresh)),

@@ -149,7 +149,7 @@ impl Scene {
         }
         // A daemon that has died is no longer asked: the marker is there for good.
         while !marker.exists() {
-            if Instant::now() > deadline || command.has_ended() {
+            if Instant::now() > deadline || command.has_ended() && !act.comes_later() {
                 let ended = command.end();
                 return Err(Violation::Wrong(format!(
                     "the step was not reached: {:?} {}",

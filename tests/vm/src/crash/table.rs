@@ -108,6 +108,7 @@ pub const ROWS: &[Row] = &[
     ),
     row(Act::TakeOff, &["journal.begun", "take.overlays", "take.written"], &["take.stored"]),
     row(Act::Rm, &["journal.begun", "rm.written"], &[]),
+    row(Act::Expire, &["expire.written"], &[]),
     row(Act::RmTree, &["rm.written"], &["journal.begun"]),
     row(Act::RmMachine, &["rm.written"], &["journal.begun"]),
     row(Act::Edit, &["journal.begun", "edit.written"], &[]),
