@@ -27,7 +27,7 @@ use crate::warm::{self, Hashing, Image, THREADS, Tmpfs, Took};
 const ROUNDS: u64 = 11;
 
 /// Of so many rounds one will do for two sources.
-const PATIENCE: u64 = 20;
+const PATIENCE: u64 = 10;
 
 /// How much faster two threads hash than one, at least, on a machine that has two cores for them. A round in which it has not says
 /// nothing about the store and is not counted.
