@@ -16,6 +16,7 @@ use crate::map::{Forest, MAX_NODE, Node};
 use crate::pack::{
     At, Building, Entry, FRAME_MAGIC, HEADER, NewBody, Pack, Place, decode_frame, read_footer, read_layout,
 };
+use crate::planted::{Mistake, is_made};
 use crate::read::read_span;
 use crate::store::{Inner, Store};
 use crate::sync::{lock, read, write};
@@ -145,7 +146,7 @@ impl Inner {
             // Whatever has not moved is bad, but for what lies elsewhere too.
             let bad = self.index.in_pack(pack.number);
             done.lost += bad.len() as u64;
-            if !bad.is_empty() {
+            if !bad.is_empty() && !is_made(Mistake::LoseSilently) {
                 self.clock.lose();
             }
             self.index.retain(|place| place.pack != pack.number);

@@ -73,7 +73,8 @@ impl Store {
             store.rewrite(pack, level, plan.since, &mut go_on, &mut done)?;
             at += size(pack);
         }
-        if done.deleted + done.rewritten + done.compressed > 0 {
+        // Before the caller is told that an image may go: its pack must not come back without it.
+        if done.deleted + done.rewritten + done.compressed > 0 || !done.left.is_empty() {
             store.disk.sync_folder(&store.folder).map_err(Error::io("sync", &store.folder))?;
         }
         done.left.sort_unstable();
