@@ -2,6 +2,7 @@
 //! that come and go, repairs, crashes and openings. What is damaged on purpose may be lost; then it is reported, and never are other
 //! bytes read than were put.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,8 @@ use proptest::prelude::*;
 
 use super::crash_disk::{CrashDisk, Survive};
 use super::{SMALL, names, pages};
+use crate::map::Forest;
+use crate::pack::{Body, Entry, HEADER, PackId, read_footer, read_layout};
 use crate::*;
 
 #[derive(Clone, Debug)]
@@ -102,8 +105,8 @@ type OpenSession = (Box<dyn Session>, Vec<u64>, Vec<PageHash>, Hold);
 struct Kept {
     root: MapRoot,
     numbers: Vec<u64>,
-    /// Something was damaged on purpose that this map needs.
-    harmed: bool,
+    /// What it needs: pages and nodes.
+    needs: HashSet<Fingerprint>,
 }
 
 struct World {
@@ -112,8 +115,8 @@ struct World {
     session: Option<OpenSession>,
     plan: Option<GcPlan>,
     kept: Vec<Kept>,
-    /// Something was damaged on purpose.
-    harmed: bool,
+    /// A copy of these was damaged on purpose. A collector may keep just that one: it does not read what it leaves where it is.
+    harmed: HashSet<Fingerprint>,
 }
 
 fn open(disk: &CrashDisk) -> Result<Store> {
@@ -144,7 +147,7 @@ impl World {
     fn new() -> Self {
         let disk = CrashDisk::default();
         let store = open(&disk).unwrap();
-        Self { store, disk, session: None, plan: None, kept: Vec::new(), harmed: false }
+        Self { store, disk, session: None, plan: None, kept: Vec::new(), harmed: HashSet::new() }
     }
 
     fn roots(&self) -> Vec<MapRoot> {
@@ -156,34 +159,27 @@ impl World {
         Purpose { origin: Origin([1; 16]), images }
     }
 
-    /// Which maps the damage so far has hit: those that a store which is opened now cannot read.
-    fn look_at_the_harm(&mut self) {
-        if !self.harmed {
-            return;
-        }
-        let fresh = open(&self.disk.after_crash(Survive::Everything));
-        for kept in self.kept.iter_mut().filter(|kept| !kept.harmed) {
-            let readable = |store: &Store| reads(store, &kept.root, &kept.numbers);
-            kept.harmed = !fresh.as_ref().is_ok_and(readable) || !readable(&self.store);
-        }
-    }
-
     /// Damage may be met by whatever is done, if there is any.
     fn forgive<T>(&self, result: Result<T>) -> Result<Option<T>> {
         match result {
             Ok(done) => Ok(Some(done)),
-            Err(e) if self.harmed && (e.is_damage() || matches!(e, Error::SessionFailed)) => Ok(None),
+            Err(e) if !self.harmed.is_empty() && (e.is_damage() || matches!(e, Error::SessionFailed)) => {
+                Ok(None)
+            }
             Err(e) => Err(e),
         }
     }
 
     /// A root is recorded, if nothing that it may need was given up.
-    fn keep(&mut self, root: MapRoot, numbers: Vec<u64>, hold: &Hold) {
+    fn keep(&mut self, root: MapRoot, hashes: &[PageHash], numbers: Vec<u64>, hold: &Hold) {
         if hold.check().is_ok() {
-            self.kept.push(Kept { root, numbers, harmed: false });
-            self.look_at_the_harm();
+            let forest = Forest::read(&self.store.inner, &[root]).unwrap();
+            let nodes = forest.nodes().iter().map(|node| node.name);
+            let missing = forest.missing.iter().map(|missing| missing.name);
+            let needs = hashes.iter().copied().chain(nodes).chain(missing).map(|name| name.fingerprint());
+            self.kept.push(Kept { root, needs: needs.collect(), numbers });
         } else {
-            assert!(self.harmed, "something was given up, and nothing was damaged");
+            assert!(!self.harmed.is_empty(), "something was given up, and nothing was damaged");
         }
     }
 
@@ -207,7 +203,7 @@ impl World {
                 if let Some((session, numbers, hashes, hold)) = self.session.take() {
                     let done = session.put_map(&hashes).and_then(|root| session.commit().map(|_| root));
                     if let Some(root) = self.forgive(done)? {
-                        self.keep(root, numbers, &hold);
+                        self.keep(root, &hashes, numbers, &hold);
                     }
                 }
             }
@@ -220,7 +216,7 @@ impl World {
                 let done = session.put_map(&hashes).and_then(|root| Ok((root, session.commit()?)));
                 if let Some((root, saved)) = self.forgive(done)? {
                     check_saved(&saved, &numbers);
-                    self.keep(root, numbers, &hold);
+                    self.keep(root, &hashes, numbers, &hold);
                 }
             }
             Step::Fork(at, n) => {
@@ -236,7 +232,7 @@ impl World {
                     });
                     // A user's image that has changed is not relied on any more, even where the block is as it was.
                     if let Some(root) = self.forgive(done)? {
-                        self.keep(root, numbers, &hold);
+                        self.keep(root, &hashes, numbers, &hold);
                     }
                 }
             }
@@ -281,11 +277,17 @@ impl World {
             Step::Damage(pack, at) => {
                 let packs = self.disk.packs();
                 if let Some(path) = packs.get(pack % packs.len().max(1)) {
+                    let harmed = self.lies_at(path, at);
+                    self.harmed.extend(harmed);
                     self.flip(path, at);
                 }
             }
             Step::Edit(at) => {
                 if self.disk.exists(&Image::Private.path()) {
+                    let numbers = Image::Private.numbers();
+                    let number = numbers[at % (numbers.len() * PAGE_SIZE) / PAGE_SIZE];
+                    let name = self.store.inner.names.page(&pages(&[number]).try_into().unwrap());
+                    self.harmed.insert(name.fingerprint());
                     self.flip(&Image::Private.path(), at);
                 }
             }
@@ -301,8 +303,25 @@ impl World {
         let len = bytes.len();
         bytes[at % len] ^= 1 << (at % 8);
         self.disk.replace(path, &bytes);
-        self.harmed = true;
-        self.look_at_the_harm();
+    }
+
+    /// What a byte of a pack belongs to: a page, the pages of frames, the nodes, or all of it.
+    fn lies_at(&self, path: &Path, at: usize) -> HashSet<Fingerprint> {
+        let file = disk::Disk::open(&self.disk, path).unwrap();
+        let id = u64::from_str_radix(path.file_stem().unwrap().to_str().unwrap(), 16).unwrap();
+        let layout = read_layout(&*file, PackId(id), &self.store.inner.names.fingerprint);
+        // What cannot be read was all of it damaged before.
+        let Ok(layout) = layout else { return HashSet::new() };
+        let Ok(entries) = read_footer(&*file, &layout) else { return HashSet::new() };
+        let at = at as u64 % layout.len;
+        let is_hit = |entry: &Entry| match entry.at.slot() {
+            _ if at < HEADER || at >= layout.node_end => true,
+            Some(slot) if at < layout.node_offset => {
+                layout.body != Body::Raw || u64::from(slot) == (at - HEADER) / PAGE_SIZE as u64
+            }
+            slot => slot.is_none() && at >= layout.node_offset,
+        };
+        entries.iter().filter(|entry| is_hit(entry)).map(|entry| entry.name).collect()
     }
 
     fn open_again(&mut self, disk: CrashDisk) -> Result<()> {
@@ -316,7 +335,7 @@ impl World {
     fn check(&self) {
         for kept in &self.kept {
             let fine = reads(&self.store, &kept.root, &kept.numbers);
-            assert!(fine || kept.harmed, "{:?} is lost", kept.root);
+            assert!(fine || !kept.needs.is_disjoint(&self.harmed), "{:?} is lost", kept.root);
         }
     }
 
@@ -330,7 +349,7 @@ impl World {
             let fine = reads(&self.store, &kept.root, &kept.numbers);
             assert!(fine || named, "{:?} cannot be read, and the report does not say so", kept.root);
         }
-        assert!(self.harmed || report.damage.is_empty(), "{report:?}");
+        assert!(!self.harmed.is_empty() || report.damage.is_empty(), "{report:?}");
     }
 }
 
@@ -351,7 +370,7 @@ fn play(steps: Vec<Step>) -> std::result::Result<(), TestCaseError> {
     world.open_again(world.disk.clone())?;
     world.check();
     world.check_report();
-    if !world.harmed {
+    if world.harmed.is_empty() {
         // Whatever happened: with no root left, nothing is left.
         let leaving = vec![Image::Shared.label().into(), Image::Private.label().into()];
         let request = GcRequest { leaving, ..GcRequest::default() };
