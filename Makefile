@@ -32,12 +32,14 @@ test: guest old-qemu check unit instructions vm
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy -p spinney-pages --all-targets --features schedules --locked -- -D warnings
 	scripts/crates.sh
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny check bans licenses sources; \
 	else echo 'cargo-deny is not installed: licences and bans are not checked'; fi
 
 unit:
 	$(CARGO) test --locked
+	$(CARGO) test --locked -p spinney-pages --features schedules --lib schedules
 
 # Instructions of the page store's hot paths against crates/pages/instructions.txt.
 instructions: setup

@@ -8,7 +8,7 @@ use crate::map::{Child, Forest};
 use crate::pack::{Entry, Pack, Place, Refused, read_footer, read_layout};
 use crate::read::read_span;
 use crate::store::{Inner, Store};
-use crate::sync::read;
+use crate::sync::{Mutex, lock, read};
 use crate::threads::side_by_side;
 use crate::{MapRoot, PAGE_SIZE, PageHash};
 
@@ -75,7 +75,7 @@ impl Store {
             let labels = lost.iter().cloned().collect();
             report.damage.push(Damage { what: format!("pack {name}"), problem: problem.to_string(), labels });
         }
-        report.damaged_packs = (aside.len() + found.len()) as u64;
+        report.damaged_packs = (aside.len() + found.iter().filter(|found| !found.gone).count()) as u64;
         report.damage.extend(found.into_iter().map(Found::into_damage));
         Ok(report)
     }
@@ -91,6 +91,8 @@ struct Found {
     /// The pack, or the image whose blocks it names.
     what: String,
     problem: String,
+    /// Its file is gone: there is nothing to save from it until it is back.
+    gone: bool,
     pages: HashSet<Place>,
     labels: BTreeSet<String>,
 }
@@ -111,7 +113,7 @@ impl Inner {
         go_on: &dyn Fn(u64) -> bool,
     ) -> Result<Option<Found>> {
         let found = |problem: String, pages| {
-            Some(Found { what: pack.in_words(), problem, pages, labels: BTreeSet::new() })
+            Some(Found { what: pack.in_words(), problem, gone: false, pages, labels: BTreeSet::new() })
         };
         let file = match self.open_pack(pack.number) {
             Ok(Some((_, file))) => file,
@@ -131,7 +133,9 @@ impl Inner {
             pages.map(|e| Place { pack: pack.number, at: e.at }).collect()
         };
         if let Err(Error::Io { source, .. }) = self.packs.body(pack) {
-            return Ok(found(format!("cannot be opened: {source}"), pages(&entries)));
+            let gone = source.kind() == std::io::ErrorKind::NotFound;
+            let found = found(format!("cannot be opened: {source}"), pages(&entries));
+            return Ok(found.map(|found| Found { gone, ..found }));
         }
         let bad = self.check_content(pack, &*file, entries, report, go_on)?;
         let count = |kind| bad.iter().filter(|entry| entry.kind() == kind).count();
@@ -171,12 +175,19 @@ impl Inner {
         let runs: Vec<&[Entry]> = pages.chunk_by(next).flat_map(|run| run.chunks(RUN)).collect();
         let mut bad: Vec<Entry> = Vec::new();
         let mut done = 0;
+        // Used again: the first touch of fresh memory takes longer than hashing what is read into it.
+        let buffers: Mutex<Vec<Vec<[u8; PAGE_SIZE]>>> = Mutex::default();
         for runs in runs.chunks(RUNS) {
             if !go_on(done) {
                 report.stopped = true;
                 return Ok(bad);
             }
-            let wrong = side_by_side(runs.iter(), |run| self.wrong_pages(pack, &*body, run));
+            let wrong = side_by_side(runs.iter(), |run| {
+                let mut bytes = lock(&buffers).pop().unwrap_or_default();
+                let wrong = self.wrong_pages(pack, &*body, run, &mut bytes);
+                lock(&buffers).push(bytes);
+                wrong
+            });
             bad.extend(wrong.into_iter().flatten());
             let count = runs.iter().map(|run| run.len() as u64).sum::<u64>();
             report.pages += count;
@@ -192,14 +203,23 @@ impl Inner {
     }
 
     /// Those of a run of pages that cannot be read, or are not what their names say.
-    fn wrong_pages(&self, pack: &Pack, body: &dyn DiskFile, run: &[Entry]) -> Vec<Entry> {
+    fn wrong_pages(
+        &self,
+        pack: &Pack,
+        body: &dyn DiskFile,
+        run: &[Entry],
+        bytes: &mut Vec<[u8; PAGE_SIZE]>,
+    ) -> Vec<Entry> {
         let Some(first) = run.first().and_then(|entry| entry.at.slot()) else { return Vec::new() };
-        let mut bytes = vec![[0; PAGE_SIZE]; run.len()];
-        if read_span(pack, body, first, &mut bytes).is_err() {
+        bytes.resize(run.len().max(bytes.len()), [0; PAGE_SIZE]);
+        let bytes = bytes.get_mut(..run.len()).unwrap_or_default();
+        if read_span(pack, body, first, bytes).is_err() {
             // A run that cannot be read as a whole may have good pages.
             return match run {
                 [entry] => vec![*entry],
-                _ => run.chunks(1).flat_map(|one| self.wrong_pages(pack, body, one)).collect(),
+                _ => {
+                    run.chunks(1).flat_map(|one| self.wrong_pages(pack, body, one, &mut Vec::new())).collect()
+                }
             };
         }
         let mut bad = Vec::new();

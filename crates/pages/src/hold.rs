@@ -1,10 +1,10 @@
 //! The store's clock, and who holds it: sessions and [`Hold`]s keep what was touched since they began.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Counts events, and knows which of them somebody still relies on. No relation to time.
 #[derive(Default)]

@@ -42,6 +42,7 @@ mod images;
 mod index;
 mod map;
 mod pack;
+mod planted;
 mod read;
 mod repair;
 mod segments;

@@ -17,6 +17,7 @@ use crate::pack::{
     At, Building, Entry, FRAME_MAGIC, HEADER, MAX_FRAME_PAGES, NewBody, Pack, Place, decode_frame,
     frame_bytes, is_raw, read_footer, read_layout,
 };
+use crate::planted::{Mistake, is_made};
 use crate::read::read_span;
 use crate::store::{Inner, Store};
 use crate::sync::{lock, read, write};
@@ -145,7 +146,7 @@ impl Inner {
             let _gate = write(&self.gate);
             self.index.set(&moved);
             done.lost += bad as u64;
-            if bad > 0 {
+            if bad > 0 && !is_made(Mistake::LoseSilently) {
                 self.clock.lose();
             }
             pack.retire();

@@ -5,8 +5,7 @@
 //! is stored once. Map nodes wait in memory until their pack is closed.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
 use crate::fault::step;
@@ -15,7 +14,7 @@ use crate::index::{ATTEMPTS, Table};
 use crate::map;
 use crate::pack::{At, Building, Entry, Layout, NewBody, Pack, Place, Slots};
 use crate::store::{Cause, Inner, Relying};
-use crate::sync::lock;
+use crate::sync::{AtomicBool, Mutex, Ordering, lock};
 use crate::threads::side_by_side;
 use crate::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, Purpose, Saved, Session};
 

@@ -5,8 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 
 use crate::disk::{Disk, HostDisk};
 use crate::error::{Error, Problem, Result};
@@ -15,7 +14,9 @@ use crate::hold::{Clock, Hold};
 use crate::index::{Index, Runs};
 use crate::map::NodeCache;
 use crate::pack::{Entry, Pack, PackId, Packs, Place, Refused, read_footer, read_layout};
+use crate::planted::{Mistake, is_made};
 use crate::session::Writer;
+use crate::sync::{Mutex, Ordering, RwLock};
 use crate::{Fingerprint, MapRoot, PageHash, PageStore, Purpose, Session};
 
 /// A group's page store, in a folder that this process has for itself. Clones are the same store.
@@ -31,25 +32,12 @@ pub(crate) struct Limits {
     pub(crate) pack_pages: u32,
     /// Bytes of nodes after which a pack is closed.
     pub(crate) node_bytes: usize,
-    /// Planted fault: the collector does not care what sessions rely on.
-    #[cfg(test)]
-    pub(crate) ignore_sessions: bool,
-    /// Planted fault: an image that goes takes with it what is needed of it.
-    #[cfg(test)]
-    pub(crate) leave_nothing: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // 1 GiB of pages; nodes wait in memory for the end of their pack.
-        Self {
-            pack_pages: 262_144,
-            node_bytes: 8 << 20,
-            #[cfg(test)]
-            ignore_sessions: false,
-            #[cfg(test)]
-            leave_nothing: false,
-        }
+        Self { pack_pages: 262_144, node_bytes: 8 << 20 }
     }
 }
 
@@ -201,7 +189,7 @@ impl Store {
     }
 }
 
-static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(1);
+static NEXT_INSTANCE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
 
 impl PageStore for Store {
     fn begin_for(&self, purpose: &Purpose) -> Result<Box<dyn Session>> {
@@ -306,11 +294,7 @@ impl Inner {
 
     /// A session relies on the pack, or has since a collection with this start was planned.
     pub(crate) fn is_relied_on(&self, pack: &Pack, since: u64) -> bool {
-        #[cfg(test)]
-        if self.limits.ignore_sessions {
-            return false;
-        }
-        pack.touched() >= since
+        pack.touched() >= since && !is_made(Mistake::IgnoreTouches)
     }
 
     pub(crate) fn set_aside_names(&self) -> Vec<String> {
@@ -320,7 +304,7 @@ impl Inner {
     /// Looks names up for a session that will rely on the answer: packs with a hit are safe from any collection that was
     /// planned before or is planned while the session lives. A name in a pack that is about to go counts as unknown.
     pub(crate) fn rely_on(&self, who: &Relying, names: &[PageHash], known: &mut [Option<Cause>]) {
-        let _gate = crate::sync::read(&self.gate);
+        let _gate = (!is_made(Mistake::NoGate)).then(|| crate::sync::read(&self.gate));
         let now = self.clock.now();
         let mut last: Option<(u32, Option<Cause>)> = None; // hits mostly come from one pack after the other
         self.index.lookup(names, |i, place, pack| {

@@ -1,12 +1,11 @@
 //! Work on a few items side by side.
 
-use std::sync::Mutex;
 use std::thread;
 
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Threads at most: more syncs than that at once help no disk that we know.
-const THREADS: usize = 4;
+const THREADS: usize = if cfg!(feature = "schedules") { 1 } else { 4 };
 
 /// Runs `act` on every item; what it returned comes back in the order of the items. With fewer threads than there might be it takes
 /// longer, and nothing else.

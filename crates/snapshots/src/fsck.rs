@@ -191,6 +191,7 @@ impl Engine {
             }
             cx.advance(1);
         }
+        name_once(report);
         Ok(())
     }
 
@@ -280,3 +281,24 @@ fn label(snapshot: &SnapshotRow) -> String {
     let name = snapshot.full_name();
     if snapshot.removed.is_some() { format!("{name} (removed)") } else { name }
 }
+
+/// A file that is wrong as a disk layer and as an image of the page store is one thing that is wrong.
+fn name_once(report: &mut FsckReport) {
+    let (images, mut others): (Vec<Damage>, Vec<Damage>) =
+        std::mem::take(&mut report.damage).into_iter().partition(|damage| damage.what.starts_with(IMAGE));
+    for image in images {
+        let file = image.what.strip_prefix(IMAGE).unwrap_or_default();
+        match others.iter_mut().find(|damage| damage.what == file) {
+            Some(layer) => {
+                layer.snapshots.extend(image.snapshots);
+                layer.snapshots.sort_unstable();
+                layer.snapshots.dedup();
+            }
+            None => others.push(image),
+        }
+    }
+    report.damage = others;
+}
+
+/// What the page store calls a file whose blocks are pages.
+const IMAGE: &str = "the image ";

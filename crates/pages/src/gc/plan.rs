@@ -8,6 +8,7 @@ use crate::MapRoot;
 use crate::error::{Error, Result};
 use crate::map::Child;
 use crate::pack::{At, Body, ENTRY, Pack};
+use crate::planted::{Mistake, is_made};
 use crate::store::{Inner, Store};
 use crate::sync::lock;
 
@@ -134,8 +135,7 @@ impl Store {
             match pack.layout.image() {
                 None => plan.add(&pack, live, relied_on, self.inner.is_cold(&pack, request.compress)),
                 Some(image) if request.leaving.contains(&image.label) => {
-                    #[cfg(test)]
-                    let live = if self.inner.limits.leave_nothing { Live::default() } else { live };
+                    let live = if is_made(Mistake::LeaveNothing) { Live::default() } else { live };
                     plan.leave(&pack, &image.label, live, relied_on);
                 }
                 Some(_) => {}

@@ -20,7 +20,7 @@ mod table;
 pub(crate) mod synthetic;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 pub(crate) use mapping::Mapping;
 pub(crate) use run::Run;
@@ -28,7 +28,8 @@ pub(crate) use runs::Runs;
 pub(crate) use table::Table;
 
 use crate::pack::{At, Entry, Pack, Packs, Place, View};
-use crate::sync::{read, write};
+use crate::planted::{Mistake, is_made};
+use crate::sync::{RwLock, read, write};
 use crate::{Fingerprint, PAGE_SIZE, PageHash};
 
 pub(crate) use mapping::map;
@@ -92,6 +93,7 @@ impl Index {
     pub(crate) fn lookup(&self, names: &[PageHash], mut found: impl FnMut(usize, Place, &Arc<Pack>)) {
         let mut on_images: Vec<(usize, Place, Arc<Pack>)> = Vec::new();
         let mut todo: Vec<(usize, Fingerprint)> = Vec::with_capacity(names.len());
+        let too_early = is_made(Mistake::RunsFirst).then(|| self.runs.all());
         let view = {
             let shards = self.shards.each_ref().map(read);
             // As long as the shards are locked no name moves: this view has all packs that they speak of.
@@ -113,7 +115,7 @@ impl Index {
             view
         };
         // After memory: what leaves it is in a run already, and may be in a pack that is younger than the view.
-        let (runs, later) = (self.runs.all(), self.packs.view());
+        let (runs, later) = (too_early.unwrap_or_else(|| self.runs.all()), self.packs.view());
         for run in runs.iter() {
             if todo.is_empty() {
                 break;
@@ -266,7 +268,7 @@ impl Index {
             copied,
             |(name, _)| *name,
             |table, (name, place)| {
-                if table.get(*name) == Some(*place) {
+                if table.get(*name) == Some(*place) || is_made(Mistake::ForgetChanged) {
                     table.remove(*name);
                 }
             },

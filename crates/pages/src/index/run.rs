@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Mapping;
 use crate::Fingerprint;
 use crate::codec::Reader;
 use crate::error::Problem;
 use crate::pack::{At, PackId, Place, seal, unseal};
+use crate::sync::{AtomicBool, Ordering};
 
 const MAGIC: &[u8; 8] = b"SPININDX";
 const END_MAGIC: &[u8; 8] = b"SPINXEND";

@@ -7,8 +7,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 
 use super::merge::merge;
 use super::run::{ENTRY, Encoder, HEADER};
@@ -16,7 +15,8 @@ use super::{Index, Run, rank};
 use crate::disk::Disk;
 use crate::error::{Error, Problem, Result};
 use crate::pack::{PackId, Packs};
-use crate::sync::{lock, read, write};
+use crate::planted::{Mistake, is_made};
+use crate::sync::{AtomicBool, Mutex, Ordering, RwLock, lock, read, write};
 
 /// Names that memory may keep: 1 MiB and some.
 const ENOUGH: usize = 32 << 10;
@@ -147,9 +147,14 @@ impl Index {
         // Before memory is copied: all names of these are in it, or in a run. Of a pack that is published while memory is copied only
         // some may be, so it waits for the next time.
         let view = self.packs.view();
-        let whole: HashSet<u32> =
-            view.iter().filter(|pack| pack.is_published()).map(|pack| pack.number).collect();
+        let published = || -> HashSet<u32> {
+            view.iter().filter(|pack| pack.is_published()).map(|pack| pack.number).collect()
+        };
+        let mut whole = published();
         let mut copied = self.copy_memory();
+        if is_made(Mistake::PublishedLate) {
+            whole = published();
+        }
         copied.retain(|(_, place)| whole.contains(&place.pack));
         let old = runs.all();
         let mut names = copied.len();

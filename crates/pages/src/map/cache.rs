@@ -1,11 +1,11 @@
 //! Decoded nodes that were used lately.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::Node;
 use crate::PageHash;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Nodes in one generation; two generations of full nodes take about 1 MiB.
 const GENERATION: usize = 256;

@@ -74,7 +74,11 @@ impl Image {
 
     /// Where the file is, for a store in `folder`.
     pub(crate) fn file(&self, folder: &Path) -> PathBuf {
-        folder.join(&self.path)
+        // People read it.
+        match (self.path.strip_prefix(".."), folder.parent()) {
+            (Ok(beside), Some(parent)) => parent.join(beside),
+            _ => folder.join(&self.path),
+        }
     }
 }
 

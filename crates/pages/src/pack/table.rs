@@ -2,13 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
 
 use super::Layout;
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
-use crate::sync::{lock, read, write};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, RwLock, lock, read, write};
 
 /// A sealed pack.
 pub(crate) struct Pack {

@@ -5,11 +5,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::disk::{Disk, DiskFile};
 use crate::index::Mapping;
-use crate::sync::lock;
+
+/// A lock of the system's whatever the feature `schedules` says: to threads a disk does one thing after the other.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Syncs that are reported as done and not done, to see the checks fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -112,7 +116,10 @@ impl CrashDisk {
                     put(&mut durable, offset + i * 4096, part);
                 }
             }
-            files.insert(number, Content { live: durable.clone(), durable, pending: Vec::new(), changes: 0 });
+            files.insert(
+                number,
+                Content { live: durable.clone(), durable, pending: Vec::new(), changes: content.changes },
+            );
         }
         let state = State { names: names.clone(), durable_names: names, files, ..State::default() };
         Self(Arc::new(Mutex::new(state)))
@@ -121,6 +128,15 @@ impl CrashDisk {
     /// Paths of all files but those of the index.
     pub(crate) fn paths(&self) -> Vec<PathBuf> {
         lock(&self.0).names.keys().filter(|path| !path.starts_with("/index")).cloned().collect()
+    }
+
+    /// Paths of all packs in the order in which they were begun; their names are random.
+    pub(crate) fn packs(&self) -> Vec<PathBuf> {
+        let state = lock(&self.0);
+        let packs = state.names.iter().filter(|(path, _)| path.extension().is_some_and(|end| end == "pack"));
+        let mut packs: Vec<(u64, PathBuf)> = packs.map(|(path, number)| (*number, path.clone())).collect();
+        packs.sort_unstable();
+        packs.into_iter().map(|(_, path)| path).collect()
     }
 
     /// Paths of the files of the index.
@@ -139,6 +155,10 @@ impl CrashDisk {
         );
         state.names.insert(path.to_owned(), number);
         state.durable_names.insert(path.to_owned(), number);
+    }
+
+    pub(crate) fn exists(&self, path: &Path) -> bool {
+        lock(&self.0).names.contains_key(path)
     }
 
     pub(crate) fn bytes(&self, path: &Path) -> Vec<u8> {

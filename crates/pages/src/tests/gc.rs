@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::crash_disk::CrashDisk;
 use super::{SMALL, check_all, names, pages};
+use crate::planted::{Mistake, making};
 use crate::store::Limits;
 use crate::*;
 
@@ -102,10 +103,11 @@ fn what_a_session_relies_on_stays() {
 
 #[test]
 fn the_checks_notice_a_collector_that_ignores_sessions() {
-    let careless = Limits { ignore_sessions: true, ..SMALL };
-    hit_then_collect(careless, false).unwrap_err();
-    hit_then_collect(careless, true).unwrap_err();
-    hit_then_rewrite(careless).unwrap_err();
+    making(Some(Mistake::IgnoreTouches), || {
+        hit_then_collect(SMALL, false).unwrap_err();
+        hit_then_collect(SMALL, true).unwrap_err();
+        hit_then_rewrite(SMALL).unwrap_err();
+    });
 }
 
 #[test]

@@ -11,13 +11,14 @@ mod index;
 mod losses;
 mod model;
 mod repair;
+#[cfg(feature = "schedules")]
+mod schedules;
 
 use crate::store::Limits;
 use crate::{MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
 
 /// Small packs, so that a few pages make several.
-pub(crate) const SMALL: Limits =
-    Limits { pack_pages: 16, node_bytes: 4096, ignore_sessions: false, leave_nothing: false };
+pub(crate) const SMALL: Limits = Limits { pack_pages: 16, node_bytes: 4096 };
 
 /// A page that differs from those of other numbers; number 0 is the zero page.
 pub(crate) fn page(number: u64) -> Vec<u8> {
