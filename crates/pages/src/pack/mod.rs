@@ -12,7 +12,7 @@ mod table;
 pub(crate) use at::{At, Place};
 pub(crate) use build::{Building, NewBody, Slots};
 pub(crate) use footer::{ENTRY, Entry, decode as decode_footer, encode as encode_footer};
-pub(crate) use frame::{fit_checksums, seal, unseal};
+pub(crate) use frame::{TRAILER, fit_checksums, seal, unseal};
 pub(crate) use frames::{FRAME_MAGIC, Frames, decode_frame};
 pub(crate) use image::Image;
 pub(crate) use open::{Body, Layout, Refused, read_footer, read_layout};
