@@ -115,6 +115,23 @@ impl Run {
         true
     }
 
+    /// A file of these parts whose checksums fit, for fuzzing.
+    pub(crate) fn bytes_of(
+        group: &[u8; 16],
+        entries: &[u8],
+        bits: u8,
+        buckets: &[u8],
+        packs: &[u8],
+    ) -> Vec<u8> {
+        let content = [entries, buckets, packs].concat();
+        let mut trailer = END_MAGIC.to_vec();
+        for count in [entries.len() / ENTRY, usize::from(bits), packs.len() / ID] {
+            trailer.extend((count as u64).to_le_bytes());
+        }
+        trailer.extend(checksum_of(&content));
+        [Encoder::header(1, group), content, seal(trailer)].concat()
+    }
+
     /// Number of names.
     pub(crate) fn len(&self) -> usize {
         self.parts.entries

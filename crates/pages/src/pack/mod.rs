@@ -12,7 +12,7 @@ mod table;
 pub(crate) use at::{At, Place};
 pub(crate) use build::{Building, NewBody, Slots};
 pub(crate) use footer::{ENTRY, Entry, decode as decode_footer, encode as encode_footer};
-pub(crate) use frame::{MAX_FRAME_PAGES, fit_checksums, seal, unseal};
+pub(crate) use frame::{MAX_FRAME_PAGES, TRAILER, fit_checksums, seal, unseal};
 pub(crate) use frames::{FRAME_MAGIC, Frames, decode_frame, frame_bytes};
 pub(crate) use image::Image;
 pub(crate) use open::{Body, Layout, Refused, is_raw, read_footer, read_layout};

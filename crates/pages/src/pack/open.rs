@@ -211,23 +211,26 @@ pub(crate) fn read_footer(file: &dyn DiskFile, layout: &Layout) -> Result<Vec<En
         1 => footer::v1::decode(&bytes, layout.node_offset)?,
         _ => footer::decode(&bytes)?,
     };
-    let mut named = vec![false; layout.slots() as usize];
-    let mut pages = 0;
+    // Not a mark for each slot: an image may say of itself that it is as long as it likes.
+    let mut slots = Vec::with_capacity(entries.len());
     for entry in &entries {
         let len = u64::from(entry.len);
         if let Some(slot) = entry.at.slot() {
-            pages += 1;
-            match named.get_mut(slot as usize) {
-                Some(named) if !*named && len == PAGE_SIZE as u64 => *named = true,
-                _ => return Err(Problem::Field("place of a page")),
+            if slot >= layout.slots() || len != PAGE_SIZE as u64 {
+                return Err(Problem::Field("place of a page"));
             }
+            slots.push(slot);
         } else if let Some(offset) = entry.at.node_offset()
             && (offset + len > layout.node_end - layout.node_offset || len > MAX_NODE as u64)
         {
             return Err(Problem::Field("place of a node"));
         }
     }
-    if pages != layout.pages {
+    slots.sort_unstable();
+    if slots.windows(2).any(|pair| matches!(pair, [a, b] if a == b)) {
+        return Err(Problem::Field("place of a page"));
+    }
+    if slots.len() != layout.pages as usize {
         return Err(Problem::Field("page count"));
     }
     Ok(entries)

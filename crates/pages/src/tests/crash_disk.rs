@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -43,6 +44,12 @@ struct State {
     operations: u64,
     /// Every operation behind this one fails.
     last: Option<u64>,
+    /// So many bytes may still be written.
+    room: Option<u64>,
+    /// Nothing may be changed.
+    read_only: bool,
+    /// A stretch of a file that cannot be read.
+    bad_sectors: Option<(PathBuf, Range<usize>)>,
     names: BTreeMap<PathBuf, u64>,
     durable_names: BTreeMap<PathBuf, u64>,
     pending_names: Vec<NameChange>,
@@ -82,6 +89,20 @@ impl CrashDisk {
 
     pub(crate) fn operations(&self) -> u64 {
         lock(&self.0).operations
+    }
+
+    /// Leaves room for so many bytes more.
+    pub(crate) fn fill(&self, room: Option<u64>) {
+        lock(&self.0).room = room;
+    }
+
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        lock(&self.0).read_only = read_only;
+    }
+
+    /// Makes a stretch of a file unreadable.
+    pub(crate) fn rot(&self, bad: Option<(PathBuf, Range<usize>)>) {
+        lock(&self.0).bad_sectors = bad;
     }
 
     /// The disk as it is found after a crash now.
@@ -180,6 +201,9 @@ impl CrashDisk {
 impl State {
     /// Counts an operation. `Err` once the power has failed; the first one to fail may still reach the disk.
     fn change(&mut self, act: impl FnOnce(&mut Self)) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
         self.operations += 1;
         let behind = self.last.map_or(0, |last| self.operations.saturating_sub(last));
         if behind <= 1 {
@@ -282,13 +306,25 @@ impl DiskFile for CrashFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let state = lock(&self.disk.0);
         let range = offset as usize..offset as usize + buffer.len();
+        if let Some((path, bad)) = &state.bad_sectors
+            && state.names.get(path) == Some(&self.number)
+            && bad.start < range.end
+            && range.start < bad.end
+        {
+            return Err(rustix::io::Errno::IO.into());
+        }
         let bytes = state.files[&self.number].live.get(range).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(bytes);
         Ok(())
     }
 
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
-        lock(&self.disk.0).change(|state| {
+        let mut state = lock(&self.disk.0);
+        let wanted = parts.iter().map(|part| part.len() as u64).sum();
+        if let Some(room) = &mut state.room {
+            *room = room.checked_sub(wanted).ok_or(io::ErrorKind::StorageFull)?;
+        }
+        state.change(|state| {
             let bytes = parts.concat();
             let content = state.files.get_mut(&self.number).unwrap();
             put(&mut content.live, offset as usize, &bytes);

@@ -198,3 +198,17 @@ fn naming_stops_and_goes_on() {
     assert!(store.add_image(&other, &edit).is_err());
     assert_eq!(store.images().len(), 1);
 }
+
+/// The mistake this guards against: the caller removes the image's file as he is told, the power fails, and the image's pack is back. A
+/// session would then rely on blocks of a file that is gone.
+#[test]
+fn an_image_that_has_left_does_not_come_back_after_a_crash() {
+    for needed in [false, true] {
+        let (disk, store) = with_image(false);
+        let kept: Vec<_> = needed.then(|| take(&store, &on(&[]), &[1, 2]).0).into_iter().collect();
+        assert_eq!(leave(&store, &kept).left, ["a"]);
+        let store = open(&disk.after_crash(super::crash_disk::Survive::Nothing));
+        assert_eq!(store.images(), []);
+        check_all(&store, &kept).unwrap();
+    }
+}

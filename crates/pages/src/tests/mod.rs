@@ -1,5 +1,6 @@
 //! Tests of the whole store, on a real folder and on disks that fail.
 
+mod bad_days;
 mod basics;
 mod crash;
 mod crash_disk;
