@@ -24,6 +24,9 @@ impl Deref for Mapping {
     }
 }
 
+/// Files of this length at most are read ahead: 22 million names.
+const READ_AHEAD: usize = 512 << 20;
+
 /// Maps a file of the index, which lies in a folder that this process holds the lock of.
 ///
 /// # Errors
@@ -34,5 +37,9 @@ pub(crate) fn map(file: &File) -> io::Result<Mapping> {
     // process. Someone who cuts the file all the same, or a disk that cannot be read, ends this process by SIGBUS, as memmap2 says:
     // bytes that were read are never anything but bytes. The next start then reads the whole index before it maps it (`runs.rs`).
     let bytes = unsafe { memmap2::Mmap::map(file) }?;
+    if bytes.len() <= READ_AHEAD {
+        // A hint; without it every look-up of the first take after a start is a read of its own.
+        let _ = bytes.advise(memmap2::Advice::WillNeed);
+    }
     Ok(Mapping::Mapped(bytes))
 }
