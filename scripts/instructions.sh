@@ -70,6 +70,13 @@ if [ "${1-}" = --renew ]; then
     exit
 fi
 
+written=$(sed -n 's/.*with rustc //p' "$file")
+if [ "$written" != "$compiler" ]; then
+    say "not compared: the file is from rustc $written, this is $compiler. To renew it: scripts/instructions.sh --renew"
+    cat "$folder/counts"
+    exit
+fi
+
 bad=0
 while read -r path counted; do
     wanted=$(sed -n "s/^$path //p" "$file")
@@ -86,8 +93,6 @@ while read -r path counted; do
     fi
 done <"$folder/counts"
 if [ $bad != 0 ]; then
-    written=$(sed -n 's/.*with rustc //p' "$file")
-    [ "$written" = "$compiler" ] || say "the file is from rustc $written, this is $compiler"
     say "if that is meant: scripts/instructions.sh --renew"
     exit 1
 fi
