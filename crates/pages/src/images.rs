@@ -126,19 +126,21 @@ impl Store {
 
     /// The images that the store knows.
     pub fn images(&self) -> Vec<ImageInfo> {
-        let mut images: HashMap<String, (ImageInfo, u32)> = HashMap::new();
+        let mut images: HashMap<String, (ImageInfo, HashSet<u32>)> = HashMap::new();
         for pack in self.inner.packs.view().iter() {
             let Some(image) = pack.layout.image() else { continue };
             let fresh = || {
                 let path = pack.body_path().to_owned();
                 let info =
                     ImageInfo { label: image.label.clone(), path, pages: 0, whole: false, suspect: false };
-                (info, 0)
+                (info, HashSet::new())
             };
             let (info, parts) = images.entry(image.label.clone()).or_insert_with(fresh);
-            *parts += 1;
-            info.pages += u64::from(pack.layout.pages);
-            info.whole = *parts == image.parts;
+            // Two who named it at the same time have made a part twice.
+            if parts.insert(image.part) {
+                info.pages += u64::from(pack.layout.pages);
+            }
+            info.whole = parts.len() == image.parts as usize;
             info.suspect |= pack.is_suspect();
         }
         images.into_values().map(|(info, _)| info).collect()

@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Problem, Result};
 use crate::fsck::Report;
 use crate::map::{Forest, MAX_NODE, Node};
 use crate::pack::{
-    At, Building, Entry, FRAME_MAGIC, HEADER, MAX_FRAME_PAGES, NewBody, Pack, Place, decode_frame,
+    At, Building, Entry, FRAME_MAGIC, HEADER, Image, MAX_FRAME_PAGES, NewBody, Pack, Place, decode_frame,
     frame_bytes, is_raw, read_footer, read_layout,
 };
 use crate::planted::{Mistake, is_made};
@@ -185,7 +185,11 @@ impl Inner {
 
     /// Copies what is good in a pack to a new one, durably. Of an image only the names are kept: its blocks stay where they are.
     fn copy_good(&self, pack: &Pack, file: &dyn DiskFile, good: &[Entry]) -> Result<(Arc<Pack>, Vec<Entry>)> {
-        let body = pack.layout.image().map_or(NewBody::Raw, |image| NewBody::Image(image.clone()));
+        // Under another label: put back as it was, the file is looked through anew under its own.
+        let body = pack.layout.image().map_or(NewBody::Raw, |image| {
+            let label = format!("{} (mended)", image.label);
+            NewBody::Image(Arc::new(Image { label, ..Image::clone(image) }))
+        });
         let mut salvage = Salvage::begin(self, pack.layout.origin, body)?;
         let filled = good.iter().try_for_each(|entry| match (entry.at.slot(), pack.layout.image()) {
             (Some(_), Some(_)) => {

@@ -72,7 +72,7 @@ fn fresh(folder: &Path) -> (Store, Vec<MapRoot>) {
     // Frames: of pages that can be compressed, of some that cannot, and a last one that is not full.
     let framed = take(&store, 1, &(1..=18).chain([0, 0, 7]).chain(30..55).collect::<Vec<_>>());
     let compress = Some(Cold { age: Duration::ZERO, level: 3 });
-    let ask = || Ok::<_, pages::Error>(GcRequest { roots: vec![framed], leaving: Vec::new(), compress });
+    let ask = || Ok::<_, pages::Error>(GcRequest { roots: vec![framed], compress, ..GcRequest::default() });
     let done = store.run_gc(&store.plan_gc_with(ask).unwrap(), &|_, _| true).unwrap();
     assert_eq!(done.compressed, 1);
     // An image whose length is no multiple of a page.
@@ -149,7 +149,7 @@ fn a_second_program_reads_what_is_written_today() {
     // What a collection and a new version of old packs leave, too.
     let ask = || {
         let (roots, leaving) = (roots[1..].to_vec(), vec!["the disk".into()]);
-        Ok::<_, pages::Error>(GcRequest { roots, leaving, compress: None })
+        Ok::<_, pages::Error>(GcRequest { roots, leaving, ..GcRequest::default() })
     };
     let done = store.run_gc(&store.plan_gc_with(ask).unwrap(), &|_, _| true).unwrap();
     assert_eq!(done.left, ["the disk"]);

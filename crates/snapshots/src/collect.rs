@@ -152,7 +152,7 @@ impl Engine {
         let mut leaving: Vec<String> = store.images().into_iter().map(|image| image.label).collect();
         leaving.retain(|label| !staying.contains(label));
         let compress = now.then_some(pages::Cold { age: Duration::ZERO, level: LEVEL });
-        Ok(pages::GcRequest { roots, leaving, compress })
+        Ok(pages::GcRequest { roots, leaving, thorough: now, compress })
     }
 
     /// What happens in one group.

@@ -44,7 +44,13 @@ impl Engine {
         Ok(())
     }
 
-    fn hash_layer(&self, store: &Store, layer: &LayerRow, go_on: &dyn Fn() -> bool) -> Result<bool> {
+    /// Names the blocks of one layer. True if all of them are known in the end.
+    pub(crate) fn hash_layer(
+        &self,
+        store: &Store,
+        layer: &LayerRow,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<bool> {
         let file = self.layer_file(layer);
         let data = match layer.format.as_str() {
             "raw" => vec![Extent { offset: 0, bytes: u64::MAX }],

@@ -134,7 +134,13 @@ impl Engine {
         self.check_room_for_copy(row, &has, &old)?;
         self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!({}), || {
             let hold = new.hold();
-            let mut copies = Copies { roots: copy_memories(cx, row, &has, &old, new)?, layers: Vec::new() };
+            let images = self.name_images(cx, new, &has.layers);
+            let origin = crate::hash_layers::origin(&row.id);
+            let purpose_of_pages = pages::Purpose { origin, images };
+            let mut copies = Copies {
+                roots: copy_memories(cx, row, &has, &old, new, &purpose_of_pages)?,
+                layers: Vec::new(),
+            };
             let copied = self.copy_layers(cx, to, &has.layers, &mut copies.layers).and_then(|()| {
                 cx.check()?;
                 self.catalog.write(|tx| {
@@ -158,6 +164,19 @@ impl Engine {
         })?;
         step("regroup.written");
         Ok(())
+    }
+
+    /// Has the other group's store know the users' images under these layers, so that memory which is on them stays there. Returns what it
+    /// calls them. One that cannot be had costs the space of its pages and nothing else.
+    fn name_images(&self, cx: &Context, to: &Store, layers: &[LayerRow]) -> Vec<String> {
+        cx.phase("looking through disk images", 0);
+        let users = || layers.iter().filter(|layer| layer.is_users());
+        for layer in users() {
+            if let Err(error) = self.hash_layer(to, layer, &|| cx.check().is_ok()) {
+                tracing::debug!(image = layer.file, %error, "an image is not hashed");
+            }
+        }
+        users().map(LayerRow::image_label).collect()
     }
 
     /// Whoever has to copy all of it needs as much room again: what the other group has already nobody knows before its pages are named.
@@ -282,13 +301,14 @@ fn copy_memories(
     has: &Belongings,
     from: &Store,
     to: &Store,
+    purpose: &pages::Purpose,
 ) -> Result<HashMap<MapRoot, MapRoot>> {
     let mut roots = HashMap::new();
     if has.memories(row).next().is_none() {
         return Ok(roots);
     }
     cx.phase("copying memory", has.memories(row).map(|(_, memory)| memory_bytes(memory.roots())).sum());
-    let session = to.begin()?;
+    let session = to.begin_for(purpose)?;
     let mut copier = Copier { cx, from, session: session.as_ref(), leaves: HashMap::new() };
     for (name, memory) in has.memories(row) {
         for root in memory.roots() {

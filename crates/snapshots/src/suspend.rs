@@ -42,6 +42,8 @@ impl Engine {
         }
         self.check_room_for_pages(0)?;
         self.check_not_full(&row, Some(&running))?;
+        // Its process is all that still has these disks as they were: without it the machine could not be started again.
+        self.catalog.read(|tx| self.check_chains(tx, name, &TargetRow::disks(tx, &row.id)?))?;
         let was = self.look(&row)?.0;
         let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };
         self.journaled(cx, "suspend", name, Some(&row.id), &json!(plan), || {

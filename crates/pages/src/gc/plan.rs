@@ -36,6 +36,7 @@ pub struct GcPlan {
     pub(super) instance: u64,
     /// Level of zstd for what is compressed.
     pub(super) level: i32,
+    thorough: bool,
 }
 
 /// What a plan says about one pack.
@@ -72,6 +73,8 @@ pub struct GcRequest {
     pub roots: Vec<MapRoot>,
     /// Labels of images whose files are about to go: nothing is left on them.
     pub leaving: Vec<String>,
+    /// Packs of which a sixteenth is dead are worth rewriting; else half of it must be.
+    pub thorough: bool,
     /// Also compress packs that were not touched since they were written, if their files are older than this.
     pub compress: Option<Cold>,
 }
@@ -121,6 +124,7 @@ impl Store {
             rewrite: Vec::new(),
             compress: Vec::new(),
             level: request.compress.map_or(0, |cold| cold.level),
+            thorough: request.thorough,
             live_bytes: 0,
             dead_bytes: 0,
             freed_bytes: 0,
@@ -203,7 +207,8 @@ impl GcPlan {
         let dead_bytes = all.saturating_sub(live_bytes);
         self.live_bytes += live_bytes;
         self.dead_bytes += dead_bytes;
-        let mostly_dead = live_bytes == 0 || dead_bytes >= live_bytes;
+        let mostly_dead =
+            live_bytes == 0 || dead_bytes >= if self.thorough { (all / 16).max(1) } else { live_bytes };
         if !mostly_dead && !cold {
             return;
         }

@@ -63,10 +63,12 @@ impl Frames {
         Some((u64::from(*start) * 8, (end - start) as usize * 8))
     }
 
-    /// Bytes that a page takes, a part of its frame.
-    pub(crate) fn page_bytes(&self, slot: u32) -> u64 {
-        let (_, len) = self.range(self.find(slot).0).unwrap_or((0, 0));
-        (len as u64).div_ceil(u64::from(self.pages))
+    /// Bytes that a page takes, a part of its frame, in a pack of `pages` pages: the last frame may have fewer than the others.
+    pub(crate) fn page_bytes(&self, slot: u32, pages: u32) -> u64 {
+        let (frame, _) = self.find(slot);
+        let (_, len) = self.range(frame).unwrap_or((0, 0));
+        let own = pages.saturating_sub(frame.saturating_mul(self.pages)).clamp(1, self.pages);
+        (len as u64).div_ceil(u64::from(own))
     }
 }
 

@@ -117,7 +117,7 @@ impl Layout {
     pub(crate) fn page_bytes(&self, slot: u32) -> u64 {
         match &self.body {
             Body::Raw => PAGE_SIZE as u64,
-            Body::Frames(frames) => frames.page_bytes(slot),
+            Body::Frames(frames) => frames.page_bytes(slot, self.pages),
             Body::Image(_) => 0,
         }
     }

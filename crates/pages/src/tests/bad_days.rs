@@ -33,7 +33,7 @@ fn collect(store: &Store, kept: &[Kept], compress: bool) -> Result<GcDone> {
     let plan = store.plan_gc_with(|| {
         let compress = compress.then_some(Cold { age: Duration::ZERO, level: 1 });
         let roots = kept.iter().map(|(root, _)| *root).collect();
-        Ok::<_, Error>(GcRequest { roots, leaving: Vec::new(), compress })
+        Ok::<_, Error>(GcRequest { roots, compress, ..GcRequest::default() })
     })?;
     store.run_gc(&plan, &|_, _| true)
 }
@@ -127,8 +127,8 @@ fn a_clock_that_jumps_does_not_keep_packs_from_being_compressed() {
     let plan = |age| {
         let request = GcRequest {
             roots: vec![kept.0],
-            leaving: Vec::new(),
             compress: Some(Cold { age: Duration::from_secs(age), level: 1 }),
+            ..GcRequest::default()
         };
         store.plan_gc_with(|| Ok::<_, Error>(request)).unwrap().compress.len()
     };

@@ -63,7 +63,7 @@ fn work(disk: &CrashDisk, kept: &mut Kept) -> Result<()> {
     let compress = Some(Cold { age: Duration::ZERO, level: 1 });
     let plan = store.plan_gc_with(|| {
         let roots = kept.iter().map(|(root, _)| *root).collect();
-        Ok::<_, Error>(GcRequest { roots, leaving: vec!["disk".into()], compress })
+        Ok::<_, Error>(GcRequest { roots, leaving: vec!["disk".into()], compress, ..GcRequest::default() })
     })?;
     let done = store.run_gc(&plan, &|_, _| true)?;
     assert_eq!(done.left, ["disk"]);

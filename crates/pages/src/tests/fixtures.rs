@@ -67,7 +67,7 @@ fn every_version_is_read() {
         assert_eq!((saved.earlier + saved.other, saved.new), (known, 25 - known), "{version}");
         let plan = store.plan_gc(&[third]).unwrap();
         let done = store.run_gc(&plan, &|_, _| true).unwrap();
-        assert!(done.rewritten + done.deleted >= 2, "{version}: {done:?}");
+        assert!(done.rewritten + done.deleted >= 1, "{version}: {done:?}");
         let mut out = vec![0; 25 * PAGE_SIZE];
         store.read(&names, &mut out).unwrap();
         assert!(out == (30..55).flat_map(page).collect::<Vec<_>>());

@@ -205,3 +205,32 @@ fn everything_at_once() {
     });
     check_all(&store, &kept.into_inner().unwrap()).unwrap();
 }
+
+/// The last frame of a pack has fewer pages than the others: it was taken for mostly dead once, and rewritten by every collection.
+#[test]
+fn what_was_compressed_is_left_alone() {
+    let (_, store) = store(SMALL);
+    let roots = [take(&store, &[1]), take(&store, &(2..40).collect::<Vec<_>>())];
+    let collect = || {
+        let compress = Some(Cold { age: std::time::Duration::ZERO, level: 1 });
+        let request = GcRequest { roots: roots.to_vec(), compress, thorough: true, ..GcRequest::default() };
+        run(&store, &store.plan_gc_with(|| Ok::<_, Error>(request)).unwrap())
+    };
+    assert!(collect().compressed > 1);
+    let again = collect();
+    assert_eq!((again.rewritten, again.compressed, again.freed_bytes), (0, 0, 0));
+}
+
+#[test]
+fn a_thorough_collection_rewrites_what_is_mostly_alive() {
+    let (_, store) = store(SMALL);
+    let first = take(&store, &(1..15).collect::<Vec<_>>());
+    let second = take(&store, &(1..12).collect::<Vec<_>>());
+    let plan = |thorough| {
+        let request = GcRequest { roots: vec![second], thorough, ..GcRequest::default() };
+        store.plan_gc_with(|| Ok::<_, Error>(request)).unwrap()
+    };
+    assert_ne!(first, second);
+    assert_eq!((plan(false).rewrite.len(), plan(true).rewrite.len()), (0, 1));
+    assert!(run(&store, &plan(true)).freed_bytes >= 3 * PAGE_SIZE as u64);
+}

@@ -45,7 +45,7 @@ fn on(images: &[&str]) -> Purpose {
 fn leave(store: &Store, kept: &[(MapRoot, Vec<u64>)]) -> GcDone {
     let ask = || {
         let roots = kept.iter().map(|(root, _)| *root).collect();
-        Ok::<_, Error>(GcRequest { roots, leaving: vec!["a".into()], compress: None })
+        Ok::<_, Error>(GcRequest { roots, leaving: vec!["a".into()], ..GcRequest::default() })
     };
     store.run_gc(&store.plan_gc_with(ask).unwrap(), &|_, _| true).unwrap()
 }
@@ -159,7 +159,26 @@ fn an_edited_image_is_noticed_and_named() {
         let (_, saved) = take(&store, &on(&["a"]), &[2]);
         assert_eq!((saved.disk, saved.new), (0, 1));
         check_all(&store, std::slice::from_ref(&kept)).unwrap();
-        assert!(store.images().iter().any(|image| image.suspect));
+        assert_eq!(store.images().iter().any(|image| image.suspect), private);
+    }
+}
+
+/// A repair forgets what is bad of an image; the file put back, all of it is known again.
+#[test]
+fn an_image_that_is_put_back_is_looked_through_anew() {
+    let (disk, store) = with_image(true);
+    let (kept, _) = take(&store, &on(&["a"]), &[1, 2, 3]);
+    let whole = disk.bytes(Path::new("/layers/a"));
+    let mut bytes = whole.clone();
+    bytes[PAGE_SIZE + 5] ^= 1; // page 2
+    disk.replace(Path::new("/layers/a"), &bytes);
+    assert_eq!(store.repair(&[kept.0], &|| true).unwrap().lost, 1);
+    assert!(check_all(&store, std::slice::from_ref(&kept)).is_err());
+    disk.replace(Path::new("/layers/a"), &whole);
+    assert!(store.images().iter().all(|image| image.label != "a"), "its label is free");
+    assert!(store.add_image(&image(true), &|_, _| true).unwrap());
+    for store in [store, open(&disk)] {
+        check_all(&store, std::slice::from_ref(&kept)).unwrap();
     }
 }
 

@@ -28,7 +28,7 @@ fn collect(store: &Store, kept: &[Kept], leaving: &[&str]) -> GcDone {
     let ask = || {
         let roots = kept.iter().map(|(root, _)| *root).collect();
         let leaving = leaving.iter().map(|label| (*label).to_owned()).collect();
-        Ok::<_, Error>(GcRequest { roots, leaving, compress: None })
+        Ok::<_, Error>(GcRequest { roots, leaving, ..GcRequest::default() })
     };
     store.run_gc(&store.plan_gc_with(ask).unwrap(), &|_, _| true).unwrap()
 }

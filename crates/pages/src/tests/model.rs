@@ -243,7 +243,8 @@ impl World {
             }
             Step::Plan { compress } => {
                 let compress = compress.then_some(Cold { age: Duration::ZERO, level: 1 });
-                let request = GcRequest { roots: self.roots(), leaving: Vec::new(), compress };
+                let request =
+                    GcRequest { roots: self.roots(), compress, thorough: true, ..GcRequest::default() };
                 self.plan = self.forgive(self.store.plan_gc_with(|| Ok::<_, Error>(request)))?;
             }
             Step::Run => {
@@ -264,7 +265,7 @@ impl World {
             }
             Step::Leave(image) => {
                 let leaving = vec![image.label().to_owned()];
-                let request = GcRequest { roots: self.roots(), leaving, compress: None };
+                let request = GcRequest { roots: self.roots(), leaving, ..GcRequest::default() };
                 if let Some(plan) = self.forgive(self.store.plan_gc_with(|| Ok::<_, Error>(request)))? {
                     let done = self.store.run_gc(&plan, &|_, _| true)?;
                     if done.left == [image.label()] && self.disk.exists(&image.path()) {
