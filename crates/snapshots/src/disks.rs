@@ -105,10 +105,10 @@ impl Engine {
             && known != found
         {
             return Err(Error::new(Code::Damaged, format!("{} was changed behind our back", path.display()))
-                .because(format!(
-                    "it had {} bytes when the machine was made and has {} now, or was written to since",
-                    known.bytes, found.bytes
-                ))
+                .because(match (known.bytes, found.bytes) {
+                    (before, now) if before == now => "it was written to; its size is the same".to_owned(),
+                    (before, now) => format!("it had {before} bytes when it was last looked at, and has {now} now"),
+                })
                 .hint(format!(
                     "put it back as it was: disks made over it are only right together with it. If its content is the same, \
                      `spinney edit {machine} --accept-disks` takes it as it is now"

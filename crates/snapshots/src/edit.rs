@@ -136,9 +136,9 @@ impl Engine {
         if edit.note.is_some() || edit.keep.is_some() || edit.expire_seconds.is_some() {
             return Err(Error::new(
                 Code::Usage,
-                format!("{target} is a machine: only its name can be edited"),
+                format!("{target} is a machine: notes, --keep and --expire are for snapshots"),
             )
-            .hint(format!("notes, --keep and --expire belong to snapshots: {target}@NAME")));
+            .hint(format!("name the snapshot: {target}@NAME; `spinney tree {target}` shows them")));
         }
         if let Some(name) = &edit.name {
             check_name("machine", name)?;

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
 use pages::Store;
+use rusqlite::Transaction;
 
 use crate::catalog::{LayerRow, Memory, SnapshotRow, TargetRow};
 use crate::context::Context;
@@ -17,14 +18,13 @@ use crate::types::{Damage, FsckReport, GroupFsck};
 
 impl Engine {
     /// Reads every pack, map, device state and layer, and compares them with their names and with the catalog. With `repair`, what
-    /// can be mended is mended first, and snapshots that cannot are marked. Without, nothing is changed.
+    /// can be mended is mended first, and snapshots that cannot are marked. Without, nothing is changed, but for the marks of snapshots that
+    /// turn out to be whole again: they are taken away.
     pub fn fsck(&self, cx: &Context, repair: bool) -> Result<FsckReport> {
         let _alone = self.housekeep(cx)?;
         let mended = if repair { self.mend_pages(cx)? } else { Vec::new() };
         let report = FsckReport { mended, ..self.check_all(cx)? };
-        if repair {
-            self.mark_damaged(&report)?;
-        }
+        self.mark_damaged(&report, repair)?;
         Ok(report)
     }
 
@@ -71,14 +71,26 @@ impl Engine {
         Ok(said)
     }
 
-    /// Writes down which snapshots cannot be relied on.
-    fn mark_damaged(&self, report: &FsckReport) -> Result<()> {
+    /// Writes down which snapshots cannot be relied on; without `more` only of those that were marked before.
+    fn mark_damaged(&self, report: &FsckReport, more: bool) -> Result<()> {
         let groups = self.groups.all();
         let unusable = groups.iter().filter(|group| group.problem().is_some());
         let unseen: HashSet<String> = unusable.map(|group| group.row.id.clone()).collect();
+        let marked = |tx: &Transaction<'_>| {
+            let rows = SnapshotRow::all(tx)?;
+            let known =
+                rows.iter().map(|row| SnapshotRow::damage(tx, &row.id)).collect::<Result<Vec<_>>>()?;
+            Ok(known.iter().any(Option::is_some))
+        };
+        if !more && !self.catalog.read(marked)? {
+            return Ok(());
+        }
         self.catalog.write(|tx| {
             let mut damaged = Vec::new();
             for snapshot in SnapshotRow::all(tx)? {
+                if !more && SnapshotRow::damage(tx, &snapshot.id)?.is_none() {
+                    continue;
+                }
                 let group = TargetRow::by_id(tx, &snapshot.target)?.group;
                 if unseen.contains(&group) {
                     // What is known of it stays known.

@@ -84,7 +84,7 @@ impl Engine {
             step("undo.written");
             for name in stay {
                 cx.warn(format!(
-                    "{name} does not expire any more: its time was over; `spinney edit {name} --expire` gives it another"
+                    "{name} does not expire any more: its time was over; `spinney edit {name} --expire 7d` gives it another"
                 ));
             }
             Ok(())

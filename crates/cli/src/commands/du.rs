@@ -2,7 +2,7 @@
 
 use clap_complete::ArgValueCompleter;
 use server::Problem;
-use server::snapshots::{Du, GroupSpace, Saved};
+use server::snapshots::{Code, Du, GroupSpace, Saved};
 
 use crate::output::{Output, Style, bytes};
 use crate::session::Session;
@@ -26,6 +26,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
+    if args.without.iter().any(String::is_empty) {
+        return Err(Problem::new(Code::Usage, "--without needs the name of a snapshot"));
+    }
     let without = args
         .without
         .iter()
@@ -96,7 +99,7 @@ fn totals(space: &GroupSpace) -> Vec<String> {
         format!("disk layers      {}{}", bytes(space.disk_bytes), unknown(space)),
         format!("gc would free    {}", bytes(space.reclaimable)),
         format!("pinned by undo   {}", bytes(space.pinned_by_undo)),
-        format!("memory           {}", saved(&space.saved)),
+        format!("memory found     {}", saved(&space.saved)),
     ];
     lines.extend(space.problem.as_ref().map(|why| format!("unusable         {why}")));
     lines

@@ -53,7 +53,7 @@ pub(super) type Rows = Vec<(&'static str, String)>;
 
 pub(super) fn page(session: &Session, rows: &Rows) {
     // Prose is broken between words; what somebody may want to copy is left to the terminal.
-    const PROSE: [&str; 3] = ["note", "memory", "as it was"];
+    const PROSE: [&str; 3] = ["note", "memory found", "as it was"];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (mut name, value) in rows.iter().map(|(name, value)| (*name, value)) {
         let lines = match session.out.width {
