@@ -48,8 +48,10 @@ fn die_in_takes(mode: &str, card: Card, kills: usize) {
     for kill in 0..kills {
         // Something to save, so that takes are of one length.
         walk.play(Card::Mutate).unwrap();
-        // From before the request gets there to a little after its end.
-        let delay = Duration::from_millis(random.below(took * 5 / 4 + 60));
+        // From before the request gets there to a little after its end; early ones for certain, since a take may be over much sooner than
+        // the first one was.
+        let span = (took * 5 / 4 + 60) * (kill as u64 + 1) / kills as u64;
+        let delay = Duration::from_millis(random.below(span));
         let mut blow = |walk: &Walk, _: &mut Underway, port: &Path| {
             thread::sleep(delay);
             walk.spinney.kill_daemon();
