@@ -197,11 +197,7 @@ impl Inner {
         let (disk, group) = (&*self.disk, self.names.fingerprint);
         let mut building = Building::create(disk, &self.folder, group, Origin::default(), body)?;
         building.count_elsewhere(entries.len() as u32);
-        let sealed = building.seal(entries).and_then(|layout| {
-            let path = building.rename(disk)?;
-            disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))?;
-            Ok((layout, path))
-        });
+        let sealed = self.make_durable(&mut building, entries);
         let (layout, path) = sealed.inspect_err(|_| building.discard(disk))?;
         self.publish(path, layout, entries);
         Ok(())

@@ -425,12 +425,7 @@ impl<'a> Salvage<'a> {
     /// Makes it durable, if filling it went well. The index does not know of it yet.
     fn finish(mut self, filled: Result<()>) -> Result<(Arc<Pack>, Vec<Entry>)> {
         let store = self.store;
-        let sealed = filled.and_then(|()| {
-            let layout = self.building.seal(&mut self.entries)?;
-            let path = self.building.rename(&*store.disk)?;
-            store.disk.sync_folder(&store.folder).map_err(Error::io("sync", &store.folder))?;
-            Ok((layout, path))
-        });
+        let sealed = filled.and_then(|()| store.make_durable(&mut self.building, &mut self.entries));
         let (layout, path) = sealed.inspect_err(|_| self.building.discard(&*store.disk))?;
         Ok((store.packs.add(&store.home, path, layout, store.clock.now()), self.entries))
     }

@@ -5,6 +5,7 @@
 //! is stored once. Map nodes wait in memory until their pack is closed.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
@@ -360,8 +361,20 @@ impl Drop for Writer {
 }
 
 impl Inner {
+    /// Makes one pack durable: its content, then its name, then the folder that holds the name.
+    pub(crate) fn make_durable(
+        &self,
+        building: &mut Building,
+        entries: &mut [Entry],
+    ) -> Result<(Layout, PathBuf)> {
+        let layout = building.seal(entries)?;
+        let path = building.rename(&*self.disk)?;
+        self.disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))?;
+        Ok((layout, path))
+    }
+
     /// Adds a durable pack to table and index. Its names win over older places: it is newer than any plan.
-    pub(crate) fn publish(&self, path: std::path::PathBuf, layout: Layout, entries: &[Entry]) -> Arc<Pack> {
+    pub(crate) fn publish(&self, path: PathBuf, layout: Layout, entries: &[Entry]) -> Arc<Pack> {
         let pack = self.packs.add(&self.home, path, layout, self.clock.now());
         self.enter(&pack, entries);
         pack

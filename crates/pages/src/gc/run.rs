@@ -7,7 +7,7 @@ use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
 use crate::fault::step;
 use crate::map::{MAX_NODE, Node};
-use crate::pack::{At, Body, Building, Entry, Layout, NewBody, Pack, Place, read_footer};
+use crate::pack::{At, Body, Building, Entry, NewBody, Pack, Place, read_footer};
 use crate::read::{damaged, read_span};
 use crate::store::{Inner, Store};
 use crate::sync::{lock, write};
@@ -136,10 +136,13 @@ impl Inner {
             Err(e) => return not_rewritten(&pack, e, done),
         };
         let copied = self.copy_live(&pack, &*file, &plan.live, &mut building, go_on);
-        let copy = match copied
-            .and_then(|entries| entries.map(|entries| self.make_durable(&mut building, entries)).transpose())
-        {
-            Ok(Some(copy)) => copy,
+        let durable = copied.and_then(|entries| {
+            let Some(mut entries) = entries else { return Ok(None) };
+            let (layout, path) = self.make_durable(&mut building, &mut entries)?;
+            Ok(Some((layout, path, entries)))
+        });
+        let (layout, path, entries) = match durable {
+            Ok(Some(durable)) => durable,
             Ok(None) => {
                 building.discard(&*self.disk);
                 done.stopped = true;
@@ -151,10 +154,10 @@ impl Inner {
             }
         };
         step("gc.copied");
-        let new = self.packs.add(&self.home, copy.path, copy.layout, self.clock.now());
+        let new = self.packs.add(&self.home, path, layout, self.clock.now());
         let place = |at: At| Place { pack: new.number, at };
         let moved: Vec<(Fingerprint, Place)> =
-            copy.entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
+            entries.iter().map(|entry| (entry.name, place(entry.at))).collect();
         // Before the gate: nobody is to wait for the files of the index. What a commit sets meanwhile is as good as what is set here.
         let moved = self.index.those_in(pack.number, &moved);
         {
@@ -178,13 +181,6 @@ impl Inner {
             (None, None) => done.rewritten += 1,
         }
         Ok(())
-    }
-
-    fn make_durable(&self, building: &mut Building, mut entries: Vec<Entry>) -> Result<Copied> {
-        let layout = building.seal(&mut entries)?;
-        let path = building.rename(&*self.disk)?;
-        self.disk.sync_folder(&self.folder).map_err(Error::io("sync", &self.folder))?;
-        Ok(Copied { path, layout, entries })
     }
 
     /// Copies what lives, checking all of it, in the order in which it lies. None if the caller wants no more of it.
@@ -265,11 +261,4 @@ fn not_rewritten(pack: &Pack, error: Error, done: &mut GcDone) -> Result<()> {
     tracing::warn!(pack = pack.name(), %error, "pack not rewritten");
     done.no_room += u64::from(error.is_no_space());
     if error.is_damage() || error.is_no_space() { Ok(()) } else { Err(error) }
-}
-
-/// What was copied out of a pack, durable.
-struct Copied {
-    path: std::path::PathBuf,
-    layout: Layout,
-    entries: Vec<Entry>,
 }
