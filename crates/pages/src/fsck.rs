@@ -124,13 +124,19 @@ impl Inner {
             Err(e) => return Err(e),
         };
         report.packs += 1;
-        let entries = match self.structure(pack, &*file) {
-            Ok(entries) => entries,
-            Err(problem) => return Ok(found(problem.to_string(), HashSet::new())),
-        };
         let pages = |entries: &[Entry]| {
             let pages = entries.iter().filter(|e| e.kind() == Kind::Page);
             pages.map(|e| Place { pack: pack.number, at: e.at }).collect()
+        };
+        let entries = match self.structure(pack, &*file) {
+            Ok(entries) => entries,
+            Err(problem) => {
+                // Its pages are read where the index has them: damage of theirs would go unnamed otherwise.
+                let known = self.index.in_pack(pack.number);
+                let known = known.into_iter().filter(|entry| entry.kind() == Kind::Page).collect();
+                let bad = self.check_content(pack, &*file, known, report, go_on)?;
+                return Ok(found(problem.to_string(), pages(&bad)));
+            }
         };
         if let Err(Error::Io { source, .. }) = self.packs.body(pack) {
             let gone = source.kind() == std::io::ErrorKind::NotFound;
