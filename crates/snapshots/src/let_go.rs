@@ -19,7 +19,7 @@ impl Engine {
         let armed = self.keeper.arm(&running.run.second_monitor(), was_running, STILL_LIMIT);
         armed.map_err(|error| {
             let gone = !running.process.is_alive();
-            let sentence = if gone { "QEMU ended" } else { "the warden cannot be started" };
+            let sentence = if gone { "QEMU ended" } else { "nobody could let the guest go on if we died" };
             Error::new(Code::Failed, sentence).because(error)
         })
     }

@@ -20,11 +20,12 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::protocol::{Answer, Request, Watch};
+use crate::rescue::ARMING_LIMIT;
 
 /// How long the warden may take to answer: it has nothing else to do.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// The same for arming, for which it waits for QEMU.
-const ARM_LIMIT: Duration = Duration::from_secs(6);
+/// The same for arming, for which it waits for QEMU twice: until that lets it in, and until it is greeted.
+const ARM_LIMIT: Duration = ARMING_LIMIT.saturating_mul(2).saturating_add(ANSWER_LIMIT);
 /// How long the warden may take to take our words: longer than it ever sleeps with them unread.
 const WRITE_LIMIT: Duration = Duration::from_secs(1);
 

@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_s
 
 use crate::deadlines::{Deadlines, Due};
 use crate::protocol::{Answer, LINE_LIMIT, Request, Watch};
-use crate::rescue::{connect, rescue};
+use crate::rescue::{ARMING_LIMIT, connect, rescue};
 
 /// How long the warden sleeps at most.
 const SLEEP: Duration = Duration::from_secs(3600);
@@ -26,10 +26,20 @@ const SLEEP: Duration = Duration::from_secs(3600);
 enum News {
     /// The daemon's words.
     Said(Request),
-    /// The monitor of a guest that is to be watched, none if it cannot be had; and the question that waits for it.
-    Connected { question: u64, id: u64, monitor: Option<Qmp> },
+    /// The monitor of a guest that is to be watched, none if it cannot be had.
+    Connected { arming: Arming, monitor: Option<Qmp> },
     /// The daemon's words have ended.
     Gone,
+}
+
+/// A deadline that waits for its guest's monitor.
+struct Arming {
+    /// The daemon waits for an answer before it touches the guest: the time runs from then on. Without a question it is a guest that may
+    /// stand still by now, of a warden that is gone, and the time runs already.
+    question: u64,
+    id: u64,
+    watch: Watch,
+    within: Duration,
 }
 
 /// Keeps deadlines until the daemon ends. If guests depended on it then, the next daemon is started: `executable --state STATE
@@ -59,12 +69,17 @@ pub fn run(executable: &Path, state: &Path) -> io::Result<()> {
         match heard {
             Ok(News::Said(Request::Bye)) => break false,
             Ok(News::Said(Request::Arm { question, id, watch, within })) => {
-                connect_beside(question, id, &watch, &tell)?;
-                deadlines.arm(Instant::now(), id, watch, Duration::from_millis(within));
+                let arming = Arming { question, id, watch, within: Duration::from_millis(within) };
+                if question == 0 {
+                    deadlines.arm(Instant::now(), id, arming.watch.clone(), arming.within);
+                }
+                connect_beside(arming, &tell)?;
             }
-            Ok(News::Connected { question, id, monitor }) => {
-                // A deadline that has passed while we connected is no longer there to rely on.
-                answer(question, monitor.is_some() && deadlines.has(id));
+            Ok(News::Connected { arming: Arming { question, id, watch, within }, monitor }) => {
+                if question != 0 && monitor.is_some() {
+                    deadlines.arm(Instant::now(), id, watch, within);
+                }
+                answer(question, monitor.is_some());
                 if deadlines.has(id) {
                     rescues.monitors.extend(monitor.map(|monitor| (id, monitor)));
                 }
@@ -129,13 +144,13 @@ fn listen(mut reader: impl BufRead, said: &Sender<News>) {
 
 /// Connects to a guest's monitor in a thread of its own: other deadlines do not wait for it. The connection is needed before the
 /// guest stands still, because a QEMU whose main loop waits for us greets nobody.
-fn connect_beside(question: u64, id: u64, watch: &Watch, tell: &Sender<News>) -> io::Result<()> {
-    let (watch, tell) = (watch.clone(), tell.clone());
+fn connect_beside(arming: Arming, tell: &Sender<News>) -> io::Result<()> {
+    let tell = tell.clone();
     let connecting = move || {
-        let monitor = connect(&watch).inspect_err(|error| {
-            tracing::warn!(%error, monitor = %watch.monitor.display(), "a guest cannot be watched");
+        let monitor = connect(&arming.watch, ARMING_LIMIT).inspect_err(|error| {
+            tracing::warn!(%error, monitor = %arming.watch.monitor.display(), "a guest cannot be watched");
         });
-        let _ = tell.send(News::Connected { question, id, monitor: monitor.ok() });
+        let _ = tell.send(News::Connected { arming, monitor: monitor.ok() });
     };
     thread::Builder::new().name("connect".into()).spawn(connecting).map(drop)
 }

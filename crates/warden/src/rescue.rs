@@ -9,7 +9,10 @@ use serde_json::json;
 
 use crate::protocol::Watch;
 
-/// How long QEMU may take to greet us on its second monitor.
+/// How long QEMU may take to let us in on its second monitor, and again to greet us, before a guest stands still. It serves one client: the
+/// warden of a daemon that died may still be at it, on a busy host for seconds.
+pub(crate) const ARMING_LIMIT: Duration = Duration::from_secs(5);
+/// The same for a guest that may stand still by now: then it is tried again.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is tried.
 const ATTEMPTS: u32 = 5;
@@ -17,8 +20,8 @@ const ATTEMPTS: u32 = 5;
 const QUICK: Duration = Duration::from_secs(1);
 
 /// The second monitor of a guest.
-pub(crate) fn connect(watch: &Watch) -> Result<Qmp, QmpError> {
-    Qmp::connect(&watch.monitor, true, CONNECT_LIMIT)
+pub(crate) fn connect(watch: &Watch, limit: Duration) -> Result<Qmp, QmpError> {
+    Qmp::connect(&watch.monitor, true, limit)
 }
 
 /// Breaks the machine's migration off, if there is one, and sees to it that the guest is as it was before.
@@ -28,13 +31,15 @@ pub(crate) fn connect(watch: &Watch) -> Result<Qmp, QmpError> {
 ///
 /// A host that is too busy for QEMU to answer in time is asked again.
 pub(crate) fn rescue(watch: &Watch, monitor: Option<Qmp>) -> Result<(), SaveError> {
-    let mut done =
-        monitor.map_or_else(|| connect(watch), Ok).map_err(Into::into).and_then(|qmp| release(watch, &qmp));
+    let mut done = monitor
+        .map_or_else(|| connect(watch, CONNECT_LIMIT), Ok)
+        .map_err(Into::into)
+        .and_then(|qmp| release(watch, &qmp));
     for _ in 1..ATTEMPTS {
         let Err(error) = &done else { break };
         tracing::warn!(%error, monitor = %watch.monitor.display(), "once more");
         thread::sleep(QUICK);
-        done = connect(watch).map_err(Into::into).and_then(|qmp| release(watch, &qmp));
+        done = connect(watch, CONNECT_LIMIT).map_err(Into::into).and_then(|qmp| release(watch, &qmp));
     }
     done
 }

@@ -2,7 +2,9 @@
 //! command: the warden waits for a sign of life, lets the guest go on and starts the next daemon. Afterwards the tree is the old one or
 //! the new one. (`crash_matrix.rs` has the daemon die, and others.)
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,6 +33,8 @@ const GOTO: &[&str] =
 const DEAD: Duration = Duration::from_secs(4);
 /// How soon a guest ticks whose daemon is stopped: twice the pause that is allowed, two seconds, after which the warden acts.
 const STOPPED: Duration = Duration::from_secs(4);
+/// How long a guest's second monitor is held by another: for longer than a guest may stand still.
+const HELD: Duration = Duration::from_secs(3);
 
 #[test]
 fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_take() {
@@ -68,6 +72,25 @@ fn without_the_warden_a_guest_does_stand_still() {
         walk.spinney.ok("ls").unwrap();
         ticks_somewhere(&walk.spinney, DEAD).unwrap();
     }
+}
+
+/// A guest's second monitor serves one client. On a busy host the warden of a daemon that died may still be at it: nothing has begun yet,
+/// so a take waits for its own.
+#[test]
+fn a_take_waits_for_the_second_monitor() {
+    let mut walk = Walk::begin(Spinney::new(), 7, 64).unwrap();
+    walk.play(Card::TakeStopCopy).unwrap();
+    let run = walk.spinney.runs().pop().expect("a machine that runs");
+    let other = UnixStream::connect(run.join("oob")).unwrap();
+    let (done, over) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| done.send(walk.play(Card::TakeStopCopy)));
+        let early = over.recv_timeout(HELD);
+        assert!(early.is_err(), "the take did not need the monitor: {early:?}");
+        drop(other);
+        over.recv().unwrap().unwrap();
+    });
+    walk.end().unwrap();
 }
 
 fn through(steps: &[&str], mode: &str) {
