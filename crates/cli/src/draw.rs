@@ -109,7 +109,10 @@ impl<'a> Drawing<'a> {
             (s.protected, "protected"),
             (s.keep, "kept"),
         ];
-        let expires = s.expires.map(|then| expires(self.now, then));
+        let expires = s.expires.map(|then| match s.protected && then <= self.now {
+            true => "expires when it is not protected any more".to_owned(),
+            false => expires(self.now, then),
+        });
         Line {
             label,
             cells: vec![

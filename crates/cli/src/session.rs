@@ -141,7 +141,8 @@ impl Session {
         }
         if self.out.json || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
             let sentence = "this has to be confirmed, and there is no terminal to ask on";
-            return Err(Problem::new(Code::Refused, sentence).hint("--yes goes ahead without asking"));
+            let problem = Problem::new(Code::Refused, sentence).hint("--yes goes ahead without asking");
+            return Err(Problem { cause: plan.to_vec(), ..problem });
         }
         let mut stderr = std::io::stderr();
         let asked = plan.iter().try_for_each(|line| writeln!(stderr, "{line}"));

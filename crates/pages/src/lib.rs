@@ -72,7 +72,7 @@ pub use group::GroupKey;
 pub use hold::Hold;
 pub use images::{Extent, ImageInfo, NewImage};
 pub use repair::{Repaired, Salvaged};
-pub use store::Store;
+pub use store::{Allocated, Store};
 pub use usage::Usage;
 
 /// Bytes of a page. Fixed: it is the x86 page, and the unit in which QEMU sends memory.

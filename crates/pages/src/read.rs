@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
+use crate::fault::readable;
 use crate::index::ATTEMPTS;
 use crate::map::{MAX_NODE, Node};
 use crate::pack::{At, Body, HEADER, Pack, Place, decode_frame};
@@ -338,6 +339,7 @@ pub(crate) fn read_span(
     first: u32,
     out: &mut [[u8; PAGE_SIZE]],
 ) -> io::Result<()> {
+    readable()?;
     let frames = match &pack.layout.body {
         Body::Raw => {
             return file.read_at(out.as_flattened_mut(), HEADER + u64::from(first) * PAGE_SIZE as u64);

@@ -4,6 +4,7 @@
 //! Every step leaves the store as good as it was or better, so a repair that is cut short is simply done again: a copy is durable
 //! before the index follows it, and a file is put aside only when all that is good in it has been copied.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
@@ -49,9 +50,14 @@ type Name = (Kind, PageHash);
 /// Pages read at once.
 const RUN: usize = 256;
 
-/// How often a read that failed is tried again.
+/// How often a read that failed is tried again ...
 const RETRIES: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(20);
+/// ... and how often that is done in one repair: of a disk with many bad places each would be waited for.
+const ALL_RETRIES: u32 = 200;
+
+/// Packs from which a page is read to see whether the disk answers at all.
+const PROBES: usize = 16;
 
 /// Rounds in which what was found may show what else is missing: one for each level of a map, and one to see that nothing is.
 const ROUNDS: usize = 12;
@@ -59,15 +65,19 @@ const ROUNDS: usize = 12;
 impl Store {
     /// Mends what can be mended. `roots` are all maps that anybody may still need: from a pack whose index is damaged only what they
     /// lack is saved, since nothing else can be told from chance. Stopped by `go_on`, it has done what it has done.
+    ///
+    /// # Errors
+    /// The disk cannot be read at all: then nothing is given up, since it may be another day.
     pub fn repair(&self, roots: &[MapRoot], go_on: &dyn Fn() -> bool) -> Result<Repaired> {
         let store = &*self.inner;
         let _one = lock(&store.collector);
-        let mut done = Repaired::default();
+        store.check_disk()?;
+        let (mut done, patience) = (Repaired::default(), Patience::default());
         for pack in store.packs.all() {
             if !go_on() {
                 return Ok(done);
             }
-            store.mend_in_use(&pack, &mut done)?;
+            store.mend_in_use(&pack, &patience, go_on, &mut done)?;
         }
         let mut scanned = HashMap::new();
         for _ in 0..ROUNDS {
@@ -76,7 +86,7 @@ impl Store {
             if wanted.is_empty() || !go_on() {
                 break;
             }
-            let elsewhere = store.find_in_packs(&mut wanted)?;
+            let elsewhere = store.find_in_packs(&mut wanted, &patience)?;
             done.elsewhere += elsewhere;
             done.lost = done.lost.saturating_sub(elsewhere);
             if elsewhere + store.find_aside(&mut wanted, &mut scanned, &mut done)? == 0 {
@@ -91,8 +101,33 @@ impl Store {
 }
 
 impl Inner {
+    /// Sees to it that anything can be read from the disk that the packs are on.
+    fn check_disk(&self) -> Result<()> {
+        let mut packs = self.packs.all();
+        packs.retain(|pack| pack.layout.image().is_none());
+        let (mut failed, patience) = (Ok(()), Patience::default());
+        for pack in packs.iter().step_by(packs.len().div_ceil(PROBES).max(1)) {
+            let read = patience.read(|| {
+                let file = self.disk.open(&pack.path)?;
+                read_span(pack, &*file, 0, &mut [[0; PAGE_SIZE]])
+            });
+            match read {
+                Err(error) if !is_lasting_error(&error) => failed = Err(Error::io("read", &pack.path)(error)),
+                // Whatever it says, it is an answer.
+                _ => return Ok(()),
+            }
+        }
+        failed
+    }
+
     /// Replaces a pack in use by a new one with all that is good in it, if anything is bad.
-    fn mend_in_use(&self, pack: &Arc<Pack>, done: &mut Repaired) -> Result<()> {
+    fn mend_in_use(
+        &self,
+        pack: &Arc<Pack>,
+        patience: &Patience,
+        go_on: &dyn Fn() -> bool,
+        done: &mut Repaired,
+    ) -> Result<()> {
         let file = match self.disk.open(&pack.path) {
             Ok(file) => Some(file),
             // Another reason to fail than that the file is gone may pass.
@@ -113,14 +148,19 @@ impl Inner {
         match &file {
             None => good.clear(),
             Some(file) => {
-                let checked =
-                    self.check_content(pack, &**file, good.clone(), &mut Report::default(), &|_| true);
+                let mut report = Report::default();
+                let checked = self.check_content(pack, &**file, good.clone(), &mut report, &|_| go_on());
+                if report.stopped {
+                    return Ok(());
+                }
                 let bad: HashSet<At> = match checked {
                     Ok(bad) => bad.into_iter().map(|entry| entry.at).collect(),
                     Err(e) if e.is_damage() => good.iter().map(|entry| entry.at).collect(),
                     Err(e) => return Err(e),
                 };
-                good.retain(|entry| !bad.contains(&entry.at) || self.content(pack, &**file, entry).is_some());
+                good.retain(|entry| {
+                    !bad.contains(&entry.at) || self.content(pack, &**file, entry, patience).is_some()
+                });
             }
         }
         if whole && good.len() == all {
@@ -131,7 +171,7 @@ impl Inner {
             self.index.get(&entry.name.padded()).is_some_and(|(place, _)| place.pack == pack.number)
         });
         let new = match &file {
-            Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good)?),
+            Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good, patience)?),
             _ => None,
         };
         // Whatever does not move is bad, but for what lies elsewhere too. Found before the gate: nobody is to wait for it.
@@ -164,8 +204,14 @@ impl Inner {
     }
 
     /// The bytes of a page or node, if they are what its name says.
-    fn content(&self, pack: &Pack, file: &dyn DiskFile, entry: &Entry) -> Option<Vec<u8>> {
-        patiently(|| match entry.at.slot() {
+    fn content(
+        &self,
+        pack: &Pack,
+        file: &dyn DiskFile,
+        entry: &Entry,
+        patience: &Patience,
+    ) -> Option<Vec<u8>> {
+        let read = || match entry.at.slot() {
             Some(slot) => {
                 let body = self.packs.body(pack).map_err(io::Error::other)?;
                 let mut page = [[0; PAGE_SIZE]];
@@ -178,13 +224,18 @@ impl Inner {
                 Err(Error::Io { source, .. }) => Err(source),
                 Err(_) => Ok(None),
             },
-        })
-        .ok()
-        .flatten()
+        };
+        patience.read(read).ok().flatten()
     }
 
     /// Copies what is good in a pack to a new one, durably. Of an image only the names are kept: its blocks stay where they are.
-    fn copy_good(&self, pack: &Pack, file: &dyn DiskFile, good: &[Entry]) -> Result<(Arc<Pack>, Vec<Entry>)> {
+    fn copy_good(
+        &self,
+        pack: &Pack,
+        file: &dyn DiskFile,
+        good: &[Entry],
+        patience: &Patience,
+    ) -> Result<(Arc<Pack>, Vec<Entry>)> {
         // Under another label: put back as it was, the file is looked through anew under its own.
         let body = pack.layout.image().map_or(NewBody::Raw, |image| {
             let label = format!("{} (mended)", image.label);
@@ -196,7 +247,7 @@ impl Inner {
                 salvage.leave(entry);
                 Ok(())
             }
-            _ => match self.content(pack, file, entry) {
+            _ => match self.content(pack, file, entry, patience) {
                 Some(bytes) => salvage.add(entry.kind(), entry.name, &bytes),
                 // It could be read a moment ago. The next repair may have more luck.
                 None => Err(Error::DamagedPack { pack: pack.name(), problem: Problem::Content }),
@@ -206,7 +257,7 @@ impl Inner {
     }
 
     /// Looks for lost names in the footers of all packs: a name may lie in several. What is found is no longer wanted.
-    fn find_in_packs(&self, wanted: &mut HashSet<Name>) -> Result<u64> {
+    fn find_in_packs(&self, wanted: &mut HashSet<Name>, patience: &Patience) -> Result<u64> {
         let before = wanted.len();
         for pack in self.packs.all() {
             let Some((pack, file)) = self.open_pack(pack.number)? else { continue };
@@ -215,7 +266,7 @@ impl Inner {
                 let Some(name) = names.get(&entry.name).filter(|name| name.0 == entry.kind()) else {
                     continue;
                 };
-                if self.content(&pack, &*file, &entry).is_some() {
+                if self.content(&pack, &*file, &entry, patience).is_some() {
                     // A plan to collect it may have been made before anybody needed it.
                     pack.touch(self.clock.now());
                     self.index.set(&[(entry.name, Place { pack: pack.number, at: entry.at })]);
@@ -353,17 +404,31 @@ impl Inner {
     }
 }
 
-/// Reads, and again a moment later if the disk fails, before anything is called lost.
-fn patiently<T>(mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let mut attempts = 0;
-    loop {
-        match read() {
-            Err(error) if is_lasting_error(&error) || attempts == RETRIES => return Err(error),
-            Err(_) => {
-                attempts += 1;
-                std::thread::sleep(RETRY_AFTER);
+/// Reads that failed and can still be tried again.
+struct Patience(Cell<u32>);
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self(Cell::new(ALL_RETRIES))
+    }
+}
+
+impl Patience {
+    /// Reads, and again a moment later if the disk fails, before anything is called lost.
+    fn read<T>(&self, mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        let mut attempts = 0;
+        loop {
+            match read() {
+                Err(error) if is_lasting_error(&error) || attempts == RETRIES || self.0.get() == 0 => {
+                    return Err(error);
+                }
+                Err(_) => {
+                    attempts += 1;
+                    self.0.update(|left| left.saturating_sub(1));
+                    std::thread::sleep(RETRY_AFTER);
+                }
+                done => return done,
             }
-            done => return done,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Creating and opening a store.
 
 use std::collections::HashSet;
-use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -64,6 +63,24 @@ pub(crate) struct Inner {
     pub(crate) instance: u64,
     /// Keeps other processes out.
     _lock: Option<File>,
+}
+
+/// Bytes that the files of a store take on the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Packs.
+    pub packs: u64,
+    /// Packs that were set aside, at open or by a repair.
+    pub set_aside: u64,
+    /// The index.
+    pub index: u64,
+}
+
+impl Allocated {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.packs + self.set_aside + self.index
+    }
 }
 
 impl Store {
@@ -137,20 +154,23 @@ impl Store {
         self.inner.clock.hold()
     }
 
-    /// Bytes that the packs take on the disk, those set aside included, at open or by a repair.
-    pub fn allocated_bytes(&self) -> Result<u64> {
-        let inner = &self.inner;
-        let names = inner.disk.list(&inner.folder).map_err(Error::io("list", &inner.folder))?;
-        let is_pack = |name: &OsString| {
-            let end = Path::new(name).extension();
-            end.is_some_and(|end| end == "pack" || end == "bad")
-        };
-        let mut sum = 0;
-        for path in names.into_iter().filter(is_pack).map(|name| inner.folder.join(name)) {
-            match inner.disk.open(&path).and_then(|file| file.allocated()) {
-                Ok(bytes) => sum += bytes,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {} // collected in between
-                Err(e) => return Err(Error::io("measure", &path)(e)),
+    /// What the files take on the disk.
+    pub fn allocated(&self) -> Result<Allocated> {
+        let (inner, mut sum) = (&self.inner, Allocated::default());
+        for folder in [&inner.folder, &inner.home.join("index")] {
+            for name in inner.disk.list(folder).map_err(Error::io("list", folder))? {
+                let path = folder.join(&name);
+                let part = match path.extension().and_then(|end| end.to_str()) {
+                    Some("pack") => &mut sum.packs,
+                    Some("bad") => &mut sum.set_aside,
+                    Some("run") => &mut sum.index,
+                    _ => continue,
+                };
+                match inner.disk.open(&path).and_then(|file| file.allocated()) {
+                    Ok(bytes) => *part += bytes,
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => {} // collected in between
+                    Err(e) => return Err(Error::io("measure", &path)(e)),
+                }
             }
         }
         Ok(sum)

@@ -210,6 +210,7 @@ impl Engine {
         part.group.bytes = layers.iter().map(|(_, bytes)| bytes).sum::<u64>() + done.freed_bytes;
         part.group.packs = done.deleted + done.rewritten;
         part.group.compressed = done.compressed;
+        part.group.compressed_away = done.compressed_away;
         *no_room += usize::try_from(done.no_room).unwrap_or(usize::MAX);
         Ok(part)
     }
@@ -257,8 +258,7 @@ impl Engine {
             packs: packs as u64,
             layers: ours().count() as u64,
             bytes: page_bytes + ours().map(|l| allocated(&self.layer_file(l))).sum::<u64>(),
-            compressed: 0,
-            problem: None,
+            ..GroupGc::default()
         };
         let ends_undo_of = plan.ends_undo_of.iter().filter(|op| is_loss(op)).map(OpRow::title).collect();
         Part { group, ends_undo_of }
@@ -275,7 +275,7 @@ impl Engine {
             by_age = Timestamp::MIN;
         }
         let ledger = Ledger::read(self, group)?;
-        let stored = group.store()?.allocated_bytes()? + ledger.layers_total();
+        let stored = group.store()?.allocated()?.total() + ledger.layers_total();
         let most = stored.div_euclid(UNDO_PART).max(UNDO_FLOOR);
         // The later the border, the less is pinned: the first that is good enough is searched for.
         let mut times: Vec<i64> = ledger.removals();

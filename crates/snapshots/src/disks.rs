@@ -117,20 +117,49 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes the users' images under these layers as they are now.
-    pub(crate) fn accept_bases(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<()> {
+    /// The users' images under these layers that are not as they were when they were last looked at, each with what it is like now; one that
+    /// cannot be what it was is refused.
+    pub(crate) fn changed_bases(
+        &self,
+        tx: &Transaction<'_>,
+        disks: &[(String, String)],
+    ) -> Result<Vec<(LayerRow, BaseStamp)>> {
+        let (mut changed, mut seen) = (Vec::new(), HashSet::new());
         for (disk, layer) in disks {
-            for row in LayerRow::chain(tx, layer)?.iter().filter(|row| row.stamp.is_some()) {
-                let path = self.layer_file(row);
-                let seen = stamp(&path).map_err(|error| {
-                    Error::new(
-                        Code::NotFound,
-                        format!("the image under {disk} is missing: {}", path.display()),
-                    )
-                    .because(error)
+            for row in LayerRow::chain(tx, layer)? {
+                let Some(known) = row.stamp.filter(|_| seen.insert(row.id.clone())) else { continue };
+                let path = self.layer_file(&row);
+                let found = stamp(&path).map_err(|error| {
+                    let sentence = format!("the image under {disk} is missing: {}", path.display());
+                    Error::new(Code::Damaged, sentence)
+                        .because(error)
+                        .hint("put the file back where it was: nothing else is lost")
                 })?;
-                LayerRow::set_stamp(tx, &row.id, &seen)?;
+                if known != found {
+                    self.check_size(&row, &path, found.bytes)?;
+                    changed.push((row, found));
+                }
             }
+        }
+        Ok(changed)
+    }
+
+    /// Whatever lies over an image of another size is wrong.
+    fn check_size(&self, row: &LayerRow, path: &Path, bytes: u64) -> Result<()> {
+        let another = || {
+            Error::new(Code::Refused, format!("{} is not the image that it was", path.display()))
+                .hint("put the right file there: what was written over it is only right together with it")
+        };
+        let info = self.img()?.info(path).map_err(|error| another().because(error))?;
+        if row.format != "raw" && info.format != row.format {
+            return Err(another().because(format!("it was {}, and is {}", row.format, info.format)));
+        }
+        // Any file can be read as raw, and QEMU fills its last sector up.
+        let size = if row.format == "raw" { bytes.next_multiple_of(512) } else { info.virtual_size };
+        if size != row.size {
+            return Err(
+                another().because(format!("a guest saw {} bytes of it, and would see {size} now", row.size))
+            );
         }
         Ok(())
     }

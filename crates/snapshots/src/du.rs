@@ -251,12 +251,12 @@ impl Engine {
         let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
         let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
-        let (dead, store_bytes) = match &ledger.store {
+        let (dead, allocated) = match &ledger.store {
             Some(store) => (
                 store.estimate_gc(&pages::GcRequest { roots: all_roots, ..Default::default() })?.freed_bytes,
-                store.allocated_bytes()?,
+                store.allocated()?,
             ),
-            None => (0, 0),
+            None => (0, pages::Allocated::default()),
         };
         if let Some(without) = &mut du.without {
             *without += ledger.without(&|holder| dropped.contains(holder))?.0;
@@ -264,7 +264,8 @@ impl Engine {
         let (frozen_bytes, known_bytes) = self.hashed_layers(group)?;
         let space = GroupSpace {
             group: group.row.name.clone(),
-            store_bytes,
+            store_bytes: allocated.total(),
+            set_aside_bytes: allocated.set_aside,
             disk_bytes: ledger.layers_total(),
             reclaimable: unneeded.sum::<u64>() + dead,
             pinned_by_undo: ledger.pinned_by_undo(i64::MIN)?,

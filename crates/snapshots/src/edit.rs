@@ -1,11 +1,12 @@
 //! Names, notes, `keep`, expiry and protection: what of a snapshot or machine can be changed.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, Expiry, OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, Expiry, LayerRow, OpRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::create::name_taken;
 use crate::engine::Engine;
@@ -14,7 +15,7 @@ use crate::expire::{check_expiry, kept_does_not_expire};
 use crate::fault::step;
 use crate::name::{check_name, check_note, check_snapshot_name};
 use crate::take::snapshot_name_taken;
-use crate::types::Edit;
+use crate::types::{Edit, Edited};
 
 /// What is asked for of an expiry.
 enum Expire {
@@ -39,8 +40,9 @@ fn is_undo_point(name: &str) -> Error {
 }
 
 impl Engine {
-    /// Renames or annotates a machine or a snapshot. Returns its full name afterwards.
-    pub fn edit(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
+    /// Renames or annotates a machine or a snapshot, or copies a machine to another group. What is so already stays as it is, and leaves
+    /// nothing in the log.
+    pub fn edit(&self, cx: &Context, address: &str, edit: Edit) -> Result<Edited> {
         if let Some(note) = &edit.note {
             check_note(note)?;
         }
@@ -68,7 +70,7 @@ impl Engine {
         }
     }
 
-    fn edit_snapshot(&self, cx: &Context, address: &str, edit: Edit) -> Result<String> {
+    fn edit_snapshot(&self, cx: &Context, address: &str, edit: Edit) -> Result<Edited> {
         if edit.accept_disks {
             return Err(Error::new(
                 Code::Usage,
@@ -84,7 +86,24 @@ impl Engine {
             return Err(kept_does_not_expire());
         }
         let (row, _guard) = self.lock_target(cx, address::split(address).0, "edit")?;
-        self.journaled(cx, "edit", address, Some(&row.id), &json!({}), || {
+        // Nobody else changes it while we have the machine.
+        let (old, had) = self.catalog.read(|tx| {
+            let (_, old) = address::resolve(tx, address)?;
+            let had = SnapshotRow::expiry(tx, &old.id)?;
+            Ok((old, had))
+        })?;
+        let same = edit.name.as_ref().is_none_or(|name| *name == old.name)
+            && edit.note.as_ref().is_none_or(|note| *note == old.note)
+            && edit.keep.is_none_or(|keep| keep == old.keep)
+            && match expire {
+                None => true,
+                Some(Expire::Never) => had.is_none(),
+                Some(Expire::After(_)) => false,
+            };
+        if same {
+            return Ok(Edited { address: old.full_name(), changed: false });
+        }
+        self.journaled(cx, "edit", &old.full_name(), Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let (target, old) = address::resolve(tx, address)?;
                 let keep = edit.keep.unwrap_or(old.keep);
@@ -99,7 +118,10 @@ impl Engine {
                 };
                 let name = edit.name.clone().unwrap_or_else(|| old.name.clone());
                 if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
-                    return Err(snapshot_name_taken(&target.name, &name));
+                    return Err(snapshot_name_taken(&target.name, &name).hint(format!(
+                        "choose another name; `spinney tree {}` shows those that are taken",
+                        target.name
+                    )));
                 }
                 let note = edit.note.clone().unwrap_or_else(|| old.note.clone());
                 if name != old.name {
@@ -120,19 +142,26 @@ impl Engine {
                     None | Some(Expire::Never) => SnapshotRow::set_expiry(tx, &old.id, None)?,
                 }
                 OpRow::finish(tx, &cx.id, Some(undo))?;
-                Ok((full_name, ends && expire.is_none()))
+                Ok((
+                    full_name,
+                    ends && expire.is_none(),
+                    old.protected && matches!(expire, Some(Expire::After(_))),
+                ))
             })
         })
-        .map(|(name, ends)| {
+        .map(|(name, ends, stays)| {
             if ends {
                 cx.warn(format!("{name} is kept from now on, and does not expire any more"));
             }
-            name
+            if stays {
+                cx.warn(format!("{name} is protected: it expires only after `spinney unprotect {name}`"));
+            }
+            Edited { address: name, changed: true }
         })
         .inspect(|_| step("edit.written"))
     }
 
-    fn edit_machine(&self, cx: &Context, target: &str, edit: Edit) -> Result<String> {
+    fn edit_machine(&self, cx: &Context, target: &str, edit: Edit) -> Result<Edited> {
         if edit.note.is_some() || edit.keep.is_some() || edit.expire_seconds.is_some() {
             return Err(Error::new(
                 Code::Usage,
@@ -144,17 +173,16 @@ impl Engine {
             check_name("machine", name)?;
         }
         let (row, _guard) = self.lock_target(cx, target, "edit")?;
-        if edit.accept_disks {
-            self.accept_disks(cx, &row)?;
-        }
-        let Some(name) = edit.name else {
-            return Ok(row.name);
+        let accepted = edit.accept_disks && self.accept_disks(cx, &row)?;
+        let Some(name) = edit.name.filter(|name| *name != row.name) else {
+            return Ok(Edited { address: row.name, changed: accepted });
         };
         self.journaled(cx, "edit", target, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 let old = TargetRow::by_name(tx, target)?;
                 if name != old.name && TargetRow::name_taken(tx, &name)? {
-                    return Err(name_taken(&name));
+                    return Err(name_taken(&name)
+                        .hint("choose another name; `spinney ls` lists those that are taken"));
                 }
                 TargetRow::set_name(tx, &old.id, &name)?;
                 let undo = Act::NameTarget { id: old.id, name: old.name };
@@ -162,23 +190,35 @@ impl Engine {
             })
         })?;
         step("edit.written");
-        Ok(name)
+        Ok(Edited { address: name, changed: true })
     }
 
-    /// The images of the user's that the machine's disks and snapshots lie over are right as they are now.
-    fn accept_disks(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+    /// The images of the user's that the machine's disks and snapshots lie over are right as they are now. False if none was changed.
+    fn accept_disks(&self, cx: &Context, row: &TargetRow) -> Result<bool> {
+        let changed = self.catalog.read(|tx| {
+            let mut disks = TargetRow::disks(tx, &row.id)?;
+            for snapshot in SnapshotRow::of_target(tx, &row.id)? {
+                disks.extend(SnapshotRow::disks(tx, &snapshot.id)?);
+            }
+            self.changed_bases(tx, &disks)
+        })?;
+        if changed.is_empty() {
+            return Ok(false);
+        }
         // An entry of its own: this half of an edit cannot be undone.
         let entry = Context::new();
         self.journaled(&entry, "accept", &row.name, Some(&row.id), &json!({}), || {
             cx.check()?;
             self.catalog.write(|tx| {
-                self.accept_bases(tx, &TargetRow::disks(tx, &row.id)?)?;
-                for snapshot in SnapshotRow::of_target(tx, &row.id)? {
-                    self.accept_bases(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
-                }
+                changed.iter().try_for_each(|(layer, stamp)| LayerRow::set_stamp(tx, &layer.id, stamp))?;
                 OpRow::finish(tx, &entry.id, None)
             })
-        })
+        })?;
+        let images: BTreeSet<&str> = changed.iter().map(|(layer, _)| layer.file.as_str()).collect();
+        for image in images {
+            cx.warn(format!("{image} is taken as it is now; undo does not bring back how it was"));
+        }
+        Ok(true)
     }
 
     /// Makes `rm` refuse a snapshot or a machine, or no longer.

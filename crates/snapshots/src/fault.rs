@@ -29,6 +29,9 @@ pub(crate) enum Fault {
     /// The page store syncs neither packs nor their folder.
     #[cfg(feature = "faults")]
     NoSync,
+    /// The page store cannot read its pages from the disk.
+    #[cfg(feature = "faults")]
+    ReadError,
     /// An overlay's file is not synced before the catalog speaks of it.
     OverlayUnsynced,
     /// The catalog's transactions are not synced.
@@ -55,6 +58,7 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::LittleSpill => "little-spill",
         Fault::NoSpill => "no-spill",
         Fault::NoSync => "no-sync",
+        Fault::ReadError => "read-error",
         Fault::OverlayUnsynced => "overlay-unsynced",
         Fault::CatalogUnsynced => "catalog-unsynced",
         Fault::RollBackOverlay => "roll-back-overlay",
@@ -88,6 +92,9 @@ pub(crate) fn plant() {
     pages::fault::on_step(step);
     if planted(Fault::NoSync) {
         pages::fault::forget_syncs();
+    }
+    if planted(Fault::ReadError) {
+        pages::fault::fail_reads();
     }
 }
 

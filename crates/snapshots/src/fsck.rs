@@ -10,7 +10,7 @@ use crate::catalog::{LayerRow, Memory, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::stamp;
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::groups::OpenGroup;
 use crate::memory::read_state;
@@ -45,7 +45,17 @@ impl Engine {
     fn mend_group(&self, cx: &Context, group: &str, store: &Store) -> Result<Vec<String>> {
         cx.phase("mending packs", 0);
         let roots = self.live_roots(group)?;
-        let done = store.repair(&roots, &|| cx.check().is_ok())?;
+        let done = store.repair(&roots, &|| cx.check().is_ok()).map_err(|error| match error {
+            pages::Error::Io { .. } if error.is_damage() => Error::new(
+                Code::Failed,
+                "the disk of the page store cannot be read, so nothing was mended and nothing given up",
+            )
+            .because(error)
+            .hint(
+                "see to that disk (the kernel's log says more): all may be there when it can be read again",
+            ),
+            error => error.into(),
+        })?;
         step("fsck.mended");
         cx.check()?;
         let mut said: Vec<String> = done
@@ -115,7 +125,7 @@ impl Engine {
                 group: None,
                 what: "the catalog".into(),
                 problem,
-                snapshots: Vec::new(),
+                ..Damage::default()
             });
         }
         for group in self.groups.all() {
@@ -195,6 +205,7 @@ impl Engine {
                     Some(known) => known.snapshots.extend(needed_by.iter().cloned()),
                     None => report.damage.push(Damage {
                         group: Some(group.row.name.clone()),
+                        users_file: layer.is_users(),
                         what,
                         problem,
                         snapshots: needed_by.clone(),
@@ -221,7 +232,7 @@ impl Engine {
                 group: name(),
                 what: format!("the page store of the group {}", group.row.name),
                 problem: format!("it cannot be used, so nothing in it was looked at: {why}"),
-                snapshots: Vec::new(),
+                ..Damage::default()
             });
             return Ok(());
         }
@@ -246,6 +257,7 @@ impl Engine {
             what: d.what,
             problem: d.problem,
             snapshots: d.labels,
+            users_file: false,
         }));
         for (owner, memory) in memories {
             if let Err(error) = read_state(store.as_ref(), memory) {
@@ -255,6 +267,7 @@ impl Engine {
                     what: format!("the device state of {owner}"),
                     problem: causes.last().cloned().unwrap_or_else(|| error.to_string()),
                     snapshots: vec![owner.clone()],
+                    users_file: false,
                 });
             }
         }
@@ -285,7 +298,8 @@ impl Engine {
 
 /// What of a target is no snapshot, by name.
 fn here(target: &TargetRow) -> String {
-    format!("{} (here)", target.name)
+    let removed = if target.removed.is_some() { ", removed" } else { "" };
+    format!("{} (here{removed})", target.name)
 }
 
 /// What people call a snapshot. One that was removed may share its name with one that is there.

@@ -211,7 +211,7 @@ fn check_unused(group: &GroupRow, targets: &[TargetRow]) -> Result<()> {
     let name = &group.name;
     if group.is_default() {
         return Err(Error::new(Code::Refused, format!("the group {name} cannot be removed"))
-            .hint("machines belong to it that name no other"));
+            .hint("it is for machines that are made without --group"));
     }
     let there: Vec<&str> =
         targets.iter().filter(|row| row.removed.is_none()).map(|row| row.name.as_str()).collect();

@@ -29,7 +29,7 @@ use crate::groups::{OpenGroup, sync_folder};
 use crate::id::new_id;
 use crate::memory::memory_bytes;
 use crate::room::free;
-use crate::types::Power;
+use crate::types::{Edited, Power};
 
 /// On whose behalf, for the journal.
 pub(crate) struct Purpose<'a> {
@@ -98,12 +98,12 @@ impl Copies {
 
 impl Engine {
     /// Copies a machine that has no process, with all its snapshots, into another group. Undoing it copies it back.
-    pub(crate) fn edit_group(&self, cx: &Context, target: &str, group: &str) -> Result<String> {
+    pub(crate) fn edit_group(&self, cx: &Context, target: &str, group: &str) -> Result<Edited> {
         let (row, _guard) = self.lock_target(cx, target, "edit")?;
         let group = self.groups.by_name(group)?;
         let purpose = Purpose { kind: "edit", subject: row.name.clone(), undoes: None };
         self.regroup(cx, &purpose, &row, &group)?;
-        Ok(row.name)
+        Ok(Edited { address: row.name, changed: true })
     }
 
     /// All steps, for a target that is locked.

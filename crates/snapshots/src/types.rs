@@ -226,6 +226,17 @@ pub struct Edit {
     pub group: Option<String>,
 }
 
+/// Result of an `edit`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Edited {
+    /// Full name now.
+    pub address: String,
+    /// False if all was so already.
+    #[serde(default)]
+    pub changed: bool,
+}
+
 /// A target's tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
@@ -280,8 +291,11 @@ pub struct DuRow {
 pub struct GroupSpace {
     /// Name of the group.
     pub group: String,
-    /// Allocated bytes of its page packs.
+    /// Allocated bytes of its page store: packs, index, and what a repair set aside.
     pub store_bytes: u64,
+    /// Bytes of those that a repair set aside: no snapshot needs them.
+    #[serde(default)]
+    pub set_aside_bytes: u64,
     /// Allocated bytes of its disk layers.
     pub disk_bytes: u64,
     /// Bytes that `gc` would free now.
@@ -333,6 +347,9 @@ pub struct GroupGc {
     /// Pack files compressed.
     #[serde(default)]
     pub compressed: u64,
+    /// Bytes of `bytes` that were freed by that. A plan does not know them: its `bytes` are without.
+    #[serde(default)]
+    pub compressed_away: u64,
     /// Disk layers removed.
     pub layers: u64,
     /// Bytes freed, or to be freed.
@@ -360,12 +377,15 @@ pub struct GcReport {
 }
 
 /// One thing that `fsck` found.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Damage {
     /// Name of the group; none if it is about the catalog.
     #[serde(default)]
     pub group: Option<String>,
+    /// It is a file of the user's, that a machine lies over: to put it back as it was mends it.
+    #[serde(default)]
+    pub users_file: bool,
     /// The thing: a file, a page, a catalog row.
     pub what: String,
     /// What is wrong with it.
@@ -443,6 +463,9 @@ pub struct Operation {
     pub kind: String,
     /// What it was about: "web@before".
     pub subject: String,
+    /// What an edit changed: "name", "note", "keep", "expiry", "group".
+    #[serde(default)]
+    pub changed: Vec<String>,
     /// State.
     pub state: OpState,
     /// Start.

@@ -151,22 +151,34 @@ fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> 
     // What expires by itself is work on a machine, but nobody's who would want to undo it before anything else.
     let worked_on = || newest.iter().filter(|op| asked_for(op)).find_map(|op| op.target.clone());
     let target = target.or_else(worked_on);
-    for op in newest {
+    let mut older = newest.into_iter();
+    while let Some(op) = older.next() {
         if !asked_for(&op) && op.kind != "expire" || op.target.is_none() || op.target != target {
             continue;
         }
         if op.state == OpState::Done && op.kind != "undo" {
             return match &op.undo {
                 Some(_) => Ok(op),
-                None => Err(Error::new(
-                    Code::Refused,
-                    format!("nothing is kept to take {} back with", op.title()),
-                )
-                .hint("what was before it can be taken back by its id; `spinney op log` has that")),
+                None => Err(stuck(&op, older.find(|older| older.target == target && is_undoable(older)))),
             };
         }
     }
     Err(Error::new(Code::NotFound, "there is nothing to undo").hint("`spinney op log` shows what was done"))
+}
+
+/// The last operation of a machine cannot be taken back; there may be one before it that can.
+fn stuck(op: &OpRow, before: Option<OpRow>) -> Error {
+    let error = Error::new(Code::Refused, format!("nothing is kept to take {} back with", op.title()));
+    match before {
+        Some(before) => error.hint(format!(
+            "what can be taken back before it is {}: `spinney undo {}`",
+            before.title(),
+            before.id
+        )),
+        None => {
+            error.hint("nothing before it can be taken back either; `spinney op log` shows what was done")
+        }
+    }
 }
 
 /// An operation that is done again, in words: "take web@before", however often that was.
@@ -206,7 +218,7 @@ fn carry_out(tx: &Transaction<'_>, act: &Act, stay: &mut Vec<String>) -> Result<
         Act::NameTarget { id, name } => {
             let now = TargetRow::by_id(tx, id)?;
             if now.name != *name && TargetRow::name_taken(tx, name)? {
-                return Err(name_taken(name));
+                return Err(name_given_away(name_taken(name), name));
             }
             TargetRow::set_name(tx, id, name)?;
             Act::NameTarget { id: id.clone(), name: now.name }
@@ -216,7 +228,8 @@ fn carry_out(tx: &Transaction<'_>, act: &Act, stay: &mut Vec<String>) -> Result<
             let had = SnapshotRow::expiry(tx, id)?;
             let to = name.as_ref().unwrap_or(&now.name);
             if now.name != *to && SnapshotRow::name_taken(tx, &now.target, to)? {
-                return Err(snapshot_name_taken(&now.target_name, to));
+                let given = format!("{}@{to}", now.target_name);
+                return Err(name_given_away(snapshot_name_taken(&now.target_name, to), &given));
             }
             SnapshotRow::set_text(tx, id, to, note.as_ref().unwrap_or(&now.note), keep.unwrap_or(now.keep))?;
             if let Some(until) = expiry {
@@ -280,12 +293,18 @@ fn remove_again(tx: &Transaction<'_>, things: &Things) -> Result<Things> {
     Ok(gone)
 }
 
+/// What is to come back under a name that something else has by now.
+fn name_given_away(taken: Error, address: &str) -> Error {
+    taken
+        .hint(format!("`spinney edit {address} --name OTHER` gives that another name; then it can be undone"))
+}
+
 /// Names come back, if nobody else has taken them; an expiry that is over does not.
 fn restore(tx: &Transaction<'_>, things: &Things, stay: &mut Vec<String>) -> Result<()> {
     if let Some(id) = &things.target {
         let target = TargetRow::by_id(tx, id)?;
         if TargetRow::name_taken(tx, &target.name)? {
-            return Err(name_taken(&target.name));
+            return Err(name_given_away(name_taken(&target.name), &target.name));
         }
         TargetRow::set_removed(tx, id, None)?;
     }
@@ -295,7 +314,8 @@ fn restore(tx: &Transaction<'_>, things: &Things, stay: &mut Vec<String>) -> Res
             continue;
         }
         if SnapshotRow::name_taken(tx, &snapshot.target, &snapshot.name)? {
-            return Err(snapshot_name_taken(&snapshot.target_name, &snapshot.name));
+            let taken = snapshot_name_taken(&snapshot.target_name, &snapshot.name);
+            return Err(name_given_away(taken, &snapshot.full_name()));
         }
         SnapshotRow::set_removed(tx, id, None)?;
         if SnapshotRow::end_expiry(tx, id)? {
@@ -308,6 +328,7 @@ fn restore(tx: &Transaction<'_>, things: &Things, stay: &mut Vec<String>) -> Res
 fn operation(row: OpRow) -> Operation {
     Operation {
         undoable: is_undoable(&row),
+        changed: row.changed().into_iter().map(str::to_owned).collect(),
         id: row.id,
         kind: row.kind,
         subject: row.subject,

@@ -146,7 +146,7 @@ fn a_machine_is_copied_with_its_snapshots_and_undo_copies_it_back() {
     let undone = lab.engine().undo(&cx(), Some(&copy.id)).unwrap();
     assert_eq!(
         (undone.operation.as_str(), lab.engine().machine("m").unwrap().group.as_str()),
-        ("edit m", "default")
+        ("edit m (group)", "default")
     );
     lab.is_whole();
     assert!(lab.holds(2 << 20, 2));
@@ -156,7 +156,7 @@ fn a_machine_is_copied_with_its_snapshots_and_undo_copies_it_back() {
     lab.engine().edit(&cx(), "m", to_group("default")).unwrap();
     lab.engine().gc(&cx(), true, false).unwrap();
     let gone = lab.engine().rm_group(&cx(), "work").unwrap();
-    assert_eq!(gone.ends_undo_of, ["edit m"]);
+    assert_eq!(gone.ends_undo_of, ["edit m (group)"]);
     assert_eq!(lab.code(lab.engine().undo(&cx(), None)), Code::Refused);
     lab.is_whole();
 }

@@ -121,12 +121,12 @@ fn names_and_notes_are_edited_and_the_edit_undone() {
     lab.create("m", vec![]);
     lab.take("one");
     let edit = Edit { name: Some("uno".into()), note: Some("first".into()), ..Edit::default() };
-    assert_eq!(lab.engine().edit(&Context::new(), "m@one", edit).unwrap(), "m@uno");
+    assert_eq!(lab.engine().edit(&Context::new(), "m@one", edit).unwrap().address, "m@uno");
     lab.engine().undo(&Context::new(), None).unwrap();
     let snapshot = lab.engine().snapshot("m@one").unwrap();
     assert_eq!(snapshot.note, "");
     let edit = Edit { name: Some("web".into()), ..Edit::default() };
-    assert_eq!(lab.engine().edit(&Context::new(), "m", edit).unwrap(), "web");
+    assert_eq!(lab.engine().edit(&Context::new(), "m", edit).unwrap().address, "web");
     assert_eq!(lab.engine().machine("web").unwrap().power, Power::Off);
 }
 

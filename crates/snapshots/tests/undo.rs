@@ -208,8 +208,15 @@ fn an_operation_is_found_by_the_beginning_of_its_id_whatever_its_names_are_now()
         let edit = Edit { name: Some(name.into()), ..Edit::default() };
         engine.edit(&Context::new(), address, edit).unwrap()
     };
-    assert_eq!(renamed("m@two", "zwei"), "m@zwei");
-    assert_eq!(renamed("m", "n"), "n");
+    assert_eq!(renamed("m@two", "zwei").address, "m@zwei");
+    assert_eq!(last(&lab, "edit").changed, ["name"]);
+    assert_eq!(renamed("m", "n").address, "n");
+    // What is so already leaves no entry that undo would begin with.
+    let entry = last(&lab, "edit").id;
+    for (address, name) in [("n@zwei", "zwei"), ("n", "n")] {
+        assert!(!renamed(address, name).changed);
+    }
+    assert_eq!(last(&lab, "edit").id, entry);
     // The log has the names of its time; ids mean the same as ever.
     assert_eq!(last(&lab, "take").subject, "m@two");
     let beginning = |id: &str| id.chars().take(8).collect::<String>();

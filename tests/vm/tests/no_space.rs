@@ -93,6 +93,14 @@ fn a_disk_that_is_full_already() {
     for round in 0..20 {
         spinney.ok(&format!("edit {NAME}@other -m {round}")).unwrap();
     }
+    // What has expired makes room by itself.
+    spinney.ok(&format!("edit {NAME}@other --expire 1s")).unwrap();
+    let deadline = Instant::now() + SOON;
+    while spinney.run(["show", &format!("{NAME}@other")]).code == Some(0) {
+        assert!(Instant::now() < deadline, "it was to expire");
+        thread::sleep(Duration::from_millis(100));
+    }
+    spinney.ok("undo").unwrap();
     spinney.ok(&format!("rm {NAME}@other")).unwrap();
     spinney.ok("undo").unwrap();
     spinney.ok(&format!("rm {NAME}@other")).unwrap();

@@ -90,9 +90,23 @@ fn an_image_that_was_only_touched_is_accepted_when_somebody_says_so() {
     let refused = spinney.run(["start", "m"]);
     assert_eq!(refused.code, Some(6), "{}", refused.stderr);
     assert!(refused.problem()["hint"].as_str().is_some_and(|hint| hint.contains("--accept-disks")));
-    spinney.ok("edit m --accept-disks").unwrap();
+    let accepted = spinney.ok("edit m --accept-disks").unwrap();
+    assert_eq!(accepted["changed"], true);
+    assert!(accepted["warnings"].to_string().contains("image"), "{accepted}");
+    assert_eq!(spinney.ok("edit m --accept-disks").unwrap()["changed"], false);
     spinney.ok("goto m@one --discard --yes").unwrap();
     spinney.ok("start m").unwrap();
+    spinney.ok("kill m").unwrap();
+    // What cannot be the image that it was is not accepted, and no image at all is damage.
+    let bytes = file.metadata().unwrap().len();
+    for size in [0, bytes / 2, bytes + 512] {
+        file.set_len(size).unwrap();
+        assert_eq!(spinney.run(["edit", "m", "--accept-disks"]).code, Some(4), "{size} bytes");
+    }
+    fs::remove_file(&image).unwrap();
+    let gone = spinney.run(["edit", "m", "--accept-disks"]);
+    assert_eq!(gone.code, Some(6), "{}", gone.stderr);
+    assert_eq!(spinney.run(["start", "m"]).code, Some(6));
 }
 
 #[test]

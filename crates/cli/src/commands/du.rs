@@ -56,7 +56,16 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
 }
 
 fn print(out: Output, du: &Du) {
-    for (n, group) in du.groups.iter().enumerate() {
+    // One where nothing is stored has nothing to say.
+    let says = |group: &&GroupSpace| {
+        let stored = group.store_bytes + group.disk_bytes > 0 || group.problem.is_some();
+        stored || du.rows.iter().any(|row| row.group == group.group)
+    };
+    let mut groups: Vec<&GroupSpace> = du.groups.iter().filter(says).collect();
+    if groups.is_empty() {
+        groups.extend(du.groups.first());
+    }
+    for (n, group) in groups.into_iter().enumerate() {
         // One group alone needs no head.
         if du.groups.len() > 1 {
             let between = if n == 0 { "" } else { "\n" };
@@ -73,6 +82,9 @@ fn print(out: Output, du: &Du) {
         totals(group).into_iter().for_each(|line| out.line(line));
     }
     if let Some(without) = du.without {
+        if du.groups.len() > 1 {
+            out.line("");
+        }
         out.line(format_args!("without these    {} come back", bytes(without)));
     }
 }
@@ -101,6 +113,13 @@ fn totals(space: &GroupSpace) -> Vec<String> {
         format!("pinned by undo   {}", bytes(space.pinned_by_undo)),
         format!("memory found     {}", saved(&space.saved)),
     ];
+    if space.set_aside_bytes > 0 {
+        let aside = bytes(space.set_aside_bytes);
+        lines.insert(
+            1,
+            format!("  of that          {aside} set aside by a repair (*.bad): nothing needs them"),
+        );
+    }
     lines.extend(space.problem.as_ref().map(|why| format!("unusable         {why}")));
     lines
 }
@@ -138,6 +157,7 @@ mod tests {
         let space = GroupSpace {
             group: "work".into(),
             store_bytes: 40 << 20,
+            set_aside_bytes: 2 << 20,
             disk_bytes: 1 << 20,
             reclaimable: 0,
             pinned_by_undo: 0,

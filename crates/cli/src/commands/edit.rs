@@ -6,9 +6,8 @@ use clap::ArgGroup;
 use clap_complete::ArgValueCompleter;
 use jiff::Timestamp;
 use server::Problem;
-use server::api::Renamed;
 use server::client::Method;
-use server::snapshots::Edit;
+use server::snapshots::{Edit, Edited};
 
 use crate::output::expires;
 use crate::session::Session;
@@ -61,14 +60,15 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
         accept_disks: args.accept_disks,
         group: args.group,
     };
-    let renamed: Renamed = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
+    let edited: Edited = session.change(Method::PATCH, &address::resource(&args.address)?, &edit)?;
     if session.out.json {
-        session.document("spinney.edit/1", &renamed);
+        session.document("spinney.edit/1", &edited);
     } else {
         session.out.line(match group {
-            Some(group) => format!("{} belongs to the group {group} now", renamed.address),
-            None if has_name => format!("{} is now {}", args.address, renamed.address),
-            None => format!("changed {}", renamed.address),
+            _ if !edited.changed => format!("{} is so already: nothing was changed", edited.address),
+            Some(group) => format!("{} belongs to the group {group} now", edited.address),
+            None if has_name => format!("{} is now {}", args.address, edited.address),
+            None => format!("changed {}", edited.address),
         });
         match args.expire {
             Some(0) => session.out.note("it does not expire"),

@@ -33,10 +33,17 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         n if args.repair => {
             Err(Problem::new(Code::Damaged, format!("{} could not be mended", count(n, "thing"))).hint(REST))
         }
-        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing")))
-            .hint(if report.mendable { MENDABLE } else { REST })),
+        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing"))).hint(
+            match report.mendable {
+                true => MENDABLE,
+                false if report.damage.iter().all(|damage| damage.users_file) => YOURS,
+                false => REST,
+            },
+        )),
     }
 }
+
+const YOURS: &str = "these files are yours: put them back as they were, and all is whole again; snapshots that are not named are whole now";
 
 const MENDABLE: &str =
     "snapshots that are not named are whole; `spinney fsck --repair` mends what can be mended";

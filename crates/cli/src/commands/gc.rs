@@ -45,9 +45,15 @@ fn summary(report: &GcReport) -> Vec<String> {
     };
     let mut lines = vec![format!("{verb} {}", part(report.bytes, report.packs, report.layers))];
     let compressed: u64 = report.groups.iter().map(|group| group.compressed).sum();
+    let away: u64 = report.groups.iter().map(|group| group.compressed_away).sum();
     if compressed > 0 {
-        let verb = if report.dry_run { "would compress" } else { "compressed" };
-        lines.push(format!("{verb} {}", count(compressed, "pack")));
+        let packs = count(compressed, "pack");
+        lines.push(match report.dry_run {
+            true => {
+                format!("would compress {packs}: what that frees comes on top, and is seen when it is done")
+            }
+            false => format!("{} of that by compressing {packs}", bytes(away)),
+        });
     }
     for group in report.groups.iter().filter(|group| report.groups.len() > 1 || group.problem.is_some()) {
         let did = part(group.bytes, group.packs, group.layers);
@@ -67,14 +73,8 @@ mod tests {
 
     #[test]
     fn several_groups_have_a_line_each() {
-        let work = GroupGc {
-            group: "work".into(),
-            packs: 2,
-            compressed: 0,
-            layers: 1,
-            bytes: 3 << 20,
-            problem: None,
-        };
+        let work =
+            GroupGc { group: "work".into(), packs: 2, layers: 1, bytes: 3 << 20, ..GroupGc::default() };
         let broken =
             GroupGc { problem: Some("its key is gone".into()), group: "old".into(), ..GroupGc::default() };
         let groups = vec![GroupGc { group: "default".into(), ..GroupGc::default() }, work.clone(), broken];

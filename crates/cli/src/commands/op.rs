@@ -63,7 +63,10 @@ fn log(session: &Session, limit: u16) -> Result<(), Problem> {
         // The beginning of an id is as good.
         let id = if out.narrow() { operation.id.chars().take(8).collect() } else { operation.id };
         let undo = if operation.undoable { "possible" } else { "" };
-        let what = named(&operation.kind, &operation.subject);
+        let mut what = named(&operation.kind, &operation.subject);
+        if !operation.changed.is_empty() {
+            what = format!("{what} ({})", operation.changed.join(", "));
+        }
         rows.push(vec![id, ago(now, operation.started), what, undo.to_owned(), state]);
     }
     session.out.table(&rows);

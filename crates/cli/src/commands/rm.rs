@@ -112,7 +112,7 @@ fn what(plan: &RemovePlan, undo_points: &HashSet<String>) -> String {
 fn bytes_in_words(plan: &RemovePlan) -> String {
     let back = match plan.reclaimable_bytes {
         0 => "it held no space of its own".to_owned(),
-        freed => format!("{} are freed when undo needs them no longer", bytes(freed)),
+        freed => format!("up to {} are freed when undo needs them no longer", bytes(freed)),
     };
     if plan.kept_bytes == 0 {
         return back;
@@ -152,15 +152,15 @@ mod tests {
         goes: 2 snapshots and 1 undo point
           web@old
           web@older
-        40 MiB are freed when undo needs them no longer, 1 GiB stay for here, web@a, web@b and 1 more
+        up to 40 MiB are freed when undo needs them no longer, 1 GiB stay for here, web@a, web@b and 1 more
         ");
-        insta::assert_snapshot!(result(&plan, &undo), @"removed 2 snapshots and 1 undo point: 40 MiB are freed when undo needs them no longer, 1 GiB stay for here, web@a, web@b and 1 more");
+        insta::assert_snapshot!(result(&plan, &undo), @"removed 2 snapshots and 1 undo point: up to 40 MiB are freed when undo needs them no longer, 1 GiB stay for here, web@a, web@b and 1 more");
     }
 
     #[test]
     fn one_line_tells_the_result() {
         let none = HashSet::new();
-        insta::assert_snapshot!(result(&plan(false, &["web@old"]), &none), @"removed web@old: 40 MiB are freed when undo needs them no longer");
+        insta::assert_snapshot!(result(&plan(false, &["web@old"]), &none), @"removed web@old: up to 40 MiB are freed when undo needs them no longer");
         let nothing = RemovePlan { reclaimable_bytes: 0, ..plan(true, &[]) };
         insta::assert_snapshot!(result(&nothing, &none), @"removed machine web: it held no space of its own");
     }

@@ -94,7 +94,7 @@ fn of_machine(m: &Machine) -> Rows {
     add("here is on", m.parent.as_ref().map(|name| format!("{}@{name}", m.name)));
     add("snapshots", Some(m.snapshots.to_string()));
     add("protected", m.protected.then(|| "yes".to_owned()));
-    add("group", (m.group != DEFAULT_GROUP || m.group_problem.is_some()).then(|| m.group.clone()));
+    add("group", Some(m.group.clone()));
     add("unusable", m.group_problem.as_ref().map(|why| format!("its group cannot be used: {why}")));
     add("created", Some(moment(Timestamp::now(), m.created)));
     add("process", m.pid.map(|pid| pid.to_string()));

@@ -22,6 +22,8 @@ pub struct GcDone {
     pub rewritten: u64,
     /// Packs compressed.
     pub compressed: u64,
+    /// Bytes by which these shrank; part of `freed_bytes`.
+    pub compressed_away: u64,
     /// Labels of the images on which nothing is left: their files may go.
     pub left: Vec<String>,
     /// Packs left alone: a session has relied on them since the plan, or they are damaged, or gone already.
@@ -174,10 +176,14 @@ impl Inner {
         new.publish();
         self.remove(&pack)?;
         done.skipped -= 1;
-        done.freed_bytes += pack.layout.len.saturating_sub(new.layout.len);
+        let freed = pack.layout.len.saturating_sub(new.layout.len);
+        done.freed_bytes += freed;
         match (pack.layout.image(), level) {
             (Some(image), _) => done.left.push(image.label.clone()),
-            (None, Some(_)) => done.compressed += 1,
+            (None, Some(_)) => {
+                done.compressed += 1;
+                done.compressed_away += freed;
+            }
             (None, None) => done.rewritten += 1,
         }
         Ok(())

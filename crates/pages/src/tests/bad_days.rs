@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::crash_disk::CrashDisk;
 use super::{SMALL, check_all, names, pages};
+use crate::store::Limits;
 use crate::*;
 
 type Kept = (MapRoot, Vec<u64>);
@@ -116,6 +117,36 @@ fn a_sector_that_cannot_be_read_costs_what_is_in_it() {
     disk.rot(None);
     check_all(&store, &[lost, other]).unwrap();
     assert_eq!(store.fsck(&roots, &|_, _| true).unwrap().damage, []);
+}
+
+/// A disk that answers nothing may do so tomorrow: nothing is given up. One that answers, but for a whole pack, has lost that pack; and
+/// nobody waits for each of its pages.
+#[test]
+fn a_disk_that_cannot_be_read_at_all_is_no_damage_and_a_pack_is() {
+    let disk = CrashDisk::default();
+    let limits = Limits { pack_pages: 4096, ..SMALL };
+    let key = GroupKey::from_bytes([8; 32]);
+    let store = Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, limits, None).unwrap();
+    let lost = take(&store, (1..=2000).collect()).unwrap();
+    let pack = disk.packs().remove(0);
+    disk.rot(Some((PathBuf::new(), 4096..usize::MAX)));
+    let before = disk.paths();
+    let error = store.repair(&[lost.0], &|| true).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("/packs/"), "{error}");
+    assert_eq!(disk.paths(), before);
+    disk.rot(None);
+    let other = take(&store, (3000..3010).collect()).unwrap();
+    check_all(&store, &[lost.clone(), other.clone()]).unwrap();
+
+    disk.rot(Some((pack.clone(), 4096..usize::MAX)));
+    let began = std::time::Instant::now();
+    let done = store.repair(&[lost.0, other.0], &|| true).unwrap();
+    assert!(began.elapsed() < Duration::from_secs(60), "each page was waited for");
+    assert_eq!(done.aside.len(), 1, "{done:?}");
+    assert!(done.lost >= 2000, "{done:?}");
+    // What is brought again is stored again.
+    let again = take(&store, lost.1).unwrap();
+    check_all(&store, &[again, other]).unwrap();
 }
 
 /// A file from the future is as cold as any: the clock was wrong then, or is now.

@@ -31,7 +31,7 @@ fn comes_back_and_counts_by_cause() {
     let (dir, store) = store();
     let (root, saved) = take(&store, &[1, 2, 0, 1, 3]);
     assert_eq!((saved.zero, saved.same, saved.earlier, saved.new), (1, 1, 0, 3));
-    assert_eq!(store.allocated_bytes().unwrap() / 4096, saved.bytes_written.div_ceil(4096));
+    assert_eq!(store.allocated().unwrap().packs / 4096, saved.bytes_written.div_ceil(4096));
     let (second, saved) = take(&store, &[3, 4, 1, 0]);
     assert_eq!((saved.zero, saved.same, saved.earlier, saved.new), (1, 0, 2, 1));
     assert!(read_back(&store, &root) == pages(&[1, 2, 0, 1, 3]));

@@ -100,7 +100,7 @@ impl CrashDisk {
         lock(&self.0).read_only = read_only;
     }
 
-    /// Makes a stretch of a file unreadable.
+    /// Makes a stretch of a file unreadable; without a name, of every file.
     pub(crate) fn rot(&self, bad: Option<(PathBuf, Range<usize>)>) {
         lock(&self.0).bad_sectors = bad;
     }
@@ -307,7 +307,7 @@ impl DiskFile for CrashFile {
         let state = lock(&self.disk.0);
         let range = offset as usize..offset as usize + buffer.len();
         if let Some((path, bad)) = &state.bad_sectors
-            && state.names.get(path) == Some(&self.number)
+            && (path.as_os_str().is_empty() || state.names.get(path) == Some(&self.number))
             && bad.start < range.end
             && range.start < bad.end
         {

@@ -39,12 +39,12 @@ fn frees_what_the_plan_says() {
     // Sixteen pages fill a pack; their node goes to the next.
     let dead = take(&store, &(1..17).collect::<Vec<_>>());
     let live = take(&store, &[1, 2, 3]);
-    let before = store.allocated_bytes().unwrap();
+    let before = store.allocated().unwrap().packs;
     let plan = store.plan_gc(&[live]).unwrap();
     assert_eq!((plan.delete.len(), plan.rewrite.len(), plan.in_use), (1, 1, 0));
     let done = run(&store, &plan);
     assert_eq!((done.deleted, done.rewritten, done.skipped, done.stopped), (1, 1, 0, false));
-    assert_eq!(before - store.allocated_bytes().unwrap(), done.freed_bytes);
+    assert_eq!(before - store.allocated().unwrap().packs, done.freed_bytes);
     assert_eq!(plan.freed_bytes, done.freed_bytes);
     check_all(&store, &[(live, vec![1, 2, 3])]).unwrap();
     assert!(store.map_range(&dead, 0, &mut names(1)).is_err());

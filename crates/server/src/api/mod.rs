@@ -36,7 +36,7 @@ pub use daemon::Version;
 pub use events::EVENT_OPERATION;
 pub use groups::CreateGroupRequest;
 pub use store::{FsckRequest, GcRequest, UndoRequest};
-pub use targets::{CreateRequest, DiscardPlan, GotoRequest, Renamed, StopRequest};
+pub use targets::{CreateRequest, DiscardPlan, GotoRequest, StopRequest};
 
 /// Largest request body in bytes.
 const BODY_LIMIT: usize = 1 << 20;

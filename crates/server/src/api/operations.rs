@@ -106,6 +106,7 @@ fn waiting_entry(view: OperationView) -> Operation {
         id: view.id,
         kind: view.kind,
         subject: view.subject,
+        changed: Vec::new(),
         state: view.state,
         started: view.started,
         ended: None,

@@ -6,7 +6,6 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 
 use super::extract::{Body, Key, Parameters, Remove, Segment};
-use super::targets::Renamed;
 use super::{Accepted, Shared};
 use crate::Problem;
 use crate::operations::OperationView;
@@ -29,7 +28,7 @@ pub(super) async fn show(State(app): Shared, Segment(text): Segment) -> Result<J
     app.read(move |engine| engine.snapshot(&address)).await
 }
 
-/// Change name, note, keep or expiry; the operation's result is a `Renamed`
+/// Change name, note, keep or expiry; the operation's result is an `Edited`
 #[utoipa::path(patch, path = "/v1/snapshots/{address}", tag = "snapshots", operation_id = "edit_snapshot",
     params(("address" = String, Path, description = "Address")), request_body = Edit,
     responses((status = 202, description = "Started", body = OperationView)))]
@@ -40,9 +39,7 @@ pub(super) async fn edit(
     Body(edit): Body<Edit>,
 ) -> Result<Accepted, Problem> {
     let address = address(text)?;
-    app.run("edit", address.clone(), key, edit.clone(), move |engine, cx| {
-        Ok(Renamed { address: engine.edit(cx, &address, edit)? })
-    })
+    app.run("edit", address.clone(), key, edit.clone(), move |engine, cx| engine.edit(cx, &address, edit))
 }
 
 /// Remove a snapshot; the operation's result is the plan that was executed

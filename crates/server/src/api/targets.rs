@@ -68,13 +68,6 @@ pub struct DiscardPlan {
     pub discards: Option<String>,
 }
 
-/// Result of an `edit`.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Renamed {
-    /// Full name now.
-    pub address: String,
-}
-
 /// All machines
 #[utoipa::path(get, path = "/v1/targets", tag = "targets", operation_id = "list",
     responses((status = 200, description = "Machines by name", body = Vec<Machine>)))]
@@ -104,7 +97,7 @@ pub(super) async fn show(State(app): Shared, Segment(target): Segment) -> Result
     app.read(move |engine| engine.machine(&target)).await
 }
 
-/// Rename a machine, or copy it to another group; the operation's result is a `Renamed`
+/// Rename a machine, or copy it to another group; the operation's result is an `Edited`
 #[utoipa::path(patch, path = "/v1/targets/{target}", tag = "targets", operation_id = "edit",
     params(("target" = String, Path, description = "Name")), request_body = Edit,
     responses((status = 202, description = "Started", body = OperationView)))]
@@ -114,9 +107,7 @@ pub(super) async fn edit(
     key: Key,
     Body(edit): Body<Edit>,
 ) -> Result<Accepted, Problem> {
-    app.run("edit", target.clone(), key, edit.clone(), move |engine, cx| {
-        Ok(Renamed { address: engine.edit(cx, &target, edit)? })
-    })
+    app.run("edit", target.clone(), key, edit.clone(), move |engine, cx| engine.edit(cx, &target, edit))
 }
 
 /// Remove a machine; the operation's result is the plan that was executed

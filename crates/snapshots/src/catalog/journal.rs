@@ -122,9 +122,32 @@ impl OpRow {
         })
     }
 
-    /// What it was, in words: "take web@before".
+    /// What it was, in words: "take web@before", "edit web@before (name, note)".
     pub(crate) fn title(&self) -> String {
-        format!("{} {}", self.kind, self.subject)
+        let title = format!("{} {}", self.kind, self.subject);
+        match self.changed() {
+            changed if changed.is_empty() => title,
+            changed => format!("{title} ({})", changed.join(", ")),
+        }
+    }
+
+    /// What an edit changed.
+    pub(crate) fn changed(&self) -> Vec<&'static str> {
+        match self.undo.as_ref().map(|inverse| &inverse.act) {
+            _ if self.kind != "edit" => Vec::new(),
+            Some(Act::NameTarget { .. }) => vec!["name"],
+            Some(Act::Regroup { .. }) => vec!["group"],
+            Some(Act::WriteSnapshot { name, note, keep, expiry, .. }) => {
+                let parts = [
+                    (name.is_some(), "name"),
+                    (note.is_some(), "note"),
+                    (keep.is_some(), "keep"),
+                    (expiry.is_some(), "expiry"),
+                ];
+                parts.into_iter().filter_map(|(is, part)| is.then_some(part)).collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The operation that this one, an undo, took back.
