@@ -177,8 +177,7 @@ impl Inner {
         entries.sort_unstable_by_key(|entry| entry.at);
         let (pages, nodes) = entries.split_at(entries.partition_point(|entry| entry.kind() == Kind::Page));
         let body = self.packs.body(pack)?;
-        let next = |a: &Entry, b: &Entry| b.at.slot().zip(a.at.slot()).is_some_and(|(b, a)| b == a + 1);
-        let runs: Vec<&[Entry]> = pages.chunk_by(next).flat_map(|run| run.chunks(RUN)).collect();
+        let runs: Vec<&[Entry]> = pages.chunk_by(Entry::is_before).flat_map(|run| run.chunks(RUN)).collect();
         let mut bad: Vec<Entry> = Vec::new();
         let mut done = 0;
         // Used again: the first touch of fresh memory takes longer than hashing what is read into it.

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Problem, Result};
 use crate::fault::readable;
 use crate::index::ATTEMPTS;
 use crate::map::{MAX_NODE, Node};
-use crate::pack::{At, Body, HEADER, Pack, Place, decode_frame};
+use crate::pack::{At, Body, Entry, HEADER, Pack, Place, decode_frame};
 use crate::store::Inner;
 use crate::{Fingerprint, PAGE_SIZE, PageHash};
 
@@ -234,19 +234,22 @@ impl Inner {
         at: At,
         name: &PageHash,
     ) -> Result<(Node, usize)> {
-        let bad = |problem| damaged(Kind::Node, *name, pack, problem);
-        let layout = &pack.layout;
-        let offset = at.node_offset().and_then(|offset| layout.node_offset.checked_add(offset));
-        let offset = offset.ok_or_else(|| bad(Problem::Content))?;
-        let room = layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
-        let mut bytes = [0; MAX_NODE];
-        let bytes = bytes.get_mut(..room).unwrap_or_default();
-        file.read_at(bytes, offset).map_err(Error::io("read", &pack.path))?;
-        let (node, len) = Node::decode(bytes).map_err(bad)?;
-        match bytes.get(..len) {
-            Some(own) if self.names.node(own) == *name => Ok((node, len)),
-            _ => Err(bad(Problem::Content)),
+        let mut buffer = [0; MAX_NODE];
+        let (node, own) = node_at(pack, file, at, *name, &mut buffer)?;
+        if self.names.node(own) == *name {
+            return Ok((node, own.len()));
         }
+        Err(damaged(Kind::Node, *name, pack, Problem::Content))
+    }
+
+    /// The bytes of a node that a footer speaks of, checked.
+    pub(crate) fn node_bytes(&self, pack: &Pack, file: &dyn DiskFile, entry: &Entry) -> Result<Vec<u8>> {
+        let (name, mut buffer) = (entry.name.padded(), [0; MAX_NODE]);
+        let (_, own) = node_at(pack, file, entry.at, name, &mut buffer)?;
+        if entry.name.is_of(&self.names.node(own)) {
+            return Ok(own.to_vec());
+        }
+        Err(damaged(Kind::Node, name, pack, Problem::Content))
     }
 
     /// A node that is intact, but at a place of the tree where it cannot be.
@@ -329,6 +332,25 @@ impl Reading<'_> {
         }
         Ok(())
     }
+}
+
+/// What lies at the place of a node, with its bytes; the caller compares them with the `name`, which here is for messages.
+fn node_at<'a>(
+    pack: &Pack,
+    file: &dyn DiskFile,
+    at: At,
+    name: PageHash,
+    buffer: &'a mut [u8; MAX_NODE],
+) -> Result<(Node, &'a [u8])> {
+    let bad = |problem| damaged(Kind::Node, name, pack, problem);
+    let layout = &pack.layout;
+    let offset = at.node_offset().and_then(|offset| layout.node_offset.checked_add(offset));
+    let offset = offset.ok_or_else(|| bad(Problem::Content))?;
+    let room = layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
+    let bytes = buffer.get_mut(..room).unwrap_or_default();
+    file.read_at(bytes, offset).map_err(Error::io("read", &pack.path))?;
+    let (node, len) = Node::decode(bytes).map_err(bad)?;
+    Ok((node, bytes.get(..len).ok_or_else(|| bad(Problem::Content))?))
 }
 
 /// Reads the pages of slots that follow each other, unchecked, from the file that has the pack's pages: as they lie, in one request;

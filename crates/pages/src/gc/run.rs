@@ -6,7 +6,6 @@ use super::plan::{GcPlan, Live, PackPlan};
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Problem, Result};
 use crate::fault::step;
-use crate::map::{MAX_NODE, Node};
 use crate::pack::{At, Body, Building, Entry, NewBody, Pack, Place, read_footer};
 use crate::read::{damaged, read_span};
 use crate::store::{Inner, Store};
@@ -207,11 +206,10 @@ impl Inner {
         });
         let mut copied = Vec::with_capacity(old.len());
         let body = self.packs.body(pack)?;
-        let next = |a: &Entry, b: &Entry| b.at.slot().zip(a.at.slot()).is_some_and(|(b, a)| b == a + 1);
         let pages = old.iter().take_while(|entry| entry.kind() == Kind::Page).count();
         let (pages, nodes) = old.split_at(pages);
         let mut bytes = vec![[0; PAGE_SIZE]; RUN];
-        for run in pages.chunk_by(next).flat_map(|run| run.chunks(RUN)) {
+        for run in pages.chunk_by(Entry::is_before).flat_map(|run| run.chunks(RUN)) {
             let Some(first) = run.first().and_then(|entry| entry.at.slot()) else { continue };
             if !go_on((copied.len() * PAGE_SIZE) as u64) {
                 return Ok(None);
@@ -235,22 +233,6 @@ impl Inner {
             copied.push(Entry { at: to.add_node(&bytes), ..*entry });
         }
         Ok(Some(copied))
-    }
-
-    /// The bytes of a node, checked.
-    pub(crate) fn node_bytes(&self, pack: &Pack, file: &dyn DiskFile, entry: &Entry) -> Result<Vec<u8>> {
-        let layout = &pack.layout;
-        let offset = layout.node_offset.saturating_add(entry.at.node_offset().unwrap_or(u64::MAX));
-        let room = layout.node_end.saturating_sub(offset).min(MAX_NODE as u64) as usize;
-        let mut bytes = vec![0; room];
-        file.read_at(&mut bytes, offset).map_err(Error::io("read", &pack.path))?;
-        if let Ok((_, len)) = Node::decode(&bytes) {
-            bytes.truncate(len);
-            if entry.name.is_of(&self.names.node(&bytes)) {
-                return Ok(bytes);
-            }
-        }
-        Err(damaged(Kind::Node, entry.name.padded(), pack, Problem::Content))
     }
 
     /// Takes a retired pack out of the table and deletes its file.

@@ -22,6 +22,11 @@ impl Entry {
         Self { name, at: At::page(slot), len: PAGE_SIZE as u16 }
     }
 
+    /// The page behind this one lies right behind it.
+    pub(crate) fn is_before(&self, next: &Self) -> bool {
+        next.at.slot().zip(self.at.slot()).is_some_and(|(next, own)| next == own + 1)
+    }
+
     pub(crate) fn kind(&self) -> Kind {
         self.at.kind()
     }

@@ -76,6 +76,10 @@ pub enum Card {
     Edit,
     /// `edit` of the machine's name.
     Rename,
+    /// `edit --expire` of a snapshot, which goes by itself.
+    Expire,
+    /// `edit --group` of the machine: all of it is copied to another group, or back.
+    Regroup,
     /// `protect` of a snapshot that is not, and nothing removes it.
     Protect,
     /// `unprotect` of one that is.
@@ -135,6 +139,8 @@ const DECK: &[Card] = &[
     Card::Edit,
     Card::Edit,
     Card::Rename,
+    Card::Expire,
+    Card::Regroup,
     Card::Protect,
     Card::Unprotect,
     Card::ProtectMachine,
@@ -191,6 +197,8 @@ pub struct Walk {
     number: u64,
     /// The last mark written.
     marks: u64,
+    /// The machine belongs to another group than the default one.
+    elsewhere: bool,
     /// The guest's memory came from a snapshot, and was not looked at since.
     loaded: bool,
 }
@@ -211,6 +219,7 @@ impl Walk {
             fill,
             number: 0,
             marks: 0,
+            elsewhere: false,
             loaded: false,
         };
         walk.need(Power::Running)?;

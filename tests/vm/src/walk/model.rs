@@ -132,19 +132,24 @@ pub enum Inverse {
     Goto(usize),
     /// The snapshot has its old name and note.
     Edit(usize, String, String),
+    /// The snapshot does not expire.
+    Expiry(usize),
     /// The machine has its old name.
     Rename(String),
+    /// The machine is copied back to the group that it came from.
+    Regroup,
 }
 
 impl Inverse {
     /// Whether `gc --now` leaves what it needs.
     fn outlives_gc(&self, nodes: &[Node]) -> bool {
         match self {
-            Inverse::Take(index, _) | Inverse::Goto(index) | Inverse::Edit(index, ..) => {
-                !nodes[*index].removed
-            }
+            Inverse::Take(index, _)
+            | Inverse::Goto(index)
+            | Inverse::Edit(index, ..)
+            | Inverse::Expiry(index) => !nodes[*index].removed,
             Inverse::Rm(indices) => indices.iter().all(|&index| !nodes[index].removed),
-            Inverse::Rename(_) => true,
+            Inverse::Rename(_) | Inverse::Regroup => true,
         }
     }
 }

@@ -1,8 +1,13 @@
-//! The steps that change names and what they mean, and no data: `rm`, `edit`, `protect`, `unprotect`.
+//! The steps that change names and what they mean, and nothing of what is stored: `rm`, `edit`, `protect`, `unprotect`.
+
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::model::{Inverse, Power};
-use super::{NAME, Violation, Walk};
+use super::{NAME, SOON, Violation, Walk};
 
+/// The other group.
+const OTHER_GROUP: &str = "other";
 /// So many snapshots stay when others are removed.
 const ENOUGH: usize = 3;
 /// The machine's other name.
@@ -94,6 +99,42 @@ impl Walk {
         let old = std::mem::replace(&mut self.name, new.to_owned());
         self.refused(&format!("show {old}"), NOT_FOUND, &old)?;
         self.remember("edit", Inverse::Rename(old))
+    }
+
+    /// A snapshot goes by itself, as by `rm`. What has expired once and is brought back stays.
+    pub(super) fn expire(&mut self) -> Result<(), Violation> {
+        let named = self.model.named(false);
+        let free = |index: &usize| !self.model.nodes[*index].protected;
+        let open: Vec<usize> = named.iter().copied().filter(free).collect();
+        let Some(&index) = self.random.pick(&open).filter(|_| named.len() > ENOUGH) else {
+            return self.take("", "");
+        };
+        let address = format!("{}@{}", self.name, self.model.nodes[index].name);
+        self.say(&format!(" {address}"));
+        self.spinney.ok(&format!("edit {address} --expire 2s"))?;
+        self.remember("edit", Inverse::Expiry(index))?;
+        let deadline = Instant::now() + SOON;
+        while self.spinney.run(["show", &address]).code == Some(0) {
+            if Instant::now() > deadline {
+                return Err(Violation::Wrong(format!("{address} should have expired")));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        self.model.nodes[index].removed = true;
+        self.remember("expire", Inverse::Rm(vec![index]))
+    }
+
+    /// All that is stored of the machine is copied to another group, or back.
+    pub(super) fn regroup(&mut self) -> Result<(), Violation> {
+        self.need(Power::Off)?;
+        if self.spinney.run(["group", "show", OTHER_GROUP]).code == Some(NOT_FOUND) {
+            self.spinney.ok(&format!("group create {OTHER_GROUP}"))?;
+        }
+        let to = if self.elsewhere { "default" } else { OTHER_GROUP };
+        self.say(&format!(" to {to}"));
+        self.spinney.ok(&format!("edit {} --group {to}", self.name))?;
+        self.elsewhere = !self.elsewhere;
+        self.remember("edit", Inverse::Regroup)
     }
 
     pub(super) fn protect(&mut self) -> Result<(), Violation> {

@@ -40,6 +40,8 @@ impl Walk {
             Card::RmMachine => self.rm_machine(),
             Card::Edit => self.edit(),
             Card::Rename => self.rename(),
+            Card::Expire => self.expire(),
+            Card::Regroup => self.regroup(),
             Card::Protect => self.protect(),
             Card::Unprotect => self.unprotect(),
             Card::ProtectMachine => self.protect_machine(),

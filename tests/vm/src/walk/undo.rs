@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::model::Inverse;
+use super::model::{Inverse, Power};
 use super::steps::id_of;
 use super::{Violation, Walk};
 
@@ -26,6 +26,9 @@ impl Walk {
             self.refused(&format!("undo {id}"), 4, "protected")?;
             self.unprotect_one(index)?;
         }
+        if let Inverse::Regroup = inverse {
+            self.need(Power::Off)?;
+        }
         let begun = Instant::now();
         // By its id: without one `undo` does not pass a goto that threw something away.
         self.spinney.ok(&format!("undo {id}"))?;
@@ -41,7 +44,10 @@ impl Walk {
                 let node = &mut self.model.nodes[index];
                 (node.name, node.note) = (name, note);
             }
+            // What expired is removed, and that is an operation of its own.
+            Inverse::Expiry(_) => {}
             Inverse::Rename(name) => self.name = name,
+            Inverse::Regroup => self.elsewhere = !self.elsewhere,
             Inverse::Goto(to) => self.undid_goto(to, begun)?,
         }
         Ok(())
