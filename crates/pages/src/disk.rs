@@ -34,6 +34,8 @@ pub(crate) trait DiskFile: Send + Sync {
     /// Has the system begin to write back what was just written there, without waiting for its end: what is left for
     /// [`DiskFile::sync`] is less then. A hint, not for every page: it costs the processors a moment each time.
     fn write_back(&self, offset: u64, len: u64);
+    /// Has the next read come from the disk, of what has been written back.
+    fn forget_cached(&self);
     /// Makes content and length durable.
     fn sync(&self) -> io::Result<()>;
     /// Length in bytes.
@@ -133,6 +135,10 @@ impl DiskFile for File {
     fn write_back(&self, offset: u64, len: u64) {
         // Linux begins to write such a range before it drops what is clean of it, and this is all dirty (mm/fadvise.c).
         let _ = rustix::fs::fadvise(self, offset, NonZeroU64::new(len), Advice::DontNeed);
+    }
+
+    fn forget_cached(&self) {
+        let _ = rustix::fs::fadvise(self, 0, None, Advice::DontNeed);
     }
 
     fn sync(&self) -> io::Result<()> {

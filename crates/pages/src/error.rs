@@ -19,6 +19,14 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// Nothing can be read from the disk that the packs are on.
+    #[error("the disk does not answer: {path}")]
+    NoAnswer {
+        /// A file that was asked for.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The caller's arguments do not fit together; a mistake in the program.
     #[error("page store called wrongly: {0}")]
     Misuse(&'static str),

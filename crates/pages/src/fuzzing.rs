@@ -27,6 +27,8 @@ impl DiskFile for Bytes {
 
     fn write_back(&self, _: u64, _: u64) {}
 
+    fn forget_cached(&self) {}
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

@@ -53,8 +53,8 @@ const RUN: usize = 256;
 /// How often a read that failed is tried again ...
 const RETRIES: u32 = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(20);
-/// ... and how often that is done in one repair: of a disk with many bad places each would be waited for.
-const ALL_RETRIES: u32 = 200;
+/// ... and how often that is done without any success in between: in a pack that is gone as a whole, each page would be waited for.
+const RETRIES_IN_A_ROW: u32 = 30;
 
 /// Packs from which a page is read to see whether the disk answers at all.
 const PROBES: usize = 16;
@@ -107,14 +107,18 @@ impl Inner {
         packs.retain(|pack| pack.layout.image().is_none());
         let (mut failed, patience) = (Ok(()), Patience::default());
         for pack in packs.iter().step_by(packs.len().div_ceil(PROBES).max(1)) {
+            // Not its first page, which comes with the header.
+            let slot = pack.layout.pages.saturating_sub(1);
             let read = patience.read(|| {
                 let file = self.disk.open(&pack.path)?;
-                read_span(pack, &*file, 0, &mut [[0; PAGE_SIZE]])
+                file.forget_cached();
+                read_span(pack, &*file, slot, &mut [[0; PAGE_SIZE]])
             });
-            match read {
-                Err(error) if !is_lasting_error(&error) => failed = Err(Error::io("read", &pack.path)(error)),
-                // Whatever it says, it is an answer.
-                _ => return Ok(()),
+            match read.map_err(|source| (source.kind(), source)) {
+                Ok(()) | Err((io::ErrorKind::InvalidData, _)) => return Ok(()),
+                // That may be known without the disk.
+                Err((io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof, _)) => {}
+                Err((_, source)) => failed = Err(Error::NoAnswer { path: pack.path.clone(), source }),
             }
         }
         failed
@@ -166,12 +170,14 @@ impl Inner {
         if whole && good.len() == all {
             return Ok(());
         }
+        // Before anything is given up: it may have failed just now.
+        self.check_disk()?;
         tracing::warn!(pack = pack.in_words(), good = good.len(), of = all, "mending a pack");
         good.retain(|entry| {
             self.index.get(&entry.name.padded()).is_some_and(|(place, _)| place.pack == pack.number)
         });
         let new = match &file {
-            Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good, patience)?),
+            Some(file) if !good.is_empty() => Some(self.copy_good(pack, &**file, &good)?),
             _ => None,
         };
         // Whatever does not move is bad, but for what lies elsewhere too. Found before the gate: nobody is to wait for it.
@@ -229,13 +235,8 @@ impl Inner {
     }
 
     /// Copies what is good in a pack to a new one, durably. Of an image only the names are kept: its blocks stay where they are.
-    fn copy_good(
-        &self,
-        pack: &Pack,
-        file: &dyn DiskFile,
-        good: &[Entry],
-        patience: &Patience,
-    ) -> Result<(Arc<Pack>, Vec<Entry>)> {
+    fn copy_good(&self, pack: &Pack, file: &dyn DiskFile, good: &[Entry]) -> Result<(Arc<Pack>, Vec<Entry>)> {
+        let patience = Patience::default();
         // Under another label: put back as it was, the file is looked through anew under its own.
         let body = pack.layout.image().map_or(NewBody::Raw, |image| {
             let label = format!("{} (mended)", image.label);
@@ -247,7 +248,7 @@ impl Inner {
                 salvage.leave(entry);
                 Ok(())
             }
-            _ => match self.content(pack, file, entry, patience) {
+            _ => match self.content(pack, file, entry, &patience) {
                 Some(bytes) => salvage.add(entry.kind(), entry.name, &bytes),
                 // It could be read a moment ago. The next repair may have more luck.
                 None => Err(Error::DamagedPack { pack: pack.name(), problem: Problem::Content }),
@@ -299,7 +300,12 @@ impl Inner {
                 continue;
             }
             let path = self.folder.join(&pack);
-            let file = self.disk.open(&path).map_err(Error::io("open", &path))?;
+            let file = match self.disk.open(&path) {
+                Ok(file) => file,
+                // Somebody took it away.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(Error::io("open", &path)(error)),
+            };
             let before = asked.clone();
             let mut salvage = Salvage::begin(self, Origin::default(), NewBody::Raw)?;
             let filled = self.scan(&*file, &mut asked, &mut salvage);
@@ -404,14 +410,9 @@ impl Inner {
     }
 }
 
-/// Reads that failed and can still be tried again.
+/// Reads that were tried again since one last succeeded.
+#[derive(Default)]
 struct Patience(Cell<u32>);
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self(Cell::new(ALL_RETRIES))
-    }
-}
 
 impl Patience {
     /// Reads, and again a moment later if the disk fails, before anything is called lost.
@@ -419,15 +420,22 @@ impl Patience {
         let mut attempts = 0;
         loop {
             match read() {
-                Err(error) if is_lasting_error(&error) || attempts == RETRIES || self.0.get() == 0 => {
+                Err(error)
+                    if is_lasting_error(&error)
+                        || attempts == RETRIES
+                        || self.0.get() >= RETRIES_IN_A_ROW =>
+                {
                     return Err(error);
                 }
                 Err(_) => {
                     attempts += 1;
-                    self.0.update(|left| left.saturating_sub(1));
+                    self.0.update(|retries| retries + 1);
                     std::thread::sleep(RETRY_AFTER);
                 }
-                done => return done,
+                done => {
+                    self.0.set(0);
+                    return done;
+                }
             }
         }
     }

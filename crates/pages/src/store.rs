@@ -70,7 +70,7 @@ pub(crate) struct Inner {
 pub struct Allocated {
     /// Packs.
     pub packs: u64,
-    /// Packs that were set aside, at open or by a repair.
+    /// Packs that a repair set aside.
     pub set_aside: u64,
     /// The index.
     pub index: u64,

@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
 use crate::id::new_id;
+use crate::new_disks::image_error;
 
 /// Deepest chain, for now: every layer is a descriptor, start time and pause of its machine.
 pub(crate) const DEPTH_LIMIT: u32 = 200;
@@ -117,31 +118,30 @@ impl Engine {
         Ok(())
     }
 
-    /// The users' images under these layers that are not as they were when they were last looked at, each with what it is like now; one that
-    /// cannot be what it was is refused.
-    pub(crate) fn changed_bases(
-        &self,
-        tx: &Transaction<'_>,
-        disks: &[(String, String)],
-    ) -> Result<Vec<(LayerRow, BaseStamp)>> {
-        let (mut changed, mut seen) = (Vec::new(), HashSet::new());
-        for (disk, layer) in disks {
-            for row in LayerRow::chain(tx, layer)? {
-                let Some(known) = row.stamp.filter(|_| seen.insert(row.id.clone())) else { continue };
-                let path = self.layer_file(&row);
-                let found = stamp(&path).map_err(|error| {
-                    let sentence = format!("the image under {disk} is missing: {}", path.display());
-                    Error::new(Code::Damaged, sentence)
-                        .because(error)
-                        .hint("put the file back where it was: nothing else is lost")
-                })?;
-                if known != found {
-                    self.check_size(&row, &path, found.bytes)?;
-                    changed.push((row, found));
-                }
-            }
+    /// The users' images under these layers.
+    pub(crate) fn bases(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<LayerRow>> {
+        let (mut bases, mut seen) = (Vec::new(), HashSet::new());
+        for (_, layer) in disks {
+            let chain = LayerRow::chain(tx, layer)?.into_iter();
+            bases.extend(chain.filter(|row| row.is_users() && seen.insert(row.id.clone())));
         }
-        Ok(changed)
+        Ok(bases)
+    }
+
+    /// What a user's image is like now, if that is not how it was when it was last looked at; one that cannot be what it was is refused.
+    /// Takes its time: nobody is to wait for the catalog meanwhile.
+    pub(crate) fn changed_base(&self, row: &LayerRow) -> Result<Option<BaseStamp>> {
+        let path = self.layer_file(row);
+        let found = stamp(&path).map_err(|error| {
+            Error::new(Code::Damaged, format!("the image is missing: {}", path.display()))
+                .because(error)
+                .hint("put the file back where it was: nothing else is lost")
+        })?;
+        if row.stamp == Some(found) {
+            return Ok(None);
+        }
+        self.check_size(row, &path, found.bytes)?;
+        Ok(Some(found))
     }
 
     /// Whatever lies over an image of another size is wrong.
@@ -150,12 +150,15 @@ impl Engine {
             Error::new(Code::Refused, format!("{} is not the image that it was", path.display()))
                 .hint("put the right file there: what was written over it is only right together with it")
         };
-        let info = self.img()?.info(path).map_err(|error| another().because(error))?;
-        if row.format != "raw" && info.format != row.format {
-            return Err(another().because(format!("it was {}, and is {}", row.format, info.format)));
-        }
         // Any file can be read as raw, and QEMU fills its last sector up.
-        let size = if row.format == "raw" { bytes.next_multiple_of(512) } else { info.virtual_size };
+        let mut size = bytes.next_multiple_of(512);
+        if row.format != "raw" {
+            let info = self.img()?.info(path).map_err(|error| image_error(path, error))?;
+            if info.format != row.format {
+                return Err(another().because(format!("it was {}, and is {}", row.format, info.format)));
+            }
+            size = info.virtual_size;
+        }
         if size != row.size {
             return Err(
                 another().because(format!("a guest saw {} bytes of it, and would see {size} now", row.size))

@@ -40,7 +40,7 @@ fn is_undo_point(name: &str) -> Error {
 }
 
 impl Engine {
-    /// Renames or annotates a machine or a snapshot, or copies a machine to another group. What is so already stays as it is, and leaves
+    /// Renames or annotates a machine or a snapshot, or copies a machine to another group. A name, note or the like that is so already leaves
     /// nothing in the log.
     pub fn edit(&self, cx: &Context, address: &str, edit: Edit) -> Result<Edited> {
         if let Some(note) = &edit.note {
@@ -105,31 +105,30 @@ impl Engine {
         }
         self.journaled(cx, "edit", &old.full_name(), Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
-                let (target, old) = address::resolve(tx, address)?;
                 let keep = edit.keep.unwrap_or(old.keep);
-                let had = SnapshotRow::expiry(tx, &old.id)?;
                 let ends = had.is_some() && keep;
+                let name = edit.name.clone().unwrap_or_else(|| old.name.clone());
+                let note = edit.note.clone().unwrap_or_else(|| old.note.clone());
+                // Of what is given and is so already, nothing is taken back.
                 let undo = Act::WriteSnapshot {
                     id: old.id.clone(),
-                    name: edit.name.is_some().then(|| old.name.clone()),
-                    note: edit.note.is_some().then(|| old.note.clone()),
-                    keep: edit.keep.is_some().then_some(old.keep),
+                    name: (name != old.name).then(|| old.name.clone()),
+                    note: (note != old.note).then(|| old.note.clone()),
+                    keep: (keep != old.keep).then_some(old.keep),
                     expiry: (expire.is_some() || ends).then_some(had.into()),
                 };
-                let name = edit.name.clone().unwrap_or_else(|| old.name.clone());
-                if name != old.name && SnapshotRow::name_taken(tx, &target.id, &name)? {
-                    return Err(snapshot_name_taken(&target.name, &name).hint(format!(
+                if name != old.name && SnapshotRow::name_taken(tx, &old.target, &name)? {
+                    return Err(snapshot_name_taken(&old.target_name, &name).hint(format!(
                         "choose another name; `spinney tree {}` shows those that are taken",
-                        target.name
+                        old.target_name
                     )));
                 }
-                let note = edit.note.clone().unwrap_or_else(|| old.note.clone());
                 if name != old.name {
                     // Who gives it a name wants to keep it: no later goto takes it away.
                     SnapshotRow::promote(tx, &old.id)?;
                 }
                 SnapshotRow::set_text(tx, &old.id, &name, &note, keep)?;
-                let full_name = format!("{}@{name}", target.name);
+                let full_name = format!("{}@{name}", old.target_name);
                 match &expire {
                     Some(Expire::After(_)) if keep => return Err(is_kept(&full_name)),
                     Some(Expire::After(_)) if old.undo_point && name == old.name => {
@@ -195,13 +194,20 @@ impl Engine {
 
     /// The images of the user's that the machine's disks and snapshots lie over are right as they are now. False if none was changed.
     fn accept_disks(&self, cx: &Context, row: &TargetRow) -> Result<bool> {
-        let changed = self.catalog.read(|tx| {
+        let bases = self.catalog.read(|tx| {
             let mut disks = TargetRow::disks(tx, &row.id)?;
             for snapshot in SnapshotRow::of_target(tx, &row.id)? {
                 disks.extend(SnapshotRow::disks(tx, &snapshot.id)?);
             }
-            self.changed_bases(tx, &disks)
+            Self::bases(tx, &disks)
         })?;
+        let mut changed = Vec::new();
+        for base in bases {
+            cx.check()?;
+            if let Some(stamp) = self.changed_base(&base)? {
+                changed.push((base, stamp));
+            }
+        }
         if changed.is_empty() {
             return Ok(false);
         }

@@ -36,7 +36,9 @@ impl Engine {
             // What cannot be opened is not touched: `check_all` says so.
             let Ok(store) = group.store() else { continue };
             let of = if groups.len() > 1 { format!("group {}: ", group.row.name) } else { String::new() };
-            let mended = self.mend_group(cx, &group.row.id, store)?;
+            // What was done is told even where the rest fails.
+            let told = |_: &Error| said.iter().for_each(|words: &String| cx.warn(words.clone()));
+            let mended = self.mend_group(cx, &group.row.id, store).inspect_err(told)?;
             said.extend(mended.into_iter().map(|words| format!("{of}{words}")));
         }
         Ok(said)
@@ -46,9 +48,9 @@ impl Engine {
         cx.phase("mending packs", 0);
         let roots = self.live_roots(group)?;
         let done = store.repair(&roots, &|| cx.check().is_ok()).map_err(|error| match error {
-            pages::Error::Io { .. } if error.is_damage() => Error::new(
+            pages::Error::NoAnswer { .. } => Error::new(
                 Code::Failed,
-                "the disk of the page store cannot be read, so nothing was mended and nothing given up",
+                "the disk of the page store cannot be read: nothing that is on it was given up",
             )
             .because(error)
             .hint(

@@ -190,7 +190,7 @@ fn cannot_look_at(path: &Path, error: std::io::Error) -> Error {
     Error::new(Code::NotFound, format!("{} cannot be looked at", path.display())).because(error)
 }
 
-fn image_error(path: &Path, error: ImageError) -> Error {
+pub(crate) fn image_error(path: &Path, error: ImageError) -> Error {
     match error {
         in_use @ ImageError::InUse { .. } => {
             Error::new(Code::Refused, format!("{} is in use by another process", path.display()))

@@ -159,7 +159,10 @@ fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> 
         if op.state == OpState::Done && op.kind != "undo" {
             return match &op.undo {
                 Some(_) => Ok(op),
-                None => Err(stuck(&op, older.find(|older| older.target == target && is_undoable(older)))),
+                None => Err(stuck(
+                    &op,
+                    older.find(|older| older.kind != "undo" && older.target == target && is_undoable(older)),
+                )),
             };
         }
     }

@@ -59,9 +59,32 @@ fn what_threw_something_away_is_not_passed_over() {
     lab.create("m", vec![DISK]);
     lab.take("one");
     lab.goto("one", false);
+    let before = last(&lab, "goto").id;
+    lab.take("two");
+    undo(&lab);
     lab.goto("one", true);
     let error = lab.engine().undo(&Context::new(), None).unwrap_err();
     assert_eq!(error.code(), Code::Refused, "the goto before is not what was meant: {error}");
+    // The undo in between would be a redo.
+    assert!(error.hint_text().is_some_and(|hint| hint.contains(&before)), "{:?}", error.hint_text());
+}
+
+#[test]
+fn an_edit_takes_back_what_it_changed_and_nothing_else() {
+    let lab = Lab::new();
+    lab.create("m", vec![]);
+    lab.take("one");
+    let edit = |address: &str, name: &str, note: Option<&str>| {
+        let edit = Edit { name: Some(name.into()), note: note.map(Into::into), ..Edit::default() };
+        lab.engine().edit(&Context::new(), address, edit).unwrap();
+        last(&lab, "edit")
+    };
+    let noted = edit("m@one", "one", Some("a note"));
+    assert_eq!(noted.changed, ["note"]);
+    edit("m@one", "two", None);
+    lab.engine().undo(&Context::new(), Some(&noted.id)).unwrap();
+    assert_eq!(lab.names(), ["two"], "the name was so already");
+    assert_eq!(lab.engine().snapshot("m@two").unwrap().note, "");
 }
 
 #[test]

@@ -126,17 +126,24 @@ impl Keeper {
     pub fn arm(&self, monitor: &Path, running: bool, within: Duration) -> io::Result<Armed<'_>> {
         let Some(line) = &self.line else { return Ok(Armed { line: None, id: AtomicU64::new(0) }) };
         let watch = Watch { monitor: monitor.to_owned(), running };
-        let id = line.lock().next();
-        let armed = Armed { line: Some(line), id: AtomicU64::new(id) };
-        let arm = |question| Request::Arm { question, id, watch: watch.clone(), within: millis(within) };
-        match line.ask(ARM_LIMIT, &arm)? {
-            true => {
-                // Not before: a warden that is started for it would be told twice, and a monitor serves one client.
-                line.lock().armed.insert(id, Standing { watch, within, held: false });
-                Ok(armed)
+        for _ in 0..2 {
+            let id = line.lock().next();
+            let armed = Armed { line: Some(line), id: AtomicU64::new(id) };
+            let arm = |question| Request::Arm { question, id, watch: watch.clone(), within: millis(within) };
+            let (in_time, warden) = line.ask(ARM_LIMIT, &arm)?;
+            if !in_time {
+                return Err(io::Error::other("the guest's second monitor does not answer"));
             }
-            false => Err(io::Error::other("the guest's second monitor does not answer")),
+            let mut state = line.lock();
+            // The one that has answered may be gone by now; whoever took over was told of what stood here then.
+            if state.warden.as_ref().is_some_and(|now| now.number == warden) {
+                // Not before: a warden that is started for it would be told twice, and a monitor serves one client.
+                state.armed.insert(id, Standing { watch, within, held: false });
+                drop(state);
+                return Ok(armed);
+            }
         }
+        Err(io::Error::other("the warden does not stay"))
     }
 
     /// Ends the warden: the daemon ends in order.
@@ -164,8 +171,8 @@ impl Armed<'_> {
         let Some((line, id)) = self.standing() else { return Ok(()) };
         let confirm = |question| Request::Confirm { question, id, within: millis(within) };
         match line.ask(ANSWER_LIMIT, &confirm) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Unkept::TooLate(TooLate)),
+            Ok((true, _)) => Ok(()),
+            Ok((false, _)) => Err(Unkept::TooLate(TooLate)),
             Err(error) => Err(Unkept::NoWarden(error)),
         }
     }
@@ -224,9 +231,9 @@ impl Armed<'_> {
     fn ask(&self, request: impl Fn(u64, u64) -> Request) -> Result<(), TooLate> {
         let Some((line, id)) = self.standing() else { return Ok(()) };
         match line.ask(ANSWER_LIMIT, &|question| request(id, question)) {
-            Ok(false) => Err(TooLate),
+            Ok((false, _)) => Err(TooLate),
             // Without a warden nobody has let the guest go.
-            Ok(true) | Err(_) => Ok(()),
+            Ok((true, _)) | Err(_) => Ok(()),
         }
     }
 
@@ -259,9 +266,9 @@ impl Line {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says something and waits for the answer. Of a warden that is gone its successor is asked; one that does not answer is ended, and
+    /// Says something and waits for the answer, which comes with the warden's number. Of a warden that is gone its successor is asked; one that does not answer is ended, and
     /// so is gone.
-    fn ask(self: &Arc<Self>, limit: Duration, request: &dyn Fn(u64) -> Request) -> io::Result<bool> {
+    fn ask(self: &Arc<Self>, limit: Duration, request: &dyn Fn(u64) -> Request) -> io::Result<(bool, u64)> {
         let mut state = self.lock();
         for _ in 0..2 {
             let question = state.next();
@@ -269,7 +276,7 @@ impl Line {
             let deadline = Instant::now() + limit;
             loop {
                 if let Some(in_time) = state.answers.remove(&question) {
-                    return Ok(in_time);
+                    return Ok((in_time, number));
                 }
                 if state.warden.as_ref().is_none_or(|warden| warden.number != number) {
                     break;

@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_s
 
 use crate::deadlines::{Deadlines, Due};
 use crate::protocol::{Answer, LINE_LIMIT, Request, Watch};
-use crate::rescue::{ARMING_LIMIT, connect, rescue};
+use crate::rescue::{ARMING_LIMIT, CONNECT_LIMIT, connect, rescue};
 
 /// How long the warden sleeps at most.
 const SLEEP: Duration = Duration::from_secs(3600);
@@ -147,7 +147,8 @@ fn listen(mut reader: impl BufRead, said: &Sender<News>) {
 fn connect_beside(arming: Arming, tell: &Sender<News>) -> io::Result<()> {
     let tell = tell.clone();
     let connecting = move || {
-        let monitor = connect(&arming.watch, ARMING_LIMIT).inspect_err(|error| {
+        let limit = if arming.question == 0 { CONNECT_LIMIT } else { ARMING_LIMIT };
+        let monitor = connect(&arming.watch, limit).inspect_err(|error| {
             tracing::warn!(%error, monitor = %arming.watch.monitor.display(), "a guest cannot be watched");
         });
         let _ = tell.send(News::Connected { arming, monitor: monitor.ok() });
@@ -214,7 +215,9 @@ impl Rescues {
         }));
     }
 
-    fn finish(self) {
+    fn finish(mut self) {
+        // Those of guests that are left to the next daemon, which needs them.
+        self.monitors.clear();
         for thread in self.threads {
             let _ = thread.join();
         }

@@ -16,7 +16,7 @@ pub(crate) enum Request {
         question: u64,
         id: u64,
         watch: Watch,
-        /// Milliseconds until the deadline.
+        /// Milliseconds until the deadline: from the answer on or, without a question, from now on.
         within: u64,
     },
     /// It goes on as it should: the deadline is so many milliseconds from now. Not answered.

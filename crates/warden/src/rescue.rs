@@ -13,7 +13,7 @@ use crate::protocol::Watch;
 /// warden of a daemon that died may still be at it, on a busy host for seconds.
 pub(crate) const ARMING_LIMIT: Duration = Duration::from_secs(5);
 /// The same for a guest that may stand still by now: then it is tried again.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is tried.
 const ATTEMPTS: u32 = 5;
 /// How long what has to be quick may take.

@@ -117,7 +117,7 @@ fn totals(space: &GroupSpace) -> Vec<String> {
         let aside = bytes(space.set_aside_bytes);
         lines.insert(
             1,
-            format!("  of that          {aside} set aside by a repair (*.bad): nothing needs them"),
+            format!("  of that          {aside} set aside by a repair (*.bad): of no use unless a snapshot is damaged"),
         );
     }
     lines.extend(space.problem.as_ref().map(|why| format!("unusable         {why}")));

@@ -28,18 +28,14 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     } else {
         print(session.out, &report);
     }
+    let rest = if report.damage.iter().all(|damage| damage.users_file) { YOURS } else { REST };
     match report.damage.len() as u64 {
         0 => Ok(()),
         n if args.repair => {
-            Err(Problem::new(Code::Damaged, format!("{} could not be mended", count(n, "thing"))).hint(REST))
+            Err(Problem::new(Code::Damaged, format!("{} could not be mended", count(n, "thing"))).hint(rest))
         }
-        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing"))).hint(
-            match report.mendable {
-                true => MENDABLE,
-                false if report.damage.iter().all(|damage| damage.users_file) => YOURS,
-                false => REST,
-            },
-        )),
+        n => Err(Problem::new(Code::Damaged, format!("{} damaged", count(n, "thing")))
+            .hint(if report.mendable { MENDABLE } else { rest })),
     }
 }
 

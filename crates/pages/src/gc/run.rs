@@ -21,7 +21,7 @@ pub struct GcDone {
     pub rewritten: u64,
     /// Packs compressed.
     pub compressed: u64,
-    /// Bytes by which these shrank; part of `freed_bytes`.
+    /// Bytes by which what lives in these shrank; part of `freed_bytes`.
     pub compressed_away: u64,
     /// Labels of the images on which nothing is left: their files may go.
     pub left: Vec<String>,
@@ -181,7 +181,8 @@ impl Inner {
             (Some(image), _) => done.left.push(image.label.clone()),
             (None, Some(_)) => {
                 done.compressed += 1;
-                done.compressed_away += freed;
+                // What was dead would have gone anyway.
+                done.compressed_away += freed.saturating_sub(plan.dead_bytes);
             }
             (None, None) => done.rewritten += 1,
         }

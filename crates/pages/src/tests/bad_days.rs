@@ -132,7 +132,7 @@ fn a_disk_that_cannot_be_read_at_all_is_no_damage_and_a_pack_is() {
     disk.rot(Some((PathBuf::new(), 4096..usize::MAX)));
     let before = disk.paths();
     let error = store.repair(&[lost.0], &|| true).unwrap_err();
-    assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("/packs/"), "{error}");
+    assert!(matches!(error, Error::NoAnswer { .. }) && error.to_string().contains("/packs/"), "{error}");
     assert_eq!(disk.paths(), before);
     disk.rot(None);
     let other = take(&store, (3000..3010).collect()).unwrap();

@@ -336,6 +336,8 @@ impl DiskFile for CrashFile {
     /// What is written back early may survive, and what is not may as well.
     fn write_back(&self, _: u64, _: u64) {}
 
+    fn forget_cached(&self) {}
+
     fn sync(&self) -> io::Result<()> {
         lock(&self.disk.0).sync(|state| {
             if state.fault != Fault::SkipFileSync {

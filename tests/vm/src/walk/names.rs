@@ -111,7 +111,7 @@ impl Walk {
         };
         let address = format!("{}@{}", self.name, self.model.nodes[index].name);
         self.say(&format!(" {address}"));
-        self.spinney.ok(&format!("edit {address} --expire 2s"))?;
+        self.spinney.ok(&format!("edit {address} --expire 5s"))?;
         self.remember("edit", Inverse::Expiry(index))?;
         let deadline = Instant::now() + SOON;
         while self.spinney.run(["show", &address]).code == Some(0) {
