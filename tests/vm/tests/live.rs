@@ -54,7 +54,8 @@ fn until_it_is_durable_a_snapshot_is_shown_as_saving_and_others_wait_for_it() {
 
     let mut second = walk.spinney.under_way(&format!("take {NAME} y --mode stop-copy"));
     let mut goto = walk.spinney.under_way(&format!("goto {NAME}@x --discard --yes"));
-    thread::sleep(Duration::from_secs(1));
+    // For longer than the client takes to notice what it waits for.
+    thread::sleep(Duration::from_secs(3));
     let log = walk.spinney.ok("op log").unwrap();
     let waiting: Vec<_> =
         log["operations"].as_array().into_iter().flatten().filter(|op| op["state"] == "running").collect();

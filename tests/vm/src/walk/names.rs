@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use super::model::{Inverse, Power};
 use super::{NAME, SOON, Violation, Walk};
 
+/// Seconds until a snapshot is to expire: longer than the next command can take.
+const EXPIRY: u64 = 5;
 /// The other group.
 const OTHER_GROUP: &str = "other";
 /// So many snapshots stay when others are removed.
@@ -111,9 +113,9 @@ impl Walk {
         };
         let address = format!("{}@{}", self.name, self.model.nodes[index].name);
         self.say(&format!(" {address}"));
-        self.spinney.ok(&format!("edit {address} --expire 5s"))?;
+        self.spinney.ok(&format!("edit {address} --expire {EXPIRY}s"))?;
         self.remember("edit", Inverse::Expiry(index))?;
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + Duration::from_secs(EXPIRY) + SOON;
         while self.spinney.run(["show", &address]).code == Some(0) {
             if Instant::now() > deadline {
                 return Err(Violation::Wrong(format!("{address} should have expired")));
