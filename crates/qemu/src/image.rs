@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +39,12 @@ pub enum ImageError {
     /// Another process has the image open for writing.
     #[error("{path} is in use by another process")]
     InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The caller did not want it any more.
+    #[error("the copy of {path} was stopped")]
+    Stopped {
         /// The image.
         path: PathBuf,
     },
@@ -118,6 +125,9 @@ pub struct DataExtent {
 struct MapEntry {
     length: u64,
     depth: u32,
+    /// It is anywhere in the chain at all; before QEMU 6.1 nobody said.
+    #[serde(default = "yes")]
+    present: bool,
     data: bool,
     zero: bool,
     #[serde(default)]
@@ -126,10 +136,16 @@ struct MapEntry {
     offset: Option<u64>,
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// An empty overlay is longer only if its disk has more than 128 TiB.
 const TEMPLATE_MAX: u64 = 4 << 20;
 /// Templates that are kept: machines have few sizes of disks.
 const TEMPLATES_MAX: usize = 16;
+/// Longer than what `convert -p` writes at a time.
+const PROGRESS_LINE: usize = 64;
 /// What is written at a time, unless it is all zeros.
 const PIECE: usize = 4096;
 
@@ -174,15 +190,20 @@ impl QemuImg {
     /// Where in the file the image's own data lies, as it is, in stretches: what is compressed, encrypted or in a backing file is left out.
     /// The image may be in use, as long as nobody writes to it.
     pub fn data(&self, image: &Path, format: &str) -> Result<Vec<DataExtent>, ImageError> {
+        let own = |entry: &MapEntry| entry.depth == 0 && entry.data && !entry.zero && !entry.compressed;
+        let extents = self.map(image, format)?.into_iter().filter(own);
+        Ok(extents.filter_map(|e| Some(DataExtent { offset: e.offset?, bytes: e.length })).collect())
+    }
+
+    fn map(&self, image: &Path, format: &str) -> Result<Vec<MapEntry>, ImageError> {
         let mut args: Vec<OsString> = ["--output=json", "-U", "-f", format].map(Into::into).into();
         args.extend(["--".into(), image.into()]);
         let output = self.run("map", image, &args, SLOW)?;
-        let found: Vec<MapEntry> = serde_json::from_str(&output.stdout).map_err(|error| {
-            ImageError::Failed { act: "map", path: image.to_owned(), reason: error.to_string() }
-        })?;
-        let own = |entry: &MapEntry| entry.depth == 0 && entry.data && !entry.zero && !entry.compressed;
-        let extents = found.into_iter().filter(own);
-        Ok(extents.filter_map(|e| Some(DataExtent { offset: e.offset?, bytes: e.length })).collect())
+        serde_json::from_str(&output.stdout).map_err(|error| ImageError::Failed {
+            act: "map",
+            path: image.to_owned(),
+            reason: error.to_string(),
+        })
     }
 
     /// Makes an empty qcow2 image of `size` bytes over `backing` (its path as it is to stand in the header, its format),
@@ -221,6 +242,70 @@ impl QemuImg {
         self.run("convert", image, &args, SLOW)?;
         sync(image)?;
         image.parent().map_or(Ok(()), sync)
+    }
+
+    /// Copies what an image shows, through everything that it lies over, into a qcow2 file that lies over nothing, and makes it durable.
+    /// `user` runs it, by user and group id, if that is to be somebody else than we are. `progress` gets the percentage that is done, and
+    /// ends it by returning false: [`ImageError::Stopped`]. It ends when we do. On an error no file is left.
+    pub fn flatten(
+        &self,
+        image: &Path,
+        format: &str,
+        to: &Path,
+        user: Option<(u32, u32)>,
+        progress: &mut dyn FnMut(u8) -> bool,
+    ) -> Result<(), ImageError> {
+        // Else it would go on for as long as the copy takes, into a file that nobody knows of.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).arg(&self.path);
+        if let Some((uid, gid)) = user {
+            // With a user id std gives up all other groups.
+            command.current_dir("/").gid(gid).uid(uid);
+        }
+        let words =
+            ["convert", "-p", "-f", format, "-O", "qcow2", "-o", "lazy_refcounts=off,compat=1.1", "--"];
+        command.args(words).arg(image).arg(to);
+        let (mut percent, mut line) = (0, Vec::new());
+        let output = tool::run_watched(command, &mut |bytes| {
+            line.extend_from_slice(bytes);
+            percent = last_percentage(&line).unwrap_or(percent);
+            line.drain(..line.len().saturating_sub(PROGRESS_LINE));
+            progress(percent)
+        });
+        let copied = match output {
+            Ok(Some(output)) if output.success => sync(to).and_then(|()| to.parent().map_or(Ok(()), sync)),
+            Ok(Some(output)) if is_locked(&output.stderr) => {
+                Err(ImageError::InUse { path: image.to_owned() })
+            }
+            Ok(Some(output)) => Err(ImageError::Failed {
+                act: "convert",
+                path: image.to_owned(),
+                reason: first_line(&output.stderr, ""),
+            }),
+            Ok(None) => Err(ImageError::Stopped { path: image.to_owned() }),
+            Err(error) => Err(error.into()),
+        };
+        copied.inspect_err(|_| drop(fs::remove_file(to)))
+    }
+
+    /// True if an image over another holds nothing of its own. It must not be in use.
+    pub fn is_empty_overlay(&self, image: &Path) -> Result<bool, ImageError> {
+        let own = |entry: &MapEntry| entry.depth == 0 && entry.present;
+        Ok(!self.map(image, "qcow2")?.iter().any(own))
+    }
+
+    /// Bytes that a qcow2 file takes at most that [`Self::flatten`] makes of this image. That may be in use.
+    pub fn measure(&self, image: &Path, format: &str) -> Result<u64, ImageError> {
+        let mut args: Vec<OsString> =
+            ["--output=json", "-U", "-f", format, "-O", "qcow2"].map(Into::into).into();
+        args.extend(["--".into(), image.into()]);
+        let output = self.run("measure", image, &args, SLOW)?;
+        let value: Value = serde_json::from_str(&output.stdout).unwrap_or_default();
+        value.get("required").and_then(Value::as_u64).ok_or_else(|| ImageError::Failed {
+            act: "measure",
+            path: image.to_owned(),
+            reason: "no size in its answer".to_owned(),
+        })
     }
 
     /// Writes another name of the backing file into an image's header, and makes it durable. What the image shows is the caller's care:
@@ -285,6 +370,14 @@ impl QemuImg {
         let reason = first_line(&output.stderr, &output.stdout);
         Err(ImageError::Failed { act, path: image.to_owned(), reason })
     }
+}
+
+/// The last of what `convert -p` writes one over the other: `    (12.34/100%)`.
+fn last_percentage(said: &[u8]) -> Option<u8> {
+    let text = String::from_utf8_lossy(said);
+    let (before, _) = text.rsplit_once("/100%)")?;
+    let (whole, _) = before.rsplit_once('(')?.1.split_once('.')?;
+    whole.trim().parse().ok().filter(|percent| *percent <= 100)
 }
 
 impl Template {

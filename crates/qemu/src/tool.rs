@@ -2,11 +2,15 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// More than any tool we call has to say; the rest is thrown away.
 const OUTPUT_LIMIT: u64 = 4 << 20;
+
+/// How often somebody who watches a program is asked whether it is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What a finished program left.
 #[derive(Debug)]
@@ -70,6 +74,49 @@ pub(crate) fn run(mut command: Command, limit: Duration) -> Result<Output, ToolE
     Ok(Output { success: status.success(), code: status.code(), stdout: text(stdout), stderr: text(stderr) })
 }
 
+/// Runs `command` without input for as long as `go_on` wants it; that gets what the program wrote to its standard output since it was last
+/// asked. None if it was not wanted any more, and was killed.
+pub(crate) fn run_watched(
+    mut command: Command,
+    go_on: &mut dyn FnMut(&[u8]) -> bool,
+) -> Result<Option<Output>, ToolError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let spawn_error = |source| ToolError::Spawn { program: program.clone(), source };
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(spawn_error)?;
+    let stderr = child.stderr.take().map(collect);
+    let (said, news) = channel();
+    let stdout = child.stdout.take();
+    let reader = thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        let mut stdout = stdout.into_iter();
+        let Some(mut stdout) = stdout.next() else { return };
+        while let Ok(read @ 1..) = stdout.read(&mut bytes) {
+            let _ = said.send(bytes.get(..read).unwrap_or_default().to_vec());
+        }
+    });
+    let status = loop {
+        let bytes = match news.recv_timeout(LOOK_EVERY) {
+            Ok(bytes) => bytes,
+            Err(RecvTimeoutError::Timeout) => Vec::new(),
+            Err(RecvTimeoutError::Disconnected) => break Some(child.wait().map_err(spawn_error)?),
+        };
+        if !go_on(&bytes) {
+            let _ = child.kill();
+            let _ = child.wait();
+            break None;
+        }
+    };
+    let _ = reader.join();
+    let stderr = stderr.and_then(|handle| handle.join().ok()).unwrap_or_default();
+    Ok(status.map(|status| Output {
+        success: status.success(),
+        code: status.code(),
+        stdout: String::new(),
+        stderr,
+    }))
+}
+
 fn collect(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -89,6 +136,26 @@ mod tests {
         sleep.arg("60");
         let error = run(sleep, Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, ToolError::TimedOut { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_is_watched_tells_how_far_it_is_and_can_be_ended() {
+        let sh = |script: &str| {
+            let mut sh = Command::new("sh");
+            sh.args(["-c", script]);
+            sh
+        };
+        let mut heard = Vec::new();
+        let mut hear = |bytes: &[u8]| {
+            heard.extend_from_slice(bytes);
+            true
+        };
+        let output = run_watched(sh("echo a; sleep 0.2; echo b; echo e >&2; exit 3"), &mut hear).unwrap();
+        assert_eq!(output.map(|output| (output.code, output.stderr)), Some((Some(3), "e\n".to_owned())));
+        assert_eq!(heard, b"a\nb\n");
+        let began = Instant::now();
+        assert!(run_watched(sh("exec sleep 60"), &mut |_| false).unwrap().is_none());
+        assert!(began.elapsed() < Duration::from_secs(30));
     }
 
     #[test]
