@@ -132,7 +132,7 @@ fn done_before(view: &OperationView) -> String {
 
 /// True if `undo` takes back what is called so.
 pub(crate) fn can_be_undone(kind: &str) -> bool {
-    matches!(kind, "take" | "goto" | "back" | "rm" | "edit")
+    matches!(kind, "take" | "goto" | "back" | "rm" | "edit" | "clone")
 }
 
 /// What a cancelled operation came to, which was last seen at `phase`.

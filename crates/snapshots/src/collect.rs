@@ -24,6 +24,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::groups::OpenGroup;
+use crate::pins::PinnedLayers;
 use crate::types::{GcReport, GroupGc};
 
 /// Packs that are left alone for so long are compressed ...
@@ -125,7 +126,7 @@ impl Engine {
     /// What would happen in one group.
     fn plan_group(&self, now: bool, group: &OpenGroup, store: &Store) -> Result<Part> {
         let before = self.undo_border(group, now)?;
-        let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &|_| false))?;
+        let plan = self.catalog.read(|tx| plan_catalog(tx, &group.row.id, before, &self.pins, &|_| false))?;
         let request = self.request(&plan, &group.row.id, store, now, plan.roots.clone())?;
         let pages = store.estimate_gc(&request)?;
         let mut part = self.report(group, &plan, pages.delete.len() + pages.rewrite.len(), pages.freed_bytes);
@@ -176,7 +177,7 @@ impl Engine {
             }
         }
         let (plan, mut part) = self.catalog.write(|tx| {
-            let plan = plan_catalog(tx, id, before, &|target| busy.contains(target))?;
+            let plan = plan_catalog(tx, id, before, &self.pins, &|target| busy.contains(target))?;
             let part = self.report(group, &plan, 0, 0);
             purge(tx, &plan)?;
             Ok((plan, part))
@@ -310,6 +311,7 @@ fn plan_catalog(
     tx: &Transaction<'_>,
     group: &str,
     before: Timestamp,
+    pins: &PinnedLayers,
     busy: &dyn Fn(&str) -> bool,
 ) -> Result<CatalogPlan> {
     let border = before.as_millisecond();
@@ -338,6 +340,7 @@ fn plan_catalog(
             }
         }
     };
+    reach(pins.all().into_iter().map(|layer| (String::new(), layer)).collect());
     for snapshot in &kept {
         reach(SnapshotRow::disks(tx, &snapshot.id)?);
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use qemu::command::{Disk, Layer};
 use rusqlite::Transaction;
 
-use crate::catalog::{BaseStamp, LayerRow, SnapshotRow};
+use crate::catalog::{BaseStamp, LayerRow, SnapshotRow, TargetRow};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
@@ -180,14 +180,39 @@ impl Engine {
             }
             Ok(layers)
         };
-        let before = match parent {
-            Some(parent) => chains(&SnapshotRow::disks(tx, parent)?)?,
-            None => Vec::new(),
-        };
-        let before: HashSet<String> = before.into_iter().map(|layer| layer.id).collect();
         let mut since = chains(disks)?;
+        let before: HashSet<String> = match parent {
+            Some(parent) => {
+                chains(&SnapshotRow::disks(tx, parent)?)?.into_iter().map(|layer| layer.id).collect()
+            }
+            // A clone lies over layers that others wrote to.
+            None if since.iter().filter(|layer| !layer.is_users()).count() > disks.len() => {
+                Self::reached_by_others(tx, disks)?
+            }
+            None => HashSet::new(),
+        };
         since.retain(|layer| layer.stamp.is_none() && !before.contains(&layer.id));
         Ok(since)
+    }
+
+    /// The layers of all snapshots, and of all machines but the one with these disks.
+    fn reached_by_others(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<HashSet<String>> {
+        let mut tops = Vec::new();
+        for snapshot in SnapshotRow::all(tx)? {
+            tops.extend(SnapshotRow::disks(tx, &snapshot.id)?);
+        }
+        for target in TargetRow::all(tx, true)? {
+            let here = TargetRow::disks(tx, &target.id)?;
+            tops.extend(here.into_iter().filter(|disk| !disks.contains(disk)));
+        }
+        let mut reached = HashSet::new();
+        for (_, top) in tops {
+            let mut at = Some(top);
+            while let Some(id) = at.filter(|id| reached.insert(id.clone())) {
+                at = LayerRow::by_id(tx, &id)?.below;
+            }
+        }
+        Ok(reached)
     }
 
     /// Rows for one overlay over the layer of each disk that is written to. Fails if a chain is as deep as may be.

@@ -22,6 +22,7 @@ use crate::groups::Groups;
 use crate::id::new_id;
 use crate::locks::TargetLocks;
 use crate::owner::make_folder;
+use crate::pins::PinnedLayers;
 use crate::running::Running;
 use crate::saving::Saving;
 use crate::types::OpState;
@@ -60,6 +61,8 @@ pub struct Engine {
     pub(crate) locks: TargetLocks,
     /// Snapshots on their way to the disk.
     pub(crate) saving: Saving,
+    /// Layers that are being copied.
+    pub(crate) pins: PinnedLayers,
     /// Deadlines of guests that stand still on our behalf.
     pub(crate) keeper: Keeper,
     tools: Mutex<Option<Tools>>,
@@ -103,6 +106,7 @@ impl Engine {
             running: Mutex::default(),
             locks: TargetLocks::default(),
             saving: Saving::default(),
+            pins: PinnedLayers::default(),
             tools: Mutex::default(),
             img: Mutex::default(),
             housekeeping: Mutex::default(),

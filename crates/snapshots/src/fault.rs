@@ -42,6 +42,10 @@ pub(crate) enum Fault {
     TrustClock,
     /// The catalog has no room of its own on a full disk.
     NoReserve,
+    /// `clone` lies over the layers that its source goes on writing to.
+    CloneOverLive,
+    /// The collector does not ask what is being copied.
+    NoPins,
 }
 
 #[cfg(feature = "faults")]
@@ -64,6 +68,8 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::RollBackOverlay => "roll-back-overlay",
         Fault::TrustClock => "trust-clock",
         Fault::NoReserve => "no-reserve",
+        Fault::CloneOverLive => "clone-over-live",
+        Fault::NoPins => "no-pins",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }

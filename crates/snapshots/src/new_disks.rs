@@ -166,7 +166,7 @@ pub(crate) fn uefi_files() -> Result<UefiFiles> {
 }
 
 /// The lowest layer of a disk, in a file of our own.
-fn new_layer(group: &str, size: u64) -> LayerRow {
+pub(crate) fn new_layer(group: &str, size: u64) -> LayerRow {
     let id = new_id();
     LayerRow {
         file: format!("{id}.qcow2"),

@@ -12,6 +12,7 @@
 //! | here's disk is an overlay that QEMU does not write to | the overlay is taken back |
 //! | a layer file, group folder or run folder that the catalog does not know | removed |
 //! | a machine that a goto in place had ended | loaded again from its undo point |
+//! | images in a user's folder that a clone has not finished | removed |
 //! | an unfinished operation | "failed", with a note for people |
 
 use std::collections::HashSet;
@@ -27,6 +28,7 @@ use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
+use crate::half_made::HalfMade;
 use crate::let_go::free_guest;
 use crate::owner::{make_folder, read_of_others};
 use crate::running::{Adopted, Running, boot_id};
@@ -44,13 +46,15 @@ struct Plan {
     was_paused: bool,
     new: Option<ProcessRow>,
     brought_back_by: Option<String>,
+    half_made: Vec<HalfMade>,
 }
 
 impl Engine {
     /// Brings files, processes and catalog together again. Returns what people should know.
     pub(crate) fn recover(&self) -> Result<Vec<String>> {
         let mut notes = Vec::new();
-        if self.catalog.is_old_copy()? {
+        let old_copy = self.catalog.is_old_copy()?;
+        if old_copy {
             self.give_up_suspended(&mut notes)?;
         }
         let (targets, unfinished) =
@@ -77,6 +81,13 @@ impl Engine {
             }
             // Before the entry is closed: should we die meanwhile, the next start has to do it.
             self.recover_in_place(op, &mut notes)?;
+            let half_made = plan_of(&op.plan).half_made;
+            // With a catalog of an earlier time it may have been finished since.
+            let left = |half: &HalfMade| match old_copy {
+                true => Some(format!("{} may be of a clone that was not finished", half.path().display())),
+                false => half.remove_after_crash(),
+            };
+            notes.extend(half_made.iter().filter_map(left));
             notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
             self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))?;
             step("recover.closed");

@@ -237,6 +237,33 @@ pub struct Edited {
     pub changed: bool,
 }
 
+/// What `clone` makes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CloneOptions {
+    /// Name of the new machine.
+    pub name: String,
+    /// Copy the disks: nothing of the new machine lies over anything of the old one.
+    #[serde(default)]
+    pub full: bool,
+    /// Folder for the copies, as images that the new machine lies over; among the layers of its group if none.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
+    #[serde(default)]
+    pub dir: Option<PathBuf>,
+}
+
+/// Result of `clone`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Cloned {
+    /// The new machine.
+    pub machine: Machine,
+    /// Images in the folder that was chosen.
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
+    pub files: Vec<PathBuf>,
+}
+
 /// A target's tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]

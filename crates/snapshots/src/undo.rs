@@ -146,10 +146,12 @@ fn machine(tx: &Transaction<'_>, name: &str) -> Result<Option<String>> {
 /// is not: whoever wants to undo that would get something older.
 fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> {
     let asked_for =
-        |op: &OpRow| matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "undo" | "redo");
+        |op: &OpRow| matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "undo" | "redo");
     let newest = OpRow::newest(tx, LOOK_BACK)?;
     // What expires by itself is work on a machine, but nobody's who would want to undo it before anything else.
-    let worked_on = || newest.iter().filter(|op| asked_for(op)).find_map(|op| op.target.clone());
+    // The machine of a clone that was not made is none.
+    let made = |op: &&OpRow| op.kind != "clone" || matches!(op.state, OpState::Done | OpState::Undone);
+    let worked_on = || newest.iter().filter(|op| asked_for(op)).filter(made).find_map(|op| op.target.clone());
     let target = target.or_else(worked_on);
     let mut older = newest.into_iter();
     while let Some(op) = older.next() {

@@ -222,6 +222,12 @@ impl Spinney {
         self.run(guest_words(name, mib, qemu, &cache().join("guest"))).done()
     }
 
+    /// The same, with a card.
+    pub fn create_networked_guest(&self, name: &str, mib: u64) -> Result<Value, Failed> {
+        let words = guest_words(name, mib, &[], &cache().join("guest")).into_iter();
+        self.run(words.map(|word| if word == "none" { "user".to_owned() } else { word })).done()
+    }
+
     /// The same as one of a group, with the guest's files from a folder of the test's own.
     pub fn create_guest_in(
         &self,

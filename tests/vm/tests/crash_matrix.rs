@@ -116,7 +116,7 @@ fn a_goto_in_place_is_whole_too() {
 
 #[test]
 fn recovery_can_be_cut_short_too() {
-    for stage in [Stage::Guest, Stage::GuestWithPort] {
+    for stage in [Stage::Guest, Stage::GuestWithPort, Stage::Cold] {
         let mut scene = Scene::begin(Spinney::new(), stage).unwrap();
         for (act, step, then) in RECOVERY.iter().filter(|(act, ..)| act.stage() == stage) {
             scene

@@ -1,6 +1,7 @@
 //! The verbs, one file each, and the options that all of them have.
 
 mod back;
+mod clone;
 mod completion;
 mod config;
 mod console;
@@ -103,6 +104,7 @@ pub(crate) enum Command {
     #[command(aliases = ["revert", "restore", "rollback"])]
     Goto(goto::Args),
     Back(back::Args),
+    Clone(clone::Args),
     Edit(edit::Args),
     Protect(protect::Args),
     Unprotect(unprotect::Args),
@@ -144,6 +146,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Tree(args) => tree::run(session, &args),
         Command::Goto(args) => goto::run(session, &args),
         Command::Back(args) => back::run(session, &args),
+        Command::Clone(args) => clone::run(session, args),
         Command::Edit(args) => edit::run(session, args),
         Command::Protect(args) => protect::run(session, &args),
         Command::Unprotect(args) => unprotect::run(session, &args),

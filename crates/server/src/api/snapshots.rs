@@ -1,6 +1,6 @@
 //! One snapshot, by any form of its address.
 
-use ::snapshots::{Code, Edit, RemovePlan, Snapshot};
+use ::snapshots::{CloneOptions, Code, Edit, RemovePlan, Snapshot};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -61,6 +61,23 @@ pub(super) async fn rm(
         engine.rm(cx, &address, remove.tree)
     })?;
     Ok(started.into_response())
+}
+
+/// Make a machine of a snapshot; the operation's result is a `Cloned`
+#[utoipa::path(post, path = "/v1/snapshots/{address}/clone", tag = "snapshots", operation_id = "clone_snapshot",
+    params(("address" = String, Path, description = "Address")), request_body = CloneOptions,
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn clone(
+    State(app): Shared,
+    Segment(text): Segment,
+    key: Key,
+    Body(options): Body<CloneOptions>,
+) -> Result<Accepted, Problem> {
+    let address = address(text)?;
+    let subject = format!("{address} {}", options.name);
+    app.run("clone", subject, key, (address.clone(), options.clone()), move |engine, cx| {
+        engine.clone_target(cx, &address, &options)
+    })
 }
 
 /// Make a snapshot refuse `rm`; the operation has no result

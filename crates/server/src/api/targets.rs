@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use ::snapshots::{Edit, GotoPower, Machine, MachineConfig, RemovePlan, SetOptions, TakeOptions, Tree};
+use ::snapshots::{
+    CloneOptions, Edit, GotoPower, Machine, MachineConfig, RemovePlan, SetOptions, TakeOptions, Tree,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -249,6 +251,22 @@ pub(super) async fn take(
         None => target.clone(),
     };
     app.run("take", subject, key, options.clone(), move |engine, cx| engine.take(cx, &target, options))
+}
+
+/// Make another machine of one that may run on; the operation's result is a `Cloned`
+#[utoipa::path(post, path = "/v1/targets/{target}/clone", tag = "targets", operation_id = "clone",
+    params(("target" = String, Path, description = "Name")), request_body = CloneOptions,
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn clone(
+    State(app): Shared,
+    Segment(target): Segment,
+    key: Key,
+    Body(options): Body<CloneOptions>,
+) -> Result<Accepted, Problem> {
+    let subject = format!("{target} {}", options.name);
+    app.run("clone", subject, key, (target.clone(), options.clone()), move |engine, cx| {
+        engine.clone_target(cx, &target, &options)
+    })
 }
 
 /// Go to a snapshot; the operation's result is a `GotoReport`

@@ -57,15 +57,24 @@ impl Lab {
 
     /// Writes a word to the first disk of here, as a guest would.
     pub(crate) fn write(&self, offset: u64, byte: u8) {
-        let image = self.here();
-        qemu_io(&image, &format!("write -P {byte} {offset} 4096"));
+        self.write_to("m", offset, byte);
+    }
+
+    /// The same on another machine.
+    pub(crate) fn write_to(&self, machine: &str, offset: u64, byte: u8) {
+        qemu_io(&self.here_of(machine), &format!("write -P {byte} {offset} 4096"));
     }
 
     /// True if the first disk of here holds this byte there.
     pub(crate) fn holds(&self, offset: u64, byte: u8) -> bool {
+        self.holds_in("m", offset, byte)
+    }
+
+    /// The same on another machine.
+    pub(crate) fn holds_in(&self, machine: &str, offset: u64, byte: u8) -> bool {
         let output = Command::new("qemu-io")
             .args(["-r", "-f", "qcow2", "-c", &format!("read -P {byte} {offset} 4096")])
-            .arg(self.here())
+            .arg(self.here_of(machine))
             .output()
             .unwrap();
         assert!(output.status.code().is_some_and(|code| code <= 1), "{output:?}");
@@ -74,10 +83,16 @@ impl Lab {
 
     /// The layer that the first disk of `m` writes to, as the catalog has it: the clock of files is too coarse to tell the newest.
     pub(crate) fn here(&self) -> PathBuf {
+        self.here_of("m")
+    }
+
+    /// The same of another machine.
+    pub(crate) fn here_of(&self, machine: &str) -> PathBuf {
         let catalog = rusqlite::Connection::open(self.dir.path().join("s/catalog.db")).unwrap();
         let query = "SELECT layers.file FROM targets JOIN here_disks ON here_disks.target = targets.id
-             JOIN layers ON layers.id = here_disks.layer WHERE targets.name = 'm' AND here_disks.disk = 'disk0'";
-        let file: String = catalog.query_row(query, [], |row| row.get(0)).unwrap();
+             JOIN layers ON layers.id = here_disks.layer
+             WHERE targets.name = ?1 AND targets.removed IS NULL AND here_disks.disk = 'disk0'";
+        let file: String = catalog.query_row(query, [machine], |row| row.get(0)).unwrap();
         let mut all = layers(self.dir.path()).into_iter();
         all.find(|path| path.ends_with(&file)).unwrap()
     }

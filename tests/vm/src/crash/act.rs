@@ -4,6 +4,9 @@ use super::scene::{BASE, Scene};
 use super::view::{UNDO_POINT, View};
 use crate::walk::Violation;
 
+/// Name of a clone: behind those of the machine, in the order of the alphabet.
+pub(super) const CLONE: &str = "zz-clone";
+
 /// Something that is done to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Act {
@@ -43,6 +46,8 @@ pub enum Act {
     Wake,
     /// `edit --group` of a machine that is suspended.
     Regroup,
+    /// `clone` of a guest that runs.
+    Clone,
     /// `take` of a machine that is off.
     TakeOff,
     /// `rm` of a snapshot in the middle.
@@ -65,6 +70,10 @@ pub enum Act {
     UndoEdit,
     /// `edit --group` of a machine that is off.
     RegroupOff,
+    /// `clone --full` of a machine that is off.
+    CloneFull,
+    /// The same with `--dir`.
+    CloneTo,
     /// `group create`.
     GroupCreate,
     /// `group rm`.
@@ -119,6 +128,11 @@ impl Act {
                 | Act::GotoInPlace
                 | Act::UndoGoto
         )
+    }
+
+    /// Another machine is made of it.
+    pub(super) fn clones(self) -> bool {
+        matches!(self, Act::Clone | Act::CloneFull | Act::CloneTo)
     }
 
     /// It happens after the command, by itself.
@@ -190,6 +204,12 @@ impl Act {
             Act::Suspend => (format!("suspend {m}"), "suspend", was()),
             Act::Wake => (format!("start {m}"), "start", was()),
             Act::Regroup | Act::RegroupOff => (format!("edit {m} --group g{number}"), "edit", was()),
+            Act::Clone => (format!("clone {m} {CLONE}"), "clone", was().with_clone(CLONE)),
+            Act::CloneFull => (format!("clone {m} {CLONE} --full"), "clone", was().with_clone(CLONE)),
+            Act::CloneTo => {
+                let dir = scene.clones_folder();
+                (format!("clone {m} {CLONE} --full --dir {dir}"), "clone", was().with_clone(CLONE))
+            }
             Act::GroupCreate => (format!("group create g{number}"), "group create", was()),
             Act::GroupRm => (format!("group rm g{number} --yes"), "group rm", was()),
             Act::Rm => (format!("rm {m}@c2"), "rm", was().without("c2")),

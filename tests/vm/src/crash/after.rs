@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::act::{Act, Plan, Stage};
+use super::act::{Act, CLONE, Plan, Stage};
 use super::blow::Victim;
 use super::on_disk::log_on_disk;
 use super::scene::{BASE, Moment, Scene};
 use super::view::View;
-use crate::harness::Ended;
+use crate::harness::{Ended, tool};
 use crate::walk::Violation;
 
 /// How soon a guest ticks that nobody has a reason to hold.
@@ -40,6 +40,9 @@ impl Scene {
         let fsck = self.ok("fsck")?;
         if fsck["damage"].as_array().is_none_or(|damage| !damage.is_empty()) {
             return wrong(format!("fsck found {}", fsck["damage"]));
+        }
+        if act.clones() {
+            self.check_clone(act, happened, taken)?;
         }
         if self.stage == Stage::Cold {
             self.check_cold(&view)?;
@@ -138,11 +141,41 @@ impl Scene {
         let after = self.spinney.layers();
         let left: Vec<_> = after.iter().filter(|layer| !before.contains(layer)).collect();
         let gone: Vec<_> = before.iter().filter(|layer| !after.contains(layer)).collect();
-        let may_stay = usize::from(act.takes() || matches!(act, Act::TakeCancelled | Act::GotoInPlace));
+        let may_stay =
+            usize::from(act.takes() || matches!(act, Act::TakeCancelled | Act::GotoInPlace | Act::Clone));
         if left.len() > may_stay || !gone.is_empty() && act != Act::Gc {
             return wrong(format!("what was taken back took {gone:?} away and left {left:?}"));
         }
         Ok(())
+    }
+
+    /// A clone has what was synced; one that was not made left nothing. It goes again, for the next act.
+    fn check_clone(&self, act: Act, happened: bool, taken: &Moment) -> Result<(), Violation> {
+        let folder = self.clones_folder();
+        let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let files: Vec<PathBuf> = files.collect();
+        if files.len() != usize::from(happened && act == Act::CloneTo) {
+            return wrong(format!("happened: {happened}; there are {files:?}"));
+        }
+        for file in &files {
+            let looked = tool("qemu-img", ["check", "-q", "-f", "qcow2", &file.display().to_string()]);
+            if !looked.status.success() {
+                return wrong(format!("{}: {looked:?}", file.display()));
+            }
+        }
+        if !happened {
+            return Ok(());
+        }
+        if self.stage != Stage::Cold {
+            let found = log_on_disk(&self.spinney, CLONE)?;
+            if found < taken.log {
+                return wrong(format!("the clone has {found} entries of the log; {} were synced", taken.log));
+            }
+        }
+        self.ok(&format!("rm {CLONE} --yes"))?;
+        self.ok("gc --now")?;
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).map_err(|error| Violation::Wrong(format!("{folder}: {error}")))
     }
 
     /// A guest that runs, is the one that it should be, and has its memory and its disk.

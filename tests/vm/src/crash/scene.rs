@@ -93,13 +93,26 @@ impl Scene {
             }
         }
         scene.canon = View::read(&scene.spinney)?.0;
+        let folder = scene.clones_folder();
+        std::fs::create_dir_all(&folder).map_err(|error| Violation::Wrong(format!("{folder}: {error}")))?;
         Ok(scene)
     }
 
-    /// Strikes every step of these rows; `all` also those that `make test` leaves to the soak.
+    /// Where the files of full clones are to be.
+    pub(super) fn clones_folder(&self) -> String {
+        self.spinney.folder().join("clones").display().to_string()
+    }
+
+    /// Strikes every step of these rows; `all` also those that `make test` leaves to the soak. `SPINNEY_CRASH_ACTS=Clone,CloneTo` strikes
+    /// those of these acts alone.
     pub fn play(&mut self, rows: &[Row], victim: Victim, all: bool) -> Result<(), Violation> {
         let stage = self.stage;
-        for row in rows.iter().filter(|row| row.act.stage() == stage) {
+        let only = std::env::var("SPINNEY_CRASH_ACTS").ok();
+        let wanted = |row: &&Row| {
+            let act = format!("{:?}", row.act);
+            only.as_ref().is_none_or(|only| only.split(',').any(|name| name == act))
+        };
+        for row in rows.iter().filter(|row| row.act.stage() == stage).filter(wanted) {
             let more = if all { row.more } else { &[] };
             for step in row.steps.iter().chain(more) {
                 if victim.strikes_at(row.act, step) {

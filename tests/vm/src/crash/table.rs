@@ -101,6 +101,7 @@ pub const ROWS: &[Row] = &[
         &["regroup.memory", "regroup.stored", "regroup.layer", "regroup.copied", "regroup.written"],
         &["journal.begun", "pack.sealed", "pack.named"],
     ),
+    row(Act::Clone, &["clone.overlays", "clone.switched", "clone.made", "clone.written"], &["journal.begun"]),
     row(
         Act::GotoInPlace,
         &["in-place.overlays", "in-place.kept", "goto.alone", "goto.loaded", "goto.decided"],
@@ -117,6 +118,8 @@ pub const ROWS: &[Row] = &[
     row(Act::UndoRm, &["undo.written"], &["journal.begun"]),
     row(Act::UndoEdit, &["undo.written"], &["journal.begun"]),
     row(Act::RegroupOff, &["regroup.layer", "regroup.written"], &["journal.begun", "regroup.copied"]),
+    row(Act::CloneFull, &["clone.copied", "clone.made"], &["journal.begun", "clone.written"]),
+    row(Act::CloneTo, &["clone.begun", "clone.copied", "clone.made"], &["journal.begun", "clone.written"]),
     row(Act::GroupCreate, &["group.made", "group.written"], &["journal.begun"]),
     row(Act::GroupRm, &["group.removed", "group.cleared"], &["journal.begun"]),
 ];
@@ -128,6 +131,7 @@ pub const RECOVERY: &[(Act, &str, &str)] = &[
     (Act::Goto, "goto.loaded", "recover.cleared"),
     (Act::TakeLive, "take.resumed", "recover.closed"),
     (Act::Regroup, "regroup.copied", "recover.cleared"),
+    (Act::CloneTo, "clone.copied", "recover.cleared"),
     (Act::GotoInPlace, "goto.alone", "in-place.back"),
     (Act::GotoInPlace, "goto.alone", "recover.closed"),
     (Act::GotoInPlace, "in-place.kept", "goto.loaded"),

@@ -17,15 +17,18 @@ pub(super) struct View {
     pub(super) here: String,
     /// Each with its parent's name, in order.
     pub(super) snapshots: Vec<(String, String)>,
+    /// Names of machines that were made of it.
+    pub(super) clones: Vec<String>,
 }
 
 impl View {
-    /// The tree of the only machine that there is, and the names of its undo points.
+    /// The tree of the machine, and the names of its undo points. Clones come after it by their names.
     pub(super) fn read(spinney: &Spinney) -> Result<(Self, Vec<String>), Violation> {
         let machines = spinney.ok("ls")?;
-        let Some(name) = machines["machines"][0]["name"].as_str().map(str::to_owned) else {
-            return Ok((Self::default(), Vec::new()));
-        };
+        let names = machines["machines"].as_array().into_iter().flatten();
+        let mut names = names.filter_map(|machine| machine["name"].as_str().map(str::to_owned));
+        let Some(name) = names.next() else { return Ok((Self::default(), Vec::new())) };
+        let clones = names.collect();
         let tree = spinney.ok(&format!("tree {name}"))?;
         let list = tree["snapshots"].as_array().cloned().unwrap_or_default();
         let shown = |snapshot: &Value| match &snapshot["undo_point"] {
@@ -34,7 +37,7 @@ impl View {
         };
         let by_id =
             |id: &Value| list.iter().find(|snapshot| snapshot["id"] == *id).map(shown).unwrap_or_default();
-        let mut view = Self { machine: name, here: by_id(&tree["here"]), snapshots: Vec::new() };
+        let mut view = Self { machine: name, here: by_id(&tree["here"]), snapshots: Vec::new(), clones };
         view.snapshots = list.iter().map(|snapshot| (shown(snapshot), by_id(&snapshot["parent"]))).collect();
         view.snapshots.sort();
         let points = list.iter().filter(|snapshot| snapshot["undo_point"] == true);
@@ -46,6 +49,12 @@ impl View {
     pub(super) fn with(mut self, name: &str) -> Self {
         self.snapshots.push((name.to_owned(), self.here.clone()));
         self.snapshots.sort();
+        self
+    }
+
+    /// With a clone of it.
+    pub(super) fn with_clone(mut self, name: &str) -> Self {
+        self.clones.push(name.to_owned());
         self
     }
 
@@ -92,6 +101,7 @@ impl View {
 impl fmt::Display for View {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, here from {:?}:", self.machine, self.here)?;
-        self.snapshots.iter().try_for_each(|(name, parent)| write!(f, " {name} on {parent:?}"))
+        self.snapshots.iter().try_for_each(|(name, parent)| write!(f, " {name} on {parent:?}"))?;
+        self.clones.iter().try_for_each(|name| write!(f, ", clone {name}"))
     }
 }
