@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, GroupRow, LayerRow, OpRow, SnapshotRow, TargetRow, Things, no_group, now};
+use crate::catalog::{Act, GroupRow, LayerRow, OpRow, SnapshotRow, TargetRow, Things, no_group};
 use crate::config::MachineConfig;
 use crate::context::Context;
 use crate::create::name_taken;
@@ -31,7 +31,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::flat_copy::CloneDisks;
 use crate::half_made::HalfMade;
-use crate::id::{new_id, new_mac, new_uuid};
+use crate::id::new_id;
 use crate::name::check_name;
 use crate::pins::Pins;
 use crate::running::Running;
@@ -98,23 +98,8 @@ impl Engine {
                 }
             };
             step("clone.made");
-            let clone = TargetRow {
-                id: id.clone(),
-                name: name.clone(),
-                group: original.group.clone(),
-                group_name: original.group_name.clone(),
-                machine: original.machine.clone(),
-                uuid: new_uuid(),
-                macs: config.networks.iter().map(|_| new_mac()).collect(),
-                parent: None,
-                power: Power::Off,
-                process: None,
-                suspended: None,
-                protected: false,
-                created: now(),
-                removed: None,
-                config,
-            };
+            let group = (original.group.as_str(), original.group_name.as_str());
+            let clone = TargetRow::new(id.clone(), name, group, &original.machine, config);
             let written = cx.check().and_then(|()| {
                 self.catalog.write(|tx| {
                     free(tx)?;

@@ -2,17 +2,17 @@
 
 use serde_json::json;
 
-use crate::catalog::{GroupRow, OpRow, TargetRow, no_group, now};
+use crate::catalog::{GroupRow, OpRow, TargetRow, no_group};
 use crate::check::{check_config, existing_file};
 use crate::config::{Firmware, MachineConfig};
 use crate::context::Context;
 use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
-use crate::id::{new_id, new_mac, new_uuid};
+use crate::id::new_id;
 use crate::name::check_name;
 use crate::new_disks::NewDisks;
 use crate::running::{Begin, check_ever_fits};
-use crate::types::{Machine, Power};
+use crate::types::Machine;
 
 impl Engine {
     /// Makes a machine of the default group that is off. On an error nothing of it is left.
@@ -41,23 +41,7 @@ impl Engine {
         if self.catalog.read(|tx| TargetRow::name_taken(tx, name))? {
             return Err(name_taken(name));
         }
-        let target = TargetRow {
-            id: new_id(),
-            name: name.to_owned(),
-            group: group.row.id.clone(),
-            group_name: group.row.name.clone(),
-            machine: qemu.machine.clone(),
-            uuid: new_uuid(),
-            macs: config.networks.iter().map(|_| new_mac()).collect(),
-            parent: None,
-            power: Power::Off,
-            process: None,
-            suspended: None,
-            protected: false,
-            created: now(),
-            removed: None,
-            config,
-        };
+        let target = TargetRow::new(new_id(), name, (&group.row.id, &group.row.name), &qemu.machine, config);
         let disks = self.plan_machine_disks(&target.group, &target.config)?;
         cx.check()?;
         self.check_room(target.config.disks.len())?;

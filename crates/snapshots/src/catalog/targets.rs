@@ -5,9 +5,10 @@ use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Memory, config_column, json_column, one, optional_json, time_column, to_json};
+use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
 use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
+use crate::id::{new_mac, new_uuid};
 use crate::types::Power;
 
 /// The QEMU that runs a machine, as it is found again after a restart of the daemon.
@@ -64,6 +65,33 @@ pub(crate) struct TargetRow {
 const SELECT: &str = "SELECT t.*, g.name AS group_name FROM targets t JOIN groups g ON g.id = t.grp";
 
 impl TargetRow {
+    /// A machine that is new: off, with an identity of its own. `group` is its group's id and name.
+    pub(crate) fn new(
+        id: String,
+        name: &str,
+        group: (&str, &str),
+        machine: &str,
+        config: MachineConfig,
+    ) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            group: group.0.to_owned(),
+            group_name: group.1.to_owned(),
+            machine: machine.to_owned(),
+            uuid: new_uuid(),
+            macs: config.networks.iter().map(|_| new_mac()).collect(),
+            parent: None,
+            power: Power::Off,
+            process: None,
+            suspended: None,
+            protected: false,
+            created: now(),
+            removed: None,
+            config,
+        }
+    }
+
     fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             id: row.get("id")?,
