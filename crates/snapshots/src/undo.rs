@@ -4,6 +4,8 @@
 //! in turn: so an undo can be undone, by its id, and what it had taken back is done again (a redo, which can be undone like what it
 //! did). `undo` without an id passes undos over: asked again it goes further back.
 
+use std::collections::HashSet;
+
 use rusqlite::Transaction;
 use serde_json::json;
 
@@ -149,9 +151,12 @@ fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> 
         |op: &OpRow| matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "undo" | "redo");
     let newest = OpRow::newest(tx, LOOK_BACK)?;
     // What expires by itself is work on a machine, but nobody's who would want to undo it before anything else.
-    // The machine of a clone that was not made is none.
-    let made = |op: &&OpRow| op.kind != "clone" || matches!(op.state, OpState::Done | OpState::Undone);
-    let worked_on = || newest.iter().filter(|op| asked_for(op)).filter(made).find_map(|op| op.target.clone());
+    // The machine of a clone that was not made, or was taken back, is none.
+    let clones = newest.iter().filter(|op| op.kind == "clone" && op.state != OpState::Done);
+    let is_gone = |id: &&str| TargetRow::by_id(tx, id).map_or(true, |row| row.removed.is_some());
+    let none: HashSet<&str> = clones.filter_map(|op| op.target.as_deref()).filter(is_gone).collect();
+    let there = |op: &&OpRow| op.target.as_deref().is_some_and(|target| !none.contains(target));
+    let worked_on = || newest.iter().filter(|op| asked_for(op)).find(there).and_then(|op| op.target.clone());
     let target = target.or_else(worked_on);
     let mut older = newest.into_iter();
     while let Some(op) = older.next() {

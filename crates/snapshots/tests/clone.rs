@@ -201,6 +201,15 @@ fn a_clone_is_undone_and_done_again() {
     assert!(lab.engine().machine("c").is_err());
     lab.engine().undo(&Context::new(), undone.again.as_deref()).unwrap();
     assert!(lab.holds_in("c", 0, 1));
+    // It is a machine again.
+    lab.engine().take(&Context::new(), "c", TakeOptions::default()).unwrap();
+    assert_eq!(lab.engine().undo(&Context::new(), None).unwrap().operation, "take c@snap-1");
+    // Taken back it is no machine that anybody works on: asked again, undo goes further back.
+    lab.take("one");
+    clone(&lab, "m", "d", false).unwrap();
+    for undone in ["clone m d", "take m@one"] {
+        assert_eq!(lab.engine().undo(&Context::new(), None).unwrap().operation, undone);
+    }
 }
 
 #[test]
