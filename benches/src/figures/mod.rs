@@ -1,5 +1,6 @@
 //! The figures, a file for each question.
 
+mod clone;
 mod daemon;
 mod debian_guest;
 mod goto;
@@ -21,7 +22,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 22] = [
+pub(crate) const ALL: [(&str, Measure); 23] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -32,6 +33,7 @@ pub(crate) const ALL: [(&str, Measure); 22] = [
     ("going to a snapshot", goto::measure),
     ("a machine of 4 GiB", large::measure),
     ("a tree of a thousand", tree::measure),
+    ("clones", clone::measure),
     ("first take of a Debian guest", debian_guest::measure),
     ("equal pages that are stored twice", size::duplicates),
     ("stored size against restic and borg", size::rivals),

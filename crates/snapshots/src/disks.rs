@@ -322,12 +322,6 @@ impl Engine {
     }
 }
 
-/// True if this file can be read past the page cache.
-pub(crate) fn takes_direct_io(path: &Path) -> bool {
-    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
-    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).is_ok()
-}
-
 /// Removes a file that may already be gone.
 pub(crate) fn remove_file(path: &Path) {
     if let Err(error) = fs::remove_file(path)

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use qemu::accel::Accel;
 use qemu::command::{BootFirst, Card, CdDrive, Disk, MachineSpec, RunFolder, UEFI_DISK, Uefi};
+use qemu::image::takes_direct_io;
 use qemu::process::Process;
 use qemu::qmp::{Qmp, QmpError};
 
 use crate::catalog::{ProcessRow, TargetRow};
 use crate::check::{existing_file, size};
 use crate::config::{Boot, Display, Firmware, MachineConfig};
-use crate::disks::takes_direct_io;
 use crate::engine::{Engine, Tools};
 use crate::error::{Code, Error, Result};
 use crate::id::{new_id, new_uuid};

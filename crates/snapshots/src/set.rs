@@ -3,13 +3,14 @@
 //! What a running machine can be given, it gets at once: a disc, ports, autostart. Memory, CPUs, disks, boot order and screen are
 //! what its snapshots' device state is made for, so they change only while it is off. Either all that was asked for is done, or nothing.
 
+use qemu::image::takes_direct_io;
 use serde_json::json;
 
 use crate::catalog::{OpRow, SnapshotRow, TargetRow};
 use crate::check::{check_changed, check_disk, existing_file};
 use crate::config::{CdDrive, MachineConfig, SetOptions};
 use crate::context::Context;
-use crate::disks::{allocated, takes_direct_io};
+use crate::disks::allocated;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::forwards::{check_ports, set_ports};
