@@ -237,7 +237,16 @@ fn only_root_makes_groups_for_others() {
             command.uid(65_533).gid(65_533);
         }
         let state = folder.path().join("s");
-        command.args(words).env("SPINNEY_STATE", state).env("HOME", folder.path()).output().unwrap()
+        command.args(words).env("SPINNEY_STATE", state).env("HOME", folder.path());
+        loop {
+            match command.output() {
+                // A child that another test is starting has the copy open for writing until its exec.
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                output => return output.unwrap(),
+            }
+        }
     };
     let refused = run(&["group", "create", "theirs", "--owner", other]);
     let own = run(&["group", "create", "ours"]);
