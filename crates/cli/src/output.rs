@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use rustix::termios::tcgetwinsize;
@@ -273,6 +274,11 @@ pub(crate) fn left(now: Timestamp, then: Timestamp) -> Option<String> {
 /// `expires in 3 d`; `expires now` when its time has come and it has to wait.
 pub(crate) fn expires(now: Timestamp, then: Timestamp) -> String {
     left(now, then).map_or_else(|| "expires now".to_owned(), |left| format!("expires in {left}"))
+}
+
+/// Whole microseconds since `began`.
+pub(crate) fn micros(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 /// One line of foreign text without what a terminal would obey.

@@ -26,7 +26,7 @@ use crate::read_out::read_out;
 use crate::running::Running;
 use crate::saving;
 use crate::switch::switch_disks;
-use crate::take::{TakeJob, micros, point_here_at};
+use crate::take::{TakeJob, micros};
 use crate::tree::view_at;
 use crate::types::{Mode, Power, Snapshot, SnapshotState};
 
@@ -135,12 +135,7 @@ impl Engine {
             self.take_back_overlays(target, running, overlays);
             error
         };
-        self.check_active(job.target, running).inspect_err(|_| self.remove_overlays(overlays))?;
-        self.add_overlay_nodes(running, overlays).map_err(taken_back)?;
-        step("take.opened");
-        self.catalog.write(|tx| point_here_at(tx, target, overlays)).map_err(taken_back)?;
-
-        step("take.announced");
+        self.announce_overlays(job.target, running, overlays)?;
         let mut switched = false;
         let captured = if job.mode == Mode::DiskOnly {
             cx.check().and_then(|()| switch_disks(running, overlays)).map(|()| {

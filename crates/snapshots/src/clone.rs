@@ -29,7 +29,7 @@ use crate::disks::{DEPTH_LIMIT, GOTO_DEPTH_LIMIT};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
-use crate::flat_copy::CloneDisks;
+use crate::flat_copy::{CloneDisks, Copies};
 use crate::half_made::HalfMade;
 use crate::id::new_id;
 use crate::name::check_name;
@@ -63,6 +63,8 @@ pub(crate) struct Original<'a> {
     group_name: String,
     /// Disk and layer; nobody writes to these layers any more.
     pub(crate) disks: Vec<(String, String)>,
+    /// What a full clone copies of them.
+    copies: Option<Copies>,
     /// Keeps them and what they lie over.
     _pins: Pins<'a>,
 }
@@ -89,13 +91,9 @@ impl Engine {
         self.journaled(cx, "clone", &subject, Some(&id), &json!(ClonePlan::default()), || {
             let original = self.original(cx, address, &wants)?;
             let mut config = of_its_own(cx, &original, name);
-            let disks = match full {
-                false => self.linked_disks(&original)?,
-                true => {
-                    let copies =
-                        self.plan_copies(name, &original.group, &config, &original.disks, wants.dir)?;
-                    self.full_disks(cx, &original, &copies, &mut config)?
-                }
+            let disks = match &original.copies {
+                None => self.linked_disks(&original)?,
+                Some(copies) => self.full_disks(cx, &original, copies, &mut config)?,
             };
             step("clone.made");
             let group = (original.group.as_str(), original.group_name.as_str());
@@ -132,9 +130,21 @@ impl Engine {
             true => Some(self.lock_target(cx, target, "clone")?),
             false => None,
         };
-        let original = self.original_snapshot(address);
+        let mut original = self.original_snapshot(address)?;
         drop(turn);
-        original
+        original.copies = self.copies(wants, &original.group, &original.config, &original.disks)?;
+        Ok(original)
+    }
+
+    /// What is copied, if anything is.
+    fn copies(
+        &self,
+        wants: &Wants<'_>,
+        group: &str,
+        config: &MachineConfig,
+        disks: &[(String, String)],
+    ) -> Result<Option<Copies>> {
+        wants.full.then(|| self.plan_copies(wants.name, group, config, disks, wants.dir)).transpose()
     }
 
     /// True if an address means a snapshot that is on its way to the disk, or may mean another one when that is there.
@@ -158,6 +168,7 @@ impl Engine {
                 group: target.group,
                 group_name: target.group_name,
                 disks,
+                copies: None,
             })
         })
     }
@@ -167,15 +178,18 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "clone")?;
         let (power, running) = self.look(&row)?;
         self.check_not_full(&row, running.as_deref())?;
-        let disks = self.catalog.read(|tx| {
+        let mut disks = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.check_chains(tx, &row.name, &disks)?;
             Ok(disks)
         })?;
-        // Whatever refuses it does so before the source's chain gets longer.
-        if wants.full {
-            self.plan_copies(wants.name, &row.group, &row.config, &disks, wants.dir)?;
+        // What the machine writes to is what is cloned once it is frozen. What holds nothing is left to it.
+        let unused = running.is_none() && self.nothing_written(&disks)?;
+        if unused {
+            disks = self.catalog.read(|tx| below(tx, &disks))?;
         }
+        // Whatever refuses it does so before the source's chain gets longer.
+        let copies = self.copies(wants, &row.group, &row.config, &disks)?;
         cx.check()?;
         if running.is_some() || power == Power::Suspended {
             cx.warn(format!(
@@ -183,22 +197,18 @@ impl Engine {
                 row.name
             ));
         }
-        let live = planted(Fault::CloneOverLive);
-        if !live && (running.is_some() || !self.nothing_written(&disks)?) {
+        if !unused && !planted(Fault::CloneOverLive) {
             self.freeze(&row, running.as_deref(), wants)?;
         }
-        self.catalog.read(|tx| {
-            let here = TargetRow::disks(tx, &row.id)?;
-            let disks = if live { here } else { frozen(tx, &here)? };
-            Ok(Original {
-                name: row.name.clone(),
-                _pins: self.pins.pin(chains(tx, &disks)?),
-                config: row.config.clone(),
-                machine: row.machine.clone(),
-                group: row.group.clone(),
-                group_name: row.group_name.clone(),
-                disks,
-            })
+        Ok(Original {
+            _pins: self.catalog.read(|tx| Ok(self.pins.pin(chains(tx, &disks)?)))?,
+            name: row.name,
+            config: row.config,
+            machine: row.machine,
+            group: row.group,
+            group_name: row.group_name,
+            disks,
+            copies,
         })
     }
 
@@ -220,11 +230,8 @@ impl Engine {
             let written = self.catalog.write(|tx| point_here_at(tx, &row.id, &overlays));
             return written.inspect_err(|_| self.remove_overlays(&overlays));
         };
-        self.check_active(row, running).inspect_err(|_| self.remove_overlays(&overlays))?;
-        let switched = self
-            .add_overlay_nodes(running, &overlays)
-            .and_then(|()| self.catalog.write(|tx| point_here_at(tx, &row.id, &overlays)))
-            .and_then(|()| switch_disks(running, &overlays));
+        self.announce_overlays(row, running, &overlays)?;
+        let switched = switch_disks(running, &overlays);
         step("clone.switched");
         switched.inspect_err(|_| self.take_back_overlays(&row.id, running, &overlays))
     }
@@ -264,8 +271,8 @@ fn flat_instead(error: Error) -> Error {
     }
 }
 
-/// The layers right below those that were just put over them; a read-only disk is its own.
-fn frozen(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<(String, String)>> {
+/// The layers right below those of these disks; a read-only disk is its own.
+fn below(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<(String, String)>> {
     let mut out = Vec::new();
     for (disk, layer) in disks {
         let row = LayerRow::by_id(tx, layer)?;

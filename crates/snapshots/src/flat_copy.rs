@@ -1,8 +1,6 @@
 //! The disks of a clone: what they are made of, and the copy of a whole chain into one file that lies over nothing.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rusqlite::Transaction;
@@ -19,7 +17,6 @@ use crate::fault::step;
 use crate::half_made::HalfMade;
 use crate::new_disks::{NewDisks, new_layer};
 use crate::owner::May;
-use crate::room::free;
 use crate::take::point_here_at;
 
 /// The disks of a clone before the catalog speaks of them.
@@ -109,9 +106,10 @@ impl Engine {
             return Err(cannot_be_made(there, io::ErrorKind::AlreadyExists.into()));
         }
         let sum = |chains: &mut dyn Iterator<Item = &Chain>| chains.map(|chain| chain.bytes).sum();
-        self.check_room_for(&group.layers_folder(), name, sum(&mut copies.to_layers.iter()))?;
+        let what = format!("making {name}");
+        self.check_room_for_copy(&group.layers_folder(), &what, sum(&mut copies.to_layers.iter()))?;
         if let Some(dir) = dir {
-            self.check_room_for(dir, name, sum(&mut copies.to_images.iter().map(|(chain, _)| chain)))?;
+            self.check_room_for_copy(dir, &what, sum(&mut copies.to_images.iter().map(|(chain, _)| chain)))?;
             if let Some(owner) = group.runs_as().filter(|owner| !owner.may(May::Pass, dir)) {
                 let who = owner.label();
                 return Err(Error::new(Code::NotPermitted, format!("{who} cannot get to {}", dir.display()))
@@ -168,8 +166,7 @@ impl Engine {
             let layer = new_layer(&original.group, chain.top.size);
             let file = self.layer_file(&layer);
             disks.layers.push((chain.disk.clone(), layer));
-            let made = fs::File::options().write(true).create_new(true).mode(0o600).open(&file);
-            made.map_err(|error| cannot_be_made(&file, error))?;
+            HalfMade::at(&file).make().map_err(|error| cannot_be_made(&file, error))?;
             group.gives(&file)?;
             self.copy_chain(cx, &original.group, chain, &file)?;
             step("clone.copied");
@@ -219,29 +216,6 @@ impl Engine {
                 .hint(MAKE_ROOM)),
             copied => copied.map_err(|error| Error::new(Code::Failed, sentence()).because(error)),
         }
-    }
-
-    /// Bytes that copies may take there: guests have their disks there too, and one that finds no room stands still.
-    fn room_for_copies(&self, folder: &Path) -> u64 {
-        let left = pages::left_to_others(folder).unwrap_or(0) + self.catalog.reserve_lacks();
-        free(folder).unwrap_or(u64::MAX).saturating_sub(left)
-    }
-
-    fn check_room_for(&self, folder: &Path, name: &str, need: u64) -> Result<()> {
-        let room = self.room_for_copies(folder);
-        if room >= need {
-            return Ok(());
-        }
-        Err(Error::new(
-            Code::NoSpace,
-            format!(
-                "the copies for {name} take up to {} MiB, and {} has {} MiB left for them",
-                need.div_ceil(1 << 20),
-                folder.display(),
-                room >> 20
-            ),
-        )
-        .hint(MAKE_ROOM))
     }
 }
 

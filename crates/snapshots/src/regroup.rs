@@ -28,7 +28,6 @@ use crate::fault::step;
 use crate::groups::{OpenGroup, sync_folder};
 use crate::id::new_id;
 use crate::memory::memory_bytes;
-use crate::room::free;
 use crate::types::{Edited, Power};
 
 /// On whose behalf, for the journal.
@@ -131,7 +130,7 @@ impl Engine {
         let (old, new) = (self.store_of(row)?, to.store()?);
         let has = self.catalog.read(|tx| Belongings::read(tx, row))?;
         self.check_readable_by_owner(to, &row.config)?;
-        self.check_room_for_copy(row, &has, &old)?;
+        self.check_room_for_all(row, &has, &old)?;
         self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!({}), || {
             let hold = new.hold();
             let images = self.name_images(cx, new, &has.layers);
@@ -180,28 +179,13 @@ impl Engine {
     }
 
     /// Whoever has to copy all of it needs as much room again: what the other group has already nobody knows before its pages are named.
-    fn check_room_for_copy(&self, row: &TargetRow, has: &Belongings, old: &Store) -> Result<()> {
+    fn check_room_for_all(&self, row: &TargetRow, has: &Belongings, old: &Store) -> Result<()> {
         self.check_room_for_pages(has.layers.len())?;
         let ours = has.layers.iter().filter(|layer| !layer.is_users());
         let layers: u64 = ours.map(|layer| allocated(&self.layer_file(layer))).sum();
         let roots: Vec<MapRoot> = has.memories(row).flat_map(|(_, memory)| memory.roots()).collect();
         let need = layers + old.freed_by(&roots, &[])?;
-        let left = pages::left_to_others(self.state()).unwrap_or(0);
-        let room = free(self.state()).unwrap_or(u64::MAX).saturating_sub(left);
-        if room >= need {
-            return Ok(());
-        }
-        Err(Error::new(
-            Code::NoSpace,
-            format!(
-                "copying {} takes up to {} MiB, and the disk of {} has {} MiB left for it",
-                row.name,
-                need.div_ceil(1 << 20),
-                self.state().display(),
-                room >> 20
-            ),
-        )
-        .hint(crate::error::MAKE_ROOM))
+        self.check_room_for_copy(self.state(), &format!("copying {}", row.name), need)
     }
 
     /// Step 3. On an error, those that were made are in `copies`.

@@ -31,6 +31,30 @@ impl Engine {
         self.check_free(SMALLEST + OVERLAY * overlays as u64 + left)
     }
 
+    /// Bytes that copies may take there: guests have their disks there too, and one that finds no room stands still.
+    pub(crate) fn room_for_copies(&self, folder: &Path) -> u64 {
+        let left = pages::left_to_others(folder).unwrap_or(0) + self.catalog.reserve_lacks();
+        free(folder).unwrap_or(u64::MAX).saturating_sub(left)
+    }
+
+    /// Refuses copies for which there is no room; `what` they are for is said ("copying web").
+    pub(crate) fn check_room_for_copy(&self, folder: &Path, what: &str, need: u64) -> Result<()> {
+        let room = self.room_for_copies(folder);
+        if room >= need {
+            return Ok(());
+        }
+        Err(Error::new(
+            Code::NoSpace,
+            format!(
+                "{what} takes up to {} MiB, and the disk of {} has {} MiB left for it",
+                need.div_ceil(1 << 20),
+                folder.display(),
+                room >> 20
+            ),
+        )
+        .hint(MAKE_ROOM))
+    }
+
     /// Refuses nothing as long as anything has room: what has failed then has failed for another reason.
     pub(crate) fn check_not_out_of_room(&self) -> Result<()> {
         self.check_least(SMALLEST)

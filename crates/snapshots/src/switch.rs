@@ -9,6 +9,8 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::running::Running;
+use crate::take::point_here_at;
+
 impl Engine {
     /// Sees to it that every disk's device writes to the layer that the catalog calls here's. An overlay over any other would
     /// belong to nothing.
@@ -27,6 +29,23 @@ impl Engine {
                 .hint("`spinney serve --stop`: the next command starts a daemon that puts it in order"));
             }
         }
+        Ok(())
+    }
+
+    /// Opens overlays in QEMU, and has every start use them from now on: all is ready for the switch. On an error nothing of them is left.
+    pub(crate) fn announce_overlays(
+        &self,
+        target: &TargetRow,
+        running: &Running,
+        overlays: &[NewOverlay],
+    ) -> Result<()> {
+        self.check_active(target, running).inspect_err(|_| self.remove_overlays(overlays))?;
+        let announced = self.add_overlay_nodes(running, overlays).and_then(|()| {
+            step("take.opened");
+            self.catalog.write(|tx| point_here_at(tx, &target.id, overlays))
+        });
+        announced.inspect_err(|_| self.take_back_overlays(&target.id, running, overlays))?;
+        step("take.announced");
         Ok(())
     }
 

@@ -266,8 +266,8 @@ impl Line {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says something and waits for the answer, which comes with the warden's number. Of a warden that is gone its successor is asked; one that does not answer is ended, and
-    /// so is gone.
+    /// Says something and waits for the answer, which comes with the warden's number. Of a warden that is gone its successor is asked; one
+    /// that does not answer is ended, and so is gone.
     fn ask(self: &Arc<Self>, limit: Duration, request: &dyn Fn(u64) -> Request) -> io::Result<(bool, u64)> {
         let mut state = self.lock();
         for _ in 0..2 {

@@ -268,20 +268,21 @@ impl Spinney {
 
     /// Paths of the disk layers in the state folder.
     pub fn layers(&self) -> Vec<PathBuf> {
+        self.in_groups("layers")
+    }
+
+    /// Files in a folder of every group.
+    fn in_groups(&self, folder: &str) -> Vec<PathBuf> {
         let groups = entries(&self.state().join("groups"));
         let mut files: Vec<PathBuf> =
-            groups.into_iter().flat_map(|group| entries(&group.join("layers"))).collect();
+            groups.into_iter().flat_map(|group| entries(&group.join(folder))).collect();
         files.sort();
         files
     }
 
     /// Files in the folders of packs.
     pub fn pack_files(&self) -> Vec<PathBuf> {
-        let groups = entries(&self.state().join("groups"));
-        let mut files: Vec<PathBuf> =
-            groups.into_iter().flat_map(|group| entries(&group.join("pages/packs"))).collect();
-        files.sort();
-        files
+        self.in_groups("pages/packs")
     }
 
     /// Packs that have pages of their own: not those that name the blocks of a disk layer (`docs/formats/pages.md`, "Header").

@@ -9,7 +9,7 @@ use server::client::Method;
 use server::snapshots::{CloneOptions, Cloned};
 
 use crate::errors::misuse;
-use crate::output::span;
+use crate::output::{micros, span};
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -50,7 +50,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
     let place = address::verb(&args.address, "clone")?;
     let began = Instant::now();
     let cloned: Cloned = session.change(Method::POST, &place, &options)?;
-    let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let took_us = micros(began);
     if session.out.json {
         session.document("spinney.clone/1", &cloned);
         return Ok(());

@@ -10,7 +10,7 @@ use server::client::{Client, Method, path, with_query};
 use server::snapshots::{GotoPower, GotoReport, Machine, Mode, Power};
 
 use crate::draw::power;
-use crate::output::span;
+use crate::output::{micros, span};
 use crate::session::Session;
 use crate::{address, complete};
 
@@ -74,7 +74,7 @@ pub(super) fn go(
     let before: Machine = client.get(&path(&["targets", target])?)?;
     let began = Instant::now();
     let report: GotoReport = session.operate(client, Method::POST, place, Some(body))?;
-    let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let took_us = micros(began);
     print(session, &report, took_us, before.pid.is_some());
     Ok(())
 }

@@ -1,27 +1,12 @@
 //! The index in files: it says what memory said, and goes and comes back without anybody missing anything.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use super::crash_disk::CrashDisk;
-use super::{SMALL, check_all, names, pages};
+use super::{check_all, open_small as open, take};
 use crate::*;
 
 type Kept = Vec<(MapRoot, Vec<u64>)>;
-
-fn open(disk: &CrashDisk) -> Store {
-    let key = GroupKey::from_bytes([6; 32]);
-    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, SMALL, None).unwrap()
-}
-
-fn take(store: &Store, numbers: Vec<u64>) -> ((MapRoot, Vec<u64>), Saved) {
-    let session = store.begin().unwrap();
-    let mut hashes = names(numbers.len());
-    session.put(&pages(&numbers), &mut hashes).unwrap();
-    let root = session.put_map(&hashes).unwrap();
-    let saved = session.commit().unwrap();
-    ((root, numbers), saved)
-}
 
 /// Ten maps that share half of their pages, with a fold behind each.
 fn folded() -> (CrashDisk, Store, Kept) {

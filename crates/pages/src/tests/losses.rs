@@ -2,27 +2,12 @@
 //! one owner to another, syncs that were left out.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::crash_disk::{CrashDisk, Survive};
-use super::{SMALL, check_all, names, pages};
+use super::{check_all, names, open_small as open, pages, take};
 use crate::*;
 
 type Kept = (MapRoot, Vec<u64>);
-
-fn open(disk: &CrashDisk) -> Store {
-    let key = GroupKey::from_bytes([6; 32]);
-    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, SMALL, None).unwrap()
-}
-
-fn take(store: &Store, numbers: Vec<u64>) -> (Kept, Saved) {
-    let session = store.begin().unwrap();
-    let mut hashes = names(numbers.len());
-    session.put(&pages(&numbers), &mut hashes).unwrap();
-    let root = session.put_map(&hashes).unwrap();
-    let saved = session.commit().unwrap();
-    ((root, numbers), saved)
-}
 
 fn collect(store: &Store, kept: &[Kept], leaving: &[&str]) -> GcDone {
     let ask = || {

@@ -15,8 +15,11 @@ mod repair;
 #[cfg(feature = "schedules")]
 mod schedules;
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use crate::store::Limits;
-use crate::{MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
+use crate::{GroupKey, MapRoot, PAGE_SIZE, PageHash, PageStore, Saved, Store};
 
 /// Small packs, so that a few pages make several.
 pub(crate) const SMALL: Limits = Limits { pack_pages: 16, node_bytes: 4096 };
@@ -54,4 +57,20 @@ pub(crate) fn check_all(store: &Store, kept: &[(MapRoot, Vec<u64>)]) -> Result<(
         }
     }
     Ok(())
+}
+
+/// A store of small packs on such a disk.
+pub(crate) fn open_small(disk: &crash_disk::CrashDisk) -> Store {
+    let key = GroupKey::from_bytes([6; 32]);
+    Store::open_on(Arc::new(disk.clone()), PathBuf::from("/"), &key, SMALL, None).unwrap()
+}
+
+/// Stores pages under one map; returns it with their numbers, and where they were found.
+pub(crate) fn take(store: &Store, numbers: Vec<u64>) -> ((MapRoot, Vec<u64>), Saved) {
+    let session = store.begin().unwrap();
+    let mut hashes = names(numbers.len());
+    session.put(&pages(&numbers), &mut hashes).unwrap();
+    let root = session.put_map(&hashes).unwrap();
+    let saved = session.commit().unwrap();
+    ((root, numbers), saved)
 }
