@@ -49,12 +49,28 @@ pub(crate) trait DiskFile: Send + Sync {
 }
 
 /// The host's file system.
-pub(crate) struct HostDisk;
+#[derive(Debug, Default)]
+pub(crate) struct HostDisk {
+    /// Whom files are given to that are made: someone else than us, who may read them.
+    pub(crate) owner: Option<FileOwner>,
+}
+
+/// A user of the host, by the numbers of user and group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileOwner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
 
 impl Disk for HostDisk {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        if let Some(FileOwner { uid, gid }) = self.owner {
+            std::os::unix::fs::fchown(&file, Some(uid), Some(gid))?;
+        }
         Ok(Arc::new(file))
     }
 

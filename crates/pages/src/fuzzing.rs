@@ -90,7 +90,7 @@ pub fn pack_of_parts(parts: &Parts<'_>) -> bool {
     let file = Bytes(bytes);
     let Ok(layout) = read_layout(&file, PackId(0), &names.fingerprint) else { return false };
     let Ok(entries) = read_footer(&file, &layout) else { return false };
-    let packs = Packs::new(std::sync::Arc::new(crate::disk::HostDisk));
+    let packs = Packs::new(std::sync::Arc::new(crate::disk::HostDisk::default()));
     let pack = packs.add("".as_ref(), "".into(), layout, 0);
     for slot in entries.iter().filter_map(|entry| entry.at.slot()) {
         let mut page = [[0; PAGE_SIZE]; 2];

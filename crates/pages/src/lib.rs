@@ -6,7 +6,7 @@
 //! The format on disk is described in `docs/formats/pages.md` and nowhere else.
 //!
 //! # What may run beside what
-//! All operations take `&self`, and a folder is open in one process at a time.
+//! All operations take `&self`, and a folder is open in one process at a time; others may read it meanwhile, as a [`Visitor`].
 //!
 //! | | put, put_… | commit | read, map_range | plan_gc, usage, fsck | run_gc |
 //! |---|---|---|---|---|---|
@@ -51,6 +51,7 @@ mod store;
 mod sync;
 mod threads;
 mod usage;
+mod visit;
 
 #[doc(hidden)]
 pub mod bench;
@@ -64,7 +65,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use disk::left_to_others;
+pub use disk::{FileOwner, left_to_others};
 pub use error::{Error, Kind, Problem, Result};
 pub use fsck::{Damage, Report};
 pub use gc::{Cold, GcDone, GcPlan, GcRequest, PackPlan};
@@ -74,6 +75,7 @@ pub use images::{Extent, ImageInfo, NewImage};
 pub use repair::{Repaired, Salvaged};
 pub use store::{Allocated, Store};
 pub use usage::Usage;
+pub use visit::{OpenFolders, Visitor};
 
 /// Bytes of a page. Fixed: it is the x86 page, and the unit in which QEMU sends memory.
 pub const PAGE_SIZE: usize = 4096;
@@ -207,6 +209,9 @@ pub trait Session: Send + Sync {
     ) -> Result<()>;
     /// Stores a page map of `pages` pages over leaves put in this session.
     fn put_map_over(&self, leaves: &[PageHash], pages: u64) -> Result<MapRoot>;
+    /// Stores a page map that has these leaves, put in this session and in ascending order of their numbers, and is `base` otherwise.
+    /// Costs what they are. The caller sees to it that `base` stays a root until that of the new map is recorded.
+    fn put_map_changed(&self, base: &MapRoot, leaves: &[(u64, PageHash)]) -> Result<MapRoot>;
     /// Stores a page map over pages put in this session or held by the store.
     fn put_map(&self, pages: &[PageHash]) -> Result<MapRoot> {
         let mut leaves = vec![PageHash::ZERO; pages.len().div_ceil(LEAF_PAGES)];

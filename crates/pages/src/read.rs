@@ -48,10 +48,15 @@ impl Inner {
         for (i, (name, page)) in names.iter().zip(pages.iter_mut()).enumerate() {
             if *name == PageHash::ZERO { page.fill(0) } else { todo.push(i) }
         }
+        let mut looked_again = false;
         for _ in 0..ATTEMPTS {
             let mut reading = Reading { names, out: pages, again: Vec::new(), bad: Vec::new() };
             self.read_found(&todo, &mut reading)?;
-            let (again, bad) = (reading.again, reading.bad);
+            let (mut again, mut bad) = (reading.again, reading.bad);
+            if !bad.is_empty() && !looked_again && self.look_again()? {
+                looked_again = true;
+                again.extend(bad.drain(..).map(|(i, _)| i));
+            }
             self.read_elsewhere(names, bad, pages)?;
             todo = again;
             if todo.is_empty() {
@@ -199,6 +204,14 @@ impl Inner {
 
     /// Reads and checks a node, past the cache; with its length in bytes.
     pub(crate) fn read_node(&self, name: &PageHash) -> Result<(Node, usize)> {
+        match self.read_known_node(name) {
+            Err(error) if error.is_damage() && self.look_again()? => self.read_known_node(name),
+            read => read,
+        }
+    }
+
+    /// The same, as far as the packs are known.
+    fn read_known_node(&self, name: &PageHash) -> Result<(Node, usize)> {
         let mut why = None;
         for _ in 0..ATTEMPTS {
             let Some((place, _)) = self.index.get(name) else { break };

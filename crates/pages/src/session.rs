@@ -194,6 +194,15 @@ impl Writer {
         Ok(())
     }
 
+    /// Checks that leaves were put in this session: the store may hold a leaf and not its pages.
+    fn check_leaves<'a>(&self, mut leaves: impl Iterator<Item = &'a PageHash>) -> Result<()> {
+        let own = lock(&self.own);
+        match leaves.find(|leaf| **leaf != PageHash::ZERO && !own.leaves.contains(leaf)) {
+            Some(leaf) => Err(self.store.missing(Kind::Node, *leaf)),
+            None => Ok(()),
+        }
+    }
+
     /// Names the nodes of one level and keeps those that are new.
     fn keep_nodes(&self, level: map::Level) -> Result<Vec<PageHash>> {
         let names = self.store.names.nodes(&level);
@@ -284,16 +293,21 @@ impl Session for Writer {
         if leaves.len() as u64 != pages.div_ceil(LEAF_PAGES as u64) {
             return Err(Error::Misuse("put_map_over needs a leaf for 64 pages"));
         }
-        {
-            // The store may hold a leaf and not its pages.
-            let own = lock(&self.own);
-            let stranger = leaves.iter().find(|leaf| **leaf != PageHash::ZERO && !own.leaves.contains(leaf));
-            if let Some(leaf) = stranger {
-                return Err(self.store.missing(Kind::Node, *leaf));
-            }
-        }
+        self.check_leaves(leaves.iter())?;
         let node = self.step(|| map::levels(leaves, pages, |level| self.keep_nodes(level)))?;
         Ok(MapRoot { node, pages })
+    }
+
+    fn put_map_changed(&self, base: &MapRoot, leaves: &[map::NumberedLeaf]) -> Result<MapRoot> {
+        let count = base.pages.div_ceil(LEAF_PAGES as u64);
+        let ascend = leaves.windows(2).all(|pair| matches!(pair, [a, b] if a.0 < b.0));
+        if !ascend || leaves.last().is_some_and(|(number, _)| *number >= count) {
+            return Err(Error::Misuse("put_map_changed needs leaves of the map in ascending order"));
+        }
+        self.check_leaves(leaves.iter().map(|(_, leaf)| leaf))?;
+        let mut keep = |level| self.keep_nodes(level);
+        let node = self.step(|| map::change(&self.store, base, leaves, &mut keep))?;
+        Ok(MapRoot { node, pages: base.pages })
     }
 
     fn commit(self: Box<Self>) -> Result<Saved> {

@@ -2,16 +2,17 @@
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::ops::Range;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, HostDisk};
+use crate::disk::{Disk, FileOwner, HostDisk};
 use crate::error::{Error, Problem, Result};
 use crate::group::{GroupKey, Names};
 use crate::hold::{Clock, Hold};
 use crate::index::{Index, Runs};
-use crate::map::NodeCache;
+use crate::map::{NodeCache, differences};
 use crate::pack::{Entry, Pack, PackId, Packs, Place, Refused, read_footer, read_layout};
 use crate::planted::{Mistake, is_made};
 use crate::session::Writer;
@@ -61,6 +62,8 @@ pub(crate) struct Inner {
     pub(crate) collector: Mutex<()>,
     /// Tells this opening of the store from others.
     pub(crate) instance: u64,
+    /// Another process has the store: held by whoever looks what it has done.
+    pub(crate) visit: Option<Mutex<()>>,
     /// Keeps other processes out.
     _lock: Option<File>,
 }
@@ -97,7 +100,7 @@ impl Store {
             _ => return Err(Error::Exists { path: dir.to_owned() }),
         }
         for folder in [Some(dir), dir.parent()].into_iter().flatten().filter(|f| !f.as_os_str().is_empty()) {
-            HostDisk.sync_folder(folder).map_err(Error::io("sync", folder))?;
+            HostDisk::default().sync_folder(folder).map_err(Error::io("sync", folder))?;
         }
         Self::open(dir, key)
     }
@@ -106,6 +109,11 @@ impl Store {
     /// aside: not used, not touched, reported by [`Store::fsck`]. Fails if another process has the store, if a pack is of
     /// a later format, or if all packs belong to another group.
     pub fn open(dir: impl AsRef<Path>, key: GroupKey) -> Result<Self> {
+        Self::open_for(dir, key, None)
+    }
+
+    /// The same. Files that are made are given to `owner`, so that a [`crate::Visitor`] of his can read them; the folders stay ours.
+    pub fn open_for(dir: impl AsRef<Path>, key: GroupKey, owner: Option<FileOwner>) -> Result<Self> {
         let path = dir.as_ref().join("lock");
         let mut options = OpenOptions::new();
         let lock = options.create(true).truncate(false).write(true).open(&path);
@@ -116,7 +124,13 @@ impl Store {
         })?;
         let index = dir.as_ref().join("index");
         DirBuilder::new().recursive(true).mode(0o700).create(&index).map_err(Error::io("create", &index))?;
-        Self::open_on(Arc::new(HostDisk), dir.as_ref().to_owned(), &key, Limits::default(), Some(lock))
+        Self::open_on(
+            Arc::new(HostDisk { owner }),
+            dir.as_ref().to_owned(),
+            &key,
+            Limits::default(),
+            Some(lock),
+        )
     }
 
     /// Opens a store's folder on any disk.
@@ -127,24 +141,7 @@ impl Store {
         limits: Limits,
         lock: Option<File>,
     ) -> Result<Self> {
-        let (names, packs) = (Names::new(key), Arc::new(Packs::new(disk.clone())));
-        let runs = Runs::new(disk.clone(), home.join("index"), names.fingerprint);
-        let inner = Inner {
-            index: Index::new(packs.clone(), runs),
-            packs,
-            disk,
-            folder: home.join("packs"),
-            home,
-            names,
-            limits,
-            set_aside: RwLock::default(),
-            node_cache: NodeCache::default(),
-            clock: Arc::default(),
-            gate: RwLock::default(),
-            collector: Mutex::default(),
-            instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
-            _lock: lock,
-        };
+        let inner = Inner::new(disk, home, key, limits, lock, None);
         inner.load()?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -152,6 +149,23 @@ impl Store {
     /// Keeps what is committed from now on from the collector until the hold is dropped.
     pub fn hold(&self) -> Hold {
         self.inner.clock.hold()
+    }
+
+    /// Calls `each` with the stretches of pages, in ascending order, in which two maps of the same length differ, until it returns false.
+    /// Costs what differs.
+    ///
+    /// # Errors
+    /// The maps are of different lengths; a part of one is missing or damaged.
+    pub fn differences(
+        &self,
+        one: &MapRoot,
+        other: &MapRoot,
+        each: &mut dyn FnMut(Range<u64>) -> bool,
+    ) -> Result<()> {
+        if one.pages != other.pages {
+            return Err(Error::Misuse("differences needs maps of the same length"));
+        }
+        differences(&self.inner, one, other, each).map(drop)
     }
 
     /// What the files take on the disk.
@@ -232,14 +246,43 @@ impl std::fmt::Debug for Store {
 }
 
 impl Inner {
-    /// Fills table and index from the packs in the folder.
-    fn load(&self) -> Result<()> {
+    /// A store of which nothing is known yet.
+    pub(crate) fn new(
+        disk: Arc<dyn Disk>,
+        home: PathBuf,
+        key: &GroupKey,
+        limits: Limits,
+        lock: Option<File>,
+        visit: Option<Mutex<()>>,
+    ) -> Self {
+        let (names, packs) = (Names::new(key), Arc::new(Packs::new(disk.clone())));
+        let runs = Runs::new(disk.clone(), home.join("index"), names.fingerprint);
+        Self {
+            index: Index::new(packs.clone(), runs),
+            packs,
+            disk,
+            folder: home.join("packs"),
+            home,
+            names,
+            limits,
+            set_aside: RwLock::default(),
+            node_cache: NodeCache::default(),
+            clock: Arc::default(),
+            gate: RwLock::default(),
+            collector: Mutex::default(),
+            instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
+            visit,
+            _lock: lock,
+        }
+    }
+
+    /// The packs in the folder, in the order of their ids; `half` gets what a session has not finished.
+    pub(crate) fn pack_ids(&self, half: impl Fn(&Path) -> Result<()>) -> Result<Vec<PackId>> {
         let mut ids = Vec::new();
         for name in self.disk.list(&self.folder).map_err(Error::io("list", &self.folder))? {
             let Some(name) = name.to_str() else { continue };
             if name.ends_with(".tmp") {
-                let path = self.folder.join(name);
-                self.disk.remove(&path).map_err(Error::io("remove", &path))?;
+                half(&self.folder.join(name))?;
             } else if let Some(stem) = name.strip_suffix(".pack")
                 && let Ok(id) = u64::from_str_radix(stem, 16)
                 && PackId(id).file_name() == name
@@ -248,6 +291,12 @@ impl Inner {
             }
         }
         ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// Fills table and index from the packs in the folder.
+    fn load(&self) -> Result<()> {
+        let ids = self.pack_ids(|path| self.disk.remove(path).map_err(Error::io("remove", path)))?;
         let mut aside = Vec::new();
         let mut set_aside = |id: PackId, problem: Problem| {
             tracing::warn!(pack = id.file_name(), %problem, "pack set aside");
@@ -282,7 +331,7 @@ impl Inner {
     }
 
     /// Adds one pack, without its names; the inner error is the reason to set it aside.
-    fn load_pack(&self, id: PackId) -> Result<Result<(), Problem>> {
+    pub(crate) fn load_pack(&self, id: PackId) -> Result<Result<(), Problem>> {
         let path = self.folder.join(id.file_name());
         let file = match self.disk.open(&path) {
             Ok(file) => file,

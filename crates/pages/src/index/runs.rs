@@ -5,6 +5,7 @@
 //! damaged then, or cannot be read, is thrown away: its packs are asked instead.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -64,31 +65,12 @@ impl Runs {
     pub(crate) fn open(&self, packs: &Packs) -> Result<HashSet<PackId>> {
         let names = self.disk.list(&self.folder).map_err(Error::io("list", &self.folder))?;
         let marked = names.iter().any(|name| name == MARK);
-        let numbers: std::collections::HashMap<PackId, u32> =
-            packs.view().iter().map(|pack| (pack.layout.id, pack.number)).collect();
-        let mut runs: Vec<Arc<Run>> = Vec::new();
-        for name in names.iter().filter_map(|name| name.to_str()).filter(|name| *name != MARK) {
-            let path = self.folder.join(name);
-            let number = name.strip_suffix(".run").and_then(|stem| u64::from_str_radix(stem, 16).ok());
-            let run = number
-                .filter(|number| file_name(*number) == name)
-                .map(|number| self.open_run(number, &path, marked, &|id| numbers.get(&id).copied()));
-            match run {
-                Some(Ok(run)) => runs.push(Arc::new(run)),
-                Some(Err(problem)) => {
-                    tracing::warn!(path = %path.display(), %problem, "a part of the index is made anew");
-                    self.disk.remove(&path).map_err(Error::io("remove", &path))?;
-                }
-                None if name.ends_with(".tmp") => {
-                    self.disk.remove(&path).map_err(Error::io("remove", &path))?;
-                }
-                None => {}
+        let covered = self.open_all(&names, packs, marked, |path, problem| {
+            if let Some(problem) = problem {
+                tracing::warn!(path = %path.display(), %problem, "a part of the index is made anew");
             }
-        }
-        runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.number));
-        *lock(&self.next) = runs.first().map_or(1, |run| run.number + 1);
-        let covered = runs.iter().flat_map(|run| run.covers()).copied().collect();
-        *write(&self.list) = Arc::new(runs);
+            self.disk.remove(path).map_err(Error::io("remove", path))
+        })?;
         if !marked {
             let path = self.folder.join(MARK);
             // On a disk that is full, or read-only, it is only that nobody notices.
@@ -97,6 +79,44 @@ impl Runs {
             }
         }
         self.opened.store(true, Ordering::Relaxed);
+        Ok(covered)
+    }
+
+    /// Opens the runs there are of a store that another process has. Returns the packs whose names they have. What cannot be used is left
+    /// alone. `doubt` has each read whole before it is mapped.
+    pub(crate) fn visit(&self, packs: &Packs, doubt: bool) -> Result<HashSet<PackId>> {
+        let names = self.disk.list(&self.folder).map_err(Error::io("list", &self.folder))?;
+        self.open_all(&names, packs, doubt, |_, _| Ok(()))
+    }
+
+    /// Opens the runs among these files; `spoilt` gets what is of no use, with what is wrong with it.
+    fn open_all(
+        &self,
+        names: &[OsString],
+        packs: &Packs,
+        doubt: bool,
+        spoilt: impl Fn(&Path, Option<Problem>) -> Result<()>,
+    ) -> Result<HashSet<PackId>> {
+        let numbers: std::collections::HashMap<PackId, u32> =
+            packs.view().iter().map(|pack| (pack.layout.id, pack.number)).collect();
+        let mut runs: Vec<Arc<Run>> = Vec::new();
+        for name in names.iter().filter_map(|name| name.to_str()).filter(|name| *name != MARK) {
+            let path = self.folder.join(name);
+            let number = name.strip_suffix(".run").and_then(|stem| u64::from_str_radix(stem, 16).ok());
+            let run = number
+                .filter(|number| file_name(*number) == name)
+                .map(|number| self.open_run(number, &path, doubt, &|id| numbers.get(&id).copied()));
+            match run {
+                Some(Ok(run)) => runs.push(Arc::new(run)),
+                Some(Err(problem)) => spoilt(&path, Some(problem))?,
+                None if name.ends_with(".tmp") => spoilt(&path, None)?,
+                None => {}
+            }
+        }
+        runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.number));
+        *lock(&self.next) = runs.first().map_or(1, |run| run.number + 1);
+        let covered = runs.iter().flat_map(|run| run.covers()).copied().collect();
+        *write(&self.list) = Arc::new(runs);
         Ok(covered)
     }
 

@@ -34,7 +34,7 @@ fn mixed(number: u64) -> u64 {
 /// See [`crate::bench::make_synthetic`].
 pub(crate) fn make(folder: &Path, key: &GroupKey, pages: u64) -> Result<()> {
     drop(Store::create(folder, key.clone())?);
-    let (disk, group) = (Arc::new(HostDisk), Names::new(key).fingerprint);
+    let (disk, group) = (Arc::new(HostDisk::default()), Names::new(key).fingerprint);
     let count = pages.div_ceil(u64::from(Limits::default().pack_pages)).max(1);
     let packs_folder = folder.join("packs");
     let mut packs: Vec<(PackId, u32)> = Vec::new();

@@ -4,12 +4,14 @@
 
 mod build;
 mod cache;
+mod change;
 mod forest;
 mod node;
 mod range;
 
 pub(crate) use build::{Level, level, levels};
 pub(crate) use cache::NodeCache;
+pub(crate) use change::{NumberedLeaf, change, differences};
 pub(crate) use forest::{Child, Forest};
 pub(crate) use node::{MAX_NODE, Node};
 

@@ -2,6 +2,7 @@
 
 mod bad_days;
 mod basics;
+mod change;
 mod crash;
 mod crash_disk;
 mod damage;
@@ -14,6 +15,7 @@ mod model;
 mod repair;
 #[cfg(feature = "schedules")]
 mod schedules;
+mod visit;
 
 use std::path::PathBuf;
 use std::sync::Arc;
