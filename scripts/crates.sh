@@ -7,9 +7,10 @@ allowed() {
     case $1 in
         spinney-pages | spinney-qemu | spinney-guest-workload) echo ;;
         spinney-warden) echo spinney-qemu ;;
-        spinney-snapshots) echo spinney-pages spinney-qemu spinney-warden ;;
+        spinney-snapfs) echo spinney-pages ;;
+        spinney-snapshots) echo spinney-pages spinney-qemu spinney-snapfs spinney-warden ;;
         spinney-server) echo spinney-snapshots ;;
-        spinney) echo spinney-server spinney-warden ;;
+        spinney) echo spinney-server spinney-snapfs spinney-warden ;;
         spinney-vm-tests) echo ;;
         spinney-bench) echo spinney-vm-tests spinney-pages spinney-qemu ;;
         *) return 1 ;;
