@@ -23,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use crate::commands::Cli;
+use crate::commands::{Cli, Command};
 use crate::config::Config;
 use crate::output::Output;
 use crate::session::Session;
@@ -35,6 +35,11 @@ fn main() -> ExitCode {
         Err(error) => return errors::usage(&error),
     };
     let out = Output::new(cli.json, cli.quiet, cli.verbose);
+    if matches!(cli.command, Command::View { .. }) {
+        // As a group's owner, who has no business with the configuration of whoever runs the daemon.
+        return commands::view()
+            .map_or_else(|problem| errors::print(&problem, out.json, None), |()| ExitCode::SUCCESS);
+    }
     let session = match Config::load(cli.state.as_deref()) {
         Ok(config) => Session::new(config, out),
         Err(problem) => return errors::print(&problem, out.json, None),

@@ -89,6 +89,8 @@ pub struct MachineSpec {
     pub accel: Accel,
     /// Bytes of memory.
     pub memory: u64,
+    /// A file with what is in it, of the same length, which is mapped privately: nobody writes to it. QEMU 8.2 and later.
+    pub memory_image: Option<PathBuf>,
     /// Virtual CPUs.
     pub cpus: u32,
     /// UUID.
@@ -212,7 +214,15 @@ impl MachineSpec {
             args.pair("-vnc", format!("unix:{}", comma(&run.vnc().to_string_lossy())));
         }
         let mebibytes = self.memory >> 20;
-        args.pair("-object", format!("memory-backend-ram,id={RAM_ID},size={}", self.memory));
+        let backend = match &self.memory_image {
+            None => format!("memory-backend-ram,id={RAM_ID},size={}", self.memory),
+            Some(image) => format!(
+                "memory-backend-file,id={RAM_ID},size={},mem-path={},share=off,readonly=on,rom=off",
+                self.memory,
+                comma(&image.to_string_lossy())
+            ),
+        };
+        args.pair("-object", backend);
         args.pair("-m", format!("{mebibytes}M"));
         let mut machine = format!("{},accel={},memory-backend={RAM_ID}", self.machine, self.accel);
         if let Some(uefi) = &self.uefi {
@@ -376,6 +386,7 @@ mod tests {
             machine: "pc-i440fx-10.0".into(),
             accel: Accel::Tcg,
             memory: 512 << 20,
+            memory_image: None,
             cpus: 2,
             uuid: "u".into(),
             generation: "g".into(),

@@ -19,6 +19,8 @@ const PAGE: u64 = PAGE_SIZE as u64;
 /// Bits of an entry, from the kernel's `Documentation/admin-guide/mm/pagemap.rst`.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+/// The page is one of a file, or shared; no bit of a page that belongs to the process alone.
+const OF_FILE: u64 = 1 << 61;
 /// Bytes of an entry of the page map.
 const ENTRY: usize = 8;
 
@@ -35,21 +37,45 @@ pub(crate) struct GuestMemory {
 pub(crate) struct Mapped {
     pub(crate) block: RamBlock,
     pub(crate) start: u64,
-    /// What was never touched is zero: true of memory that no file lies under.
-    pub(crate) anonymous: bool,
+    pub(crate) backing: Backing,
+}
+
+/// What lies under a block, and so what can be told of a page without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// No file: what was never touched is zero.
+    Anonymous,
+    /// Some file: nothing can be told.
+    File,
+    /// An image that is mapped privately: what was not written to is as it is there.
+    Image,
 }
 
 impl GuestMemory {
-    /// Finds it.
+    /// Finds it. The block `image` is one that was mapped privately from an image.
     ///
     /// # Errors
-    /// QEMU's memory may not be looked at, or its monitor fails.
-    pub(crate) fn open(qmp: &Qmp, process: ProcessId) -> io::Result<Self> {
+    /// QEMU's memory may not be looked at, or its monitor fails; that block is not there, or not a private mapping of a file.
+    pub(crate) fn open(qmp: &Qmp, process: ProcessId, image: Option<&str>) -> io::Result<Self> {
         let command = json!({ "command-line": "info ramblock" });
         let answer = qmp.execute("human-monitor-command", command).map_err(io::Error::other)?;
         let files = files(&fs::read_to_string(format!("/proc/{}/maps", process.pid))?);
-        let blocks = blocks(answer.as_str().unwrap_or_default(), &files)
+        let mut blocks = blocks(answer.as_str().unwrap_or_default(), &files)
             .ok_or_else(|| io::Error::other("QEMU's table of its memory is not understood"))?;
+        if let Some(name) = image {
+            let mut mapped = blocks.iter_mut().filter(|mapped| mapped.block.name == name);
+            let is_private = |mapped: &Mapped| {
+                let (start, end) = (mapped.start, mapped.start + mapped.block.length);
+                let inside = |file: &&FileMapping| file.range.start <= start && end <= file.range.end;
+                files.iter().find(inside).is_some_and(|file| file.private)
+            };
+            match mapped.next().filter(|mapped| is_private(mapped)) {
+                Some(mapped) => mapped.backing = Backing::Image,
+                None => {
+                    return Err(io::Error::other(format!("the block {name:?} is not mapped from an image")));
+                }
+            }
+        }
         let map = File::open(format!("/proc/{}/pagemap", process.pid))?;
         let content = File::open(format!("/proc/{}/mem", process.pid))?;
         Ok(Self { blocks, map, content })
@@ -59,7 +85,8 @@ impl GuestMemory {
         &self.blocks
     }
 
-    /// Calls `each` with pages `from .. from + count` of a block, and whether they are there. `scratch` is for whoever comes again.
+    /// Calls `each` with pages `from .. from + count` of a block, and whether they are there: in an image's block, whether they are the
+    /// process's own. `scratch` is for whoever comes again.
     pub(crate) fn present(
         &self,
         block: &Mapped,
@@ -72,7 +99,9 @@ impl GuestMemory {
         self.map.read_exact_at(scratch, (block.start / PAGE + from) * ENTRY as u64)?;
         let (entries, _) = scratch.as_chunks::<ENTRY>();
         for (page, entry) in (from..).zip(entries) {
-            each(page, u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0)?;
+            let entry = u64::from_ne_bytes(*entry);
+            let there = entry & (PRESENT | SWAPPED) != 0;
+            each(page, there && (block.backing != Backing::Image || entry & OF_FILE == 0))?;
         }
         Ok(())
     }
@@ -93,15 +122,16 @@ impl Mapped {
 /// The blocks of `info ramblock`, a line each below the head; none if one is not understood. `files` lie under some of them.
 ///
 /// `pc.ram    4 KiB  0x0 (offset)  0x40000000 (used)  0x40000000 (total)  0x7f5c3fe00000 (host)  rw`
-fn blocks(table: &str, files: &[Range<u64>]) -> Option<Vec<Mapped>> {
+fn blocks(table: &str, files: &[FileMapping]) -> Option<Vec<Mapped>> {
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
     let block = |line: &str| {
         let name = line.split_whitespace().next()?.to_owned();
         match line.split_whitespace().skip(1).filter_map(hex).collect::<Vec<_>>()[..] {
             [_, length, _, start] => {
                 let end = start.checked_add(length)?;
-                let anonymous = !files.iter().any(|file| file.start < end && start < file.end);
-                Some(Mapped { block: RamBlock { name, length }, start, anonymous })
+                let file = files.iter().any(|file| file.range.start < end && start < file.range.end);
+                let backing = if file { Backing::File } else { Backing::Anonymous };
+                Some(Mapped { block: RamBlock { name, length }, start, backing })
             }
             _ => None,
         }
@@ -109,15 +139,24 @@ fn blocks(table: &str, files: &[Range<u64>]) -> Option<Vec<Mapped>> {
     table.lines().skip(1).filter(|line| !line.trim().is_empty()).map(block).collect()
 }
 
+/// Where a file is mapped.
+#[derive(Debug, PartialEq, Eq)]
+struct FileMapping {
+    range: Range<u64>,
+    /// What is written to is the process's own.
+    private: bool,
+}
+
 /// Where files are mapped: the lines of `/proc/PID/maps` with an inode.
 ///
 /// `7f5c3fe00000-7f5c7fe00000 rw-p 00000000 00:1a 1045  /dev/shm/ram`
-fn files(maps: &str) -> Vec<Range<u64>> {
+fn files(maps: &str) -> Vec<FileMapping> {
     let file = |line: &str| {
         let mut words = line.split_whitespace();
         let (from, to) = words.next()?.split_once('-')?;
         let hex = |word| u64::from_str_radix(word, 16).ok();
-        (words.nth(3)? != "0").then_some(hex(from)?..hex(to)?)
+        let private = words.next()?.ends_with('p');
+        (words.nth(2)? != "0").then_some(FileMapping { range: hex(from)?..hex(to)?, private })
     };
     maps.lines().filter_map(file).collect()
 }
@@ -126,8 +165,8 @@ fn files(maps: &str) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
 
-    fn mapped(name: &str, length: u64, start: u64, anonymous: bool) -> Mapped {
-        Mapped { block: RamBlock { name: name.into(), length }, start, anonymous }
+    fn mapped(name: &str, length: u64, start: u64, backing: Backing) -> Mapped {
+        Mapped { block: RamBlock { name: name.into(), length }, start, backing }
     }
 
     #[test]
@@ -139,13 +178,15 @@ mod tests {
 ";
         let files = files(
             "7f5c3fe00000-7f5c7fe00000 rw-p 00000000 00:00 0 \n\
-             7f5c8c400000-7f5c8c401000 rw-p 00000000 00:1a 1045  /dev/shm/ram\n",
+             7f5c8c400000-7f5c8c401000 rw-p 00000000 00:1a 1045  /dev/shm/ram\n\
+             7f5c8d400000-7f5c8d401000 rw-s 00000000 00:1a 1046  /dev/shm/other\n",
         );
+        assert_eq!(files.iter().map(|file| file.private).collect::<Vec<_>>(), [true, false]);
         assert_eq!(
             blocks(table, &files).unwrap(),
             [
-                mapped("ram", 0x4000_0000, 0x7f5c_3fe0_0000, true),
-                mapped("/rom@etc/acpi/rsdp", 0x1000, 0x7f5c_8c40_0000, false)
+                mapped("ram", 0x4000_0000, 0x7f5c_3fe0_0000, Backing::Anonymous),
+                mapped("/rom@etc/acpi/rsdp", 0x1000, 0x7f5c_8c40_0000, Backing::File)
             ]
         );
         for bad in ["ram 4 KiB 0x0 0x1", "a 0x1 0xzz 0x3 0x4", "a 0x0 0xffffffffffffffff 0x0 0x2"] {

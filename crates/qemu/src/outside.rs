@@ -27,7 +27,7 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use crate::command::RAM_ID;
-use crate::guest_memory::{GuestMemory, Mapped};
+use crate::guest_memory::{Backing, GuestMemory, Mapped};
 use crate::migration::{
     Counts, DeviceState, DeviceTail, FOOTER, Finished, MAX_TAIL_BYTES, PAGE_SIZE, RamBlock, RamBlocks,
     StreamHeader,
@@ -49,6 +49,10 @@ pub struct Outside<'a> {
     pub process: ProcessId,
     /// QEMU's name of the machine type, with its version.
     pub machine: &'a str,
+    /// Its RAM was mapped privately from an image: what the guest has not written to is as it is there, and is not read.
+    pub mapped: bool,
+    /// Leave the guest standing still when all is well. The caller sees to it that it goes on, or that it is replaced.
+    pub stays: bool,
     /// A file that QEMU may make; it is gone afterwards.
     pub scratch: &'a Path,
     /// How long the guest may stand still; a save that would need longer fails.
@@ -79,12 +83,12 @@ struct Pause {
     max: Option<Duration>,
 }
 
-/// True if the state of this machine can be had so.
+/// True if the state of this machine can be had so; `mapped` as in [`Outside`].
 ///
 /// # Errors
 /// [`SaveError::NotOutside`] with the reason why not. [`Outside::save`] may find another one later.
-pub fn check(qmp: &Qmp, process: ProcessId) -> Result<(), SaveError> {
-    open(qmp, process).map(drop)
+pub fn check(qmp: &Qmp, process: ProcessId, mapped: bool) -> Result<(), SaveError> {
+    open(qmp, process, mapped).map(drop)
 }
 
 impl Outside<'_> {
@@ -102,6 +106,10 @@ impl Outside<'_> {
         let saved = self.stand_still(header, pause, mark);
         let _ = fs::remove_file(self.scratch);
         let goes_on = match &saved {
+            Ok(_) if self.stays => {
+                let pause_us = None;
+                return saved.map(|finished| SavedState { finished, pause_us, run_state });
+            }
             Ok(_) => self.qmp.execute("cont", json!({})).map(drop).map_err(SaveError::from),
             Err(error) => {
                 if matches!(error, SaveError::Qmp(QmpError::TimedOut { .. })) {
@@ -124,7 +132,7 @@ impl Outside<'_> {
         self.qmp.execute("stop", json!({}))?;
         pause.check()?;
         let tail = self.device_tail()?;
-        let (memory, blocks) = open(self.qmp, self.process)?;
+        let (memory, blocks) = open(self.qmp, self.process, self.mapped)?;
         let still = StillMemory { memory, blocks, cancel: self.cancel, pause };
         (self.read)(&still).map_err(|error| match error.downcast::<SaveError>() {
             Ok(error) => *error,
@@ -188,8 +196,13 @@ impl StillMemory<'_> {
         &self.blocks
     }
 
+    /// True of a block that was mapped from an image: what is not there is as it is in that.
+    pub fn is_image(&self, block: usize) -> bool {
+        self.memory.blocks().get(block).is_some_and(|block| block.backing == Backing::Image)
+    }
+
     /// Reads pages `from .. from + count` of block `block`: `bytes` gets those that are there, one after the other, `there` whether
-    /// they are. The others are zero.
+    /// they are. The others are zero, or as they are in the image that the block was mapped from.
     ///
     /// # Errors
     /// The caller has cancelled, the guest has stood still for too long, or its memory cannot be read.
@@ -210,7 +223,7 @@ impl StillMemory<'_> {
         let (memory, mut scratch) = (&self.memory, Vec::new());
         let mut read = || -> io::Result<()> {
             memory.present(block, from, count, &mut scratch, |_, present| {
-                there.push(present || !block.anonymous);
+                there.push(present || block.backing == Backing::File);
                 Ok(())
             })?;
             let present = there.iter().filter(|there| **there).count();
@@ -252,9 +265,10 @@ impl Pause {
     }
 }
 
-fn open(qmp: &Qmp, process: ProcessId) -> Result<(GuestMemory, RamBlocks), SaveError> {
+fn open(qmp: &Qmp, process: ProcessId, mapped: bool) -> Result<(GuestMemory, RamBlocks), SaveError> {
     let not = |reason: String| SaveError::NotOutside { reason };
-    let memory = GuestMemory::open(qmp, process).map_err(|error| not(error.to_string()))?;
+    let memory = GuestMemory::open(qmp, process, mapped.then_some(RAM_ID));
+    let memory = memory.map_err(|error| not(error.to_string()))?;
     if let Some(Mapped { block, .. }) = memory.blocks().iter().find(|mapped| !belongs(&mapped.block)) {
         return Err(not(format!("it is not known whether the block {:?} belongs to its state", block.name)));
     }

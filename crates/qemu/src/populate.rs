@@ -19,7 +19,7 @@ const PAGES: u64 = 16 << 10;
 /// # Errors
 /// QEMU's memory may not be read. Then nothing is lost but time later.
 pub(crate) fn populate(qmp: &Qmp, process: ProcessId, goes_on: &dyn Fn() -> bool) -> io::Result<u64> {
-    let memory = GuestMemory::open(qmp, process)?;
+    let memory = GuestMemory::open(qmp, process, None)?;
     let (mut touched, mut scratch) = (0, Vec::new());
     for block in memory.blocks() {
         let mut at = 0;

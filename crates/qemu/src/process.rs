@@ -110,6 +110,13 @@ impl Process {
         self.wait(Duration::from_secs(30));
     }
 
+    /// Bytes of memory that it has for itself: nothing of files that it has mapped and not written to.
+    pub fn own_memory(&self) -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.id.pid)).ok()?;
+        let line = text.lines().find_map(|l| l.strip_prefix("RssAnon:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    }
+
     /// Bytes of memory that only it uses, and its share of what it has in common with others (PSS).
     pub fn memory(&self) -> Option<u64> {
         let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.id.pid)).ok()?;

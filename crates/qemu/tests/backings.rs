@@ -118,6 +118,8 @@ fn save_from_outside(
     let outside = Outside {
         qmp: &machine.qmp,
         process: machine.process.id(),
+        mapped: false,
+        stays: false,
         machine: MACHINE,
         scratch: &scratch,
         max_pause: None,
@@ -251,10 +253,10 @@ fn a_block_that_is_not_known_is_not_read_from_outside() {
     let shared = tempfile::tempdir_in("/dev/shm").unwrap();
     let object = format!("memory-backend-file,id=m,share=on,size=1M,mem-path={}/m", shared.path().display());
     let machine = boot("memory-backend-ram", &["-object", &object, "-device", "ivshmem-plain,memdev=m"]);
-    match outside::check(&machine.qmp, machine.process.id()) {
+    match outside::check(&machine.qmp, machine.process.id(), false) {
         Err(SaveError::NotOutside { reason }) => assert!(reason.contains("block"), "{reason}"),
         other => panic!("{other:?}"),
     }
     let machine = boot("memory-backend-ram", &[]);
-    outside::check(&machine.qmp, machine.process.id()).unwrap();
+    outside::check(&machine.qmp, machine.process.id(), false).unwrap();
 }

@@ -47,6 +47,8 @@ pub(crate) struct Descriptors {
 pub(crate) struct Start {
     /// Folder of the page store.
     pub(crate) store: PathBuf,
+    /// The view's own folder.
+    pub(crate) folder: PathBuf,
     /// Answer at once; else stand by.
     pub(crate) serve: bool,
     /// How many have died before, one soon after the other.
@@ -175,7 +177,7 @@ mod tests {
 
     #[test]
     fn what_is_sent_is_received_also_after_the_senders_death() {
-        let start = Start { store: "/a b".into(), serve: true, deaths: 3 };
+        let start = Start { store: "/a b".into(), folder: "/".into(), serve: true, deaths: 3 };
         let (ours, theirs) = UnixStream::pair().unwrap();
         send_start(&ours, &start, &descriptors()).unwrap();
         drop(ours);

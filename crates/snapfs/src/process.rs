@@ -132,6 +132,7 @@ impl Heir {
         let child = Command::new(&self.executable)
             .arg0("spinney")
             .arg("view")
+            .arg(&self.start.folder)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())

@@ -260,6 +260,7 @@ fn spawn(
     command
         .arg0("spinney")
         .arg("view")
+        .arg(folder)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(log)
@@ -270,7 +271,7 @@ fn spawn(
         command.gid(gid).uid(uid);
     }
     let mut child = command.spawn()?;
-    let start = Start { store: store.to_owned(), serve: true, deaths: 0 };
+    let start = Start { store: store.to_owned(), folder: folder.to_owned(), serve: true, deaths: 0 };
     let sent = send_start(&ours, &start, descriptors);
     if sent.is_err() {
         let _ = child.kill();

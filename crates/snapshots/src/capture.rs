@@ -166,7 +166,7 @@ impl Engine {
         let armed = self.arm(running, job.power == Power::Running)?;
         let progress = || armed.renew(STILL_LIMIT);
         if job.stands_still {
-            return capture_and_hold(cx, job, running, session, armed);
+            return self.capture_and_hold(cx, job, running, session, armed);
         }
         let instant = Cell::new(row.created);
         let mut saving = None;
@@ -206,7 +206,7 @@ impl Engine {
         let read = match way(job, running) {
             Way::Stream(mode) => stream(mode, &mut switch, &mut runs_on),
             Way::Outside => {
-                match read_from_outside(cx, job, running, session.as_ref(), &armed, &mut switch) {
+                match self.read_from_outside(cx, job, running, session.as_ref(), &armed, &mut switch) {
                     Ok(None) => stream(CopyMode::StopCopy, &mut switch, &mut runs_on),
                     Ok(Some(read)) => {
                         runs_on(read.0.pause_us);
@@ -266,39 +266,108 @@ impl Engine {
         cx.so_far(&shown);
         Some(self.saving.show(&row.target, shown))
     }
-}
 
-/// Steps 4 to 6 for a machine that stands still from then on: it is about to be replaced.
-fn capture_and_hold<'a>(
-    cx: &Context,
-    job: &TakeJob<'_>,
-    running: &Running,
-    session: Box<dyn Session>,
-    armed: Armed<'a>,
-) -> Result<Captured<'a>> {
-    let progress = || armed.renew(STILL_LIMIT);
-    // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
-    let intake = Intake::of_still_guest(job.target.config.memory, &progress);
-    let (held, blocks) = ingest(session.as_ref(), cx, intake, |sink| {
-        let held = save::read(&running.qmp, CopyMode::StopCopy, None, sink, &cx.cancel, &progress);
-        if held.is_err() {
-            return over(&armed, running, held);
+    /// Steps 4 to 6 for a machine that stands still from then on: it is about to be replaced.
+    fn capture_and_hold<'a>(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: &Running,
+        session: Box<dyn Session>,
+        armed: Armed<'a>,
+    ) -> Result<Captured<'a>> {
+        let progress = || armed.renew(STILL_LIMIT);
+        // A migration would have all of it read that was never touched.
+        if job.power == Power::Running && running.row.ram.is_some() {
+            let read = self.read_from_outside(cx, job, running, session.as_ref(), &armed, &mut || Ok(()))?;
+            if let Some((held, blocks)) = read {
+                let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
+                    let memory = store_maps(session.as_ref(), &blocks, &held.finished.state)?;
+                    Ok((memory, session.commit()?))
+                })?;
+                step("goto.still");
+                return Ok(Captured {
+                    memory: Some(memory),
+                    saved,
+                    still: Some(armed),
+                    ..Captured::default()
+                });
+            }
         }
-        held.map_err(save_error)
-    })?;
-    let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
-        let whole = || Error::new(Code::Failed, "the machine's state has no end");
-        let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state)?;
-        drop(blocks);
-        Ok((memory, session.commit()?))
-    })?;
-    // From the verdict on only we can let it go on.
-    if let Err(error) = held.stand_still() {
-        armed.rescue();
-        return Err(save_failed(running, error));
+        // The verdict waits until the pages are durable: if we die before, QEMU lets the guest go on by itself.
+        let intake = Intake::of_still_guest(job.target.config.memory, &progress);
+        let (held, blocks) = ingest(session.as_ref(), cx, intake, |sink| {
+            let held = save::read(&running.qmp, CopyMode::StopCopy, None, sink, &cx.cancel, &progress);
+            if held.is_err() {
+                return over(&armed, running, held);
+            }
+            held.map_err(save_error)
+        })?;
+        let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
+            let whole = || Error::new(Code::Failed, "the machine's state has no end");
+            let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state)?;
+            drop(blocks);
+            Ok((memory, session.commit()?))
+        })?;
+        // From the verdict on only we can let it go on.
+        if let Err(error) = held.stand_still() {
+            armed.rescue();
+            return Err(save_failed(running, error));
+        }
+        step("goto.still");
+        Ok(Captured { memory: Some(memory), saved, still: Some(armed), ..Captured::default() })
     }
-    step("goto.still");
-    Ok(Captured { memory: Some(memory), saved, still: Some(armed), ..Captured::default() })
+
+    /// Steps 4 to 6 of a stop-copy, or of a save of a machine that stands still from then on. Nothing comes back if it has to be saved by a
+    /// migration after all: it runs on, as before.
+    fn read_from_outside(
+        &self,
+        cx: &Context,
+        job: &TakeJob<'_>,
+        running: &Running,
+        session: &dyn Session,
+        armed: &Armed<'_>,
+        switch: &mut dyn FnMut() -> Result<(), CallbackError>,
+    ) -> Result<Option<(SavedState, Vec<BlockLeaves>)>> {
+        let mut outcome = Ok(Vec::new());
+        let progress = || armed.renew(still_limit(job.max_pause));
+        let intake = Intake::of_still_guest(job.target.config.memory, &progress);
+        let store = self.store_of(job.target)?;
+        let image = running.row.ram.map(|root| (store.as_ref() as &dyn PageStore, root));
+        let outside = Outside {
+            qmp: &running.qmp,
+            process: running.process.id(),
+            machine: &job.target.machine,
+            mapped: image.is_some(),
+            stays: job.stands_still,
+            scratch: &running.run.device_state(),
+            max_pause: job.max_pause,
+            cancel: &cx.cancel,
+            confirm: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
+            read: &mut |memory| {
+                outcome = read_out(session, cx, memory, image, intake);
+                outcome.as_ref().map(drop).map_err(|_| "its memory could not be stored".into())
+            },
+            at_end: switch,
+        };
+        let saved = outside.save();
+        if let Err(error @ SaveError::NotOutside { .. }) = &saved {
+            tracing::info!(machine = job.target.name, %error, "a stop-copy by migration after all");
+            armed.confirm(STILL_LIMIT).map_err(unkept)?;
+            return Ok(None);
+        }
+        let qemu_is_lost = matches!(saved, Err(SaveError::Stuck { .. } | SaveError::Qmp(_)));
+        let saved = match saved {
+            // It stands still, and the deadline stays armed.
+            Ok(saved) if job.stands_still => Ok(saved),
+            saved => over(armed, running, saved),
+        };
+        // Unless QEMU is the reason, what went wrong with the pages is why the rest did.
+        match outcome {
+            Err(error) if !qemu_is_lost => Err(error),
+            blocks => Ok(Some((saved?, blocks?))),
+        }
+    }
 }
 
 /// How memory gets out of QEMU.
@@ -318,7 +387,7 @@ fn way(job: &TakeJob<'_>, running: &Running) -> Way {
         Mode::PreCopy => Way::Stream(CopyMode::PreCopy),
         // Of a guest that is paused anyway, the stream knows in which state it was.
         Mode::StopCopy if job.power == Power::Running => {
-            match outside::check(&running.qmp, running.process.id()) {
+            match outside::check(&running.qmp, running.process.id(), running.row.ram.is_some()) {
                 Ok(()) => Way::Outside,
                 Err(error) => {
                     tracing::info!(machine = job.target.name, %error, "a stop-copy by migration");
@@ -327,47 +396,6 @@ fn way(job: &TakeJob<'_>, running: &Running) -> Way {
             }
         }
         _ => Way::Stream(CopyMode::StopCopy),
-    }
-}
-
-/// Steps 4 to 6 of a stop-copy. Nothing comes back if the machine has to be saved by a migration after all: it runs on, as before.
-fn read_from_outside(
-    cx: &Context,
-    job: &TakeJob<'_>,
-    running: &Running,
-    session: &dyn Session,
-    armed: &Armed<'_>,
-    switch: &mut dyn FnMut() -> Result<(), CallbackError>,
-) -> Result<Option<(SavedState, Vec<BlockLeaves>)>> {
-    let mut outcome = Ok(Vec::new());
-    let progress = || armed.renew(still_limit(job.max_pause));
-    let intake = Intake::of_still_guest(job.target.config.memory, &progress);
-    let outside = Outside {
-        qmp: &running.qmp,
-        process: running.process.id(),
-        machine: &job.target.machine,
-        scratch: &running.run.device_state(),
-        max_pause: job.max_pause,
-        cancel: &cx.cancel,
-        confirm: &|| Ok(armed.confirm(still_limit(job.max_pause))?),
-        read: &mut |memory| {
-            outcome = read_out(session, cx, memory, intake);
-            outcome.as_ref().map(drop).map_err(|_| "its memory could not be stored".into())
-        },
-        at_end: switch,
-    };
-    let saved = outside.save();
-    if let Err(error @ SaveError::NotOutside { .. }) = &saved {
-        tracing::info!(machine = job.target.name, %error, "a stop-copy by migration after all");
-        armed.confirm(STILL_LIMIT).map_err(unkept)?;
-        return Ok(None);
-    }
-    let qemu_is_lost = matches!(saved, Err(SaveError::Stuck { .. } | SaveError::Qmp(_)));
-    let saved = over(armed, running, saved);
-    // Unless QEMU is the reason, what went wrong with the pages is why the rest did.
-    match outcome {
-        Err(error) if !qemu_is_lost => Err(error),
-        blocks => Ok(Some((saved?, blocks?))),
     }
 }
 

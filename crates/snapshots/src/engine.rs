@@ -26,6 +26,7 @@ use crate::pins::PinnedLayers;
 use crate::running::Running;
 use crate::saving::Saving;
 use crate::types::OpState;
+use crate::views::Views;
 
 /// Where the state is and which QEMU to use.
 #[derive(Clone, Debug)]
@@ -63,6 +64,8 @@ pub struct Engine {
     pub(crate) saving: Saving,
     /// Layers that are being copied.
     pub(crate) pins: PinnedLayers,
+    /// Groups' page stores as files.
+    pub(crate) views: Views,
     /// Deadlines of guests that stand still on our behalf.
     pub(crate) keeper: Keeper,
     tools: Mutex<Option<Tools>>,
@@ -86,7 +89,7 @@ impl Engine {
         fault::plant();
         make_folder(&settings.state)?;
         let lock = lock_folder(&settings.state)?;
-        for folder in ["run", "groups"] {
+        for folder in ["run", "groups", "views"] {
             make_folder(&settings.state.join(folder))?;
         }
         let catalog = Catalog::open(&settings.state.join("catalog.db"))?;
@@ -107,6 +110,7 @@ impl Engine {
             locks: TargetLocks::default(),
             saving: Saving::default(),
             pins: PinnedLayers::default(),
+            views: Views::default(),
             tools: Mutex::default(),
             img: Mutex::default(),
             housekeeping: Mutex::default(),
@@ -148,6 +152,7 @@ impl Engine {
 
     /// The daemon ends in order: nobody has to watch over it any more.
     pub fn close(&self) {
+        self.close_views();
         self.keeper.close();
     }
 

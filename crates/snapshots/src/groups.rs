@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use pages::{GroupKey, Store};
+use pages::{FileOwner, GroupKey, Store};
 
 use crate::catalog::{GroupRow, TargetRow, no_group};
 use crate::engine::Engine;
@@ -35,11 +35,16 @@ impl OpenGroup {
     /// Opens what is there. The default group's store is made if it is not; no other ever is.
     fn open(groups: &Path, row: GroupRow) -> Self {
         let folder = groups.join(&row.id);
-        let store = open_store(&folder, row.is_default()).map(Arc::new);
+        let store = open_store(&folder, row.is_default(), file_owner(row.owner)).map(Arc::new);
         if let Err(unusable) = &store {
             tracing::error!(group = row.name, why = unusable.why, "a group cannot be used");
         }
-        Self { row, folder, store }
+        let group = Self { row, folder, store };
+        // Of a group that an earlier version made, his view could not read the packs.
+        if let Err(error) = group.give_to_owner() {
+            tracing::warn!(group = group.row.name, %error, "its owner cannot get at what is his");
+        }
+        group
     }
 
     /// A new one. On an error nothing of it is left.
@@ -47,7 +52,12 @@ impl OpenGroup {
         let folder = groups.join(&row.id);
         let made = make_folder(&folder)
             .and_then(|()| make_folder(&layers_of(&folder)))
-            .and_then(|()| Ok(Store::create(folder.join("pages"), GroupKey::generate()?)?))
+            .and_then(|()| {
+                let (pages, key) = (folder.join("pages"), GroupKey::generate()?);
+                drop(Store::create(&pages, key)?);
+                let key = GroupKey::load(&pages.join("key"))?;
+                Ok(Store::open_for(&pages, key, file_owner(row.owner))?)
+            })
             .and_then(|store| {
                 let group = Self { row, folder: folder.clone(), store: Ok(Arc::new(store)) };
                 group.give_to_owner()?;
@@ -92,6 +102,12 @@ impl OpenGroup {
         owner.gets_through(&self.folder)?;
         owner.gets_through(&self.layers_folder())?;
         owner.gets_through(&self.folder.join("pages"))?;
+        for folder in ["pages/packs", "pages/index"].map(|name| self.folder.join(name)) {
+            owner.gets_through(&folder)?;
+            for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+                owner.owns(&entry.path())?;
+            }
+        }
         owner.owns_alone(&self.folder.join("pages/key"))
     }
 }
@@ -172,7 +188,12 @@ fn layers_of(folder: &Path) -> PathBuf {
     folder.join("layers")
 }
 
-fn open_store(folder: &Path, make: bool) -> Result<Store, Unusable> {
+/// Whom a group's pages are given to, if he is not whoever runs us: his view reads them.
+pub(crate) fn file_owner(owner: u32) -> Option<FileOwner> {
+    User::other_than_us(owner).map(|user| FileOwner { uid: user.uid, gid: user.gid })
+}
+
+fn open_store(folder: &Path, make: bool, owner: Option<FileOwner>) -> Result<Store, Unusable> {
     let pages = folder.join("pages");
     let unusable = |error: pages::Error| {
         let mut why = error.to_string();
@@ -197,7 +218,9 @@ fn open_store(folder: &Path, make: bool) -> Result<Store, Unusable> {
     let has_packs = fs::read_dir(pages.join("packs")).is_ok_and(|mut packs| packs.next().is_some());
     let key = pages.join("key");
     match (key.exists(), make && !has_packs) {
-        (true, _) => GroupKey::load(&key).and_then(|key| Store::open(&pages, key)).map_err(unusable),
+        (true, _) => {
+            GroupKey::load(&key).and_then(|key| Store::open_for(&pages, key, owner)).map_err(unusable)
+        }
         (false, true) => GroupKey::generate().and_then(|key| Store::create(&pages, key)).map_err(unusable),
         (false, false) => Err(Unusable {
             code: Code::Damaged,

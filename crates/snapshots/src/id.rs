@@ -20,6 +20,11 @@ pub(crate) fn new_mac() -> String {
     format!("52:54:00:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2])
 }
 
+/// A number.
+pub(crate) fn random_number() -> u64 {
+    u64::from_le_bytes(random())
+}
+
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the kernel always has random bytes once it is up");

@@ -361,7 +361,7 @@ pub(crate) fn store_maps(
     let state = session.put_map(&names)?;
     let blocks = blocks
         .iter()
-        .map(|block| Ok((block.name.clone(), session.put_map_over(&block.leaves, block.pages)?)))
+        .map(|block| Ok((block.name.clone(), block.put_map(session)?)))
         .collect::<Result<_>>()?;
     Ok(Memory { blocks, state, state_bytes })
 }

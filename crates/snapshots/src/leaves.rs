@@ -1,7 +1,7 @@
 //! The map of a RAM block while its pages come in, in any order: the names of a leaf's pages are kept until all of them are known, or
 //! until no more can come.
 
-use pages::{LEAF_PAGES, PAGE_SIZE, PageHash, Session};
+use pages::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, Session};
 use qemu::migration::RamBlock;
 
 use crate::error::{Code, Error, Result};
@@ -13,6 +13,8 @@ pub(crate) struct BlockLeaves {
     /// Pages it has.
     pub(crate) pages: u64,
     pub(crate) leaves: Vec<PageHash>,
+    /// What it was mapped from, and which leaves are not as they are there: the others count nothing. None if all of them count.
+    pub(crate) image: Option<(MapRoot, Vec<bool>)>,
 }
 
 impl BlockLeaves {
@@ -20,7 +22,28 @@ impl BlockLeaves {
     pub(crate) fn of(block: &RamBlock) -> Self {
         let pages = block.length / PAGE_SIZE as u64;
         let leaves = usize::try_from(pages.div_ceil(LEAF_PAGES as u64)).unwrap_or(usize::MAX);
-        Self { name: block.name.clone(), pages, leaves: vec![PageHash::ZERO; leaves] }
+        Self { name: block.name.clone(), pages, leaves: vec![PageHash::ZERO; leaves], image: None }
+    }
+
+    /// The block as it was mapped from an image.
+    pub(crate) fn of_image(block: &RamBlock, root: MapRoot) -> Result<Self> {
+        let own = Self::of(block);
+        if own.pages != root.pages {
+            let name = &own.name;
+            return Err(Error::new(Code::Failed, format!("the block {name:?} is not as long as its image")));
+        }
+        let changed = vec![false; own.leaves.len()];
+        Ok(Self { image: Some((root, changed)), ..own })
+    }
+
+    /// Stores its map.
+    pub(crate) fn put_map(&self, session: &dyn Session) -> Result<MapRoot> {
+        let Some((root, changed)) = &self.image else {
+            return Ok(session.put_map_over(&self.leaves, self.pages)?);
+        };
+        let leaves = self.leaves.iter().zip(changed).zip(0..).filter(|((_, changed), _)| **changed);
+        let leaves: Vec<(u64, PageHash)> = leaves.map(|((leaf, _), number)| (number, *leaf)).collect();
+        Ok(session.put_map_changed(root, &leaves)?)
     }
 }
 

@@ -62,6 +62,7 @@ mod tree;
 mod types;
 mod undo;
 mod undo_point;
+mod views;
 
 pub use config::*;
 pub use context::{Context, Progress};

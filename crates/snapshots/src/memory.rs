@@ -63,11 +63,12 @@ pub(crate) fn check_readable(store: &dyn PageStore, memory: &Memory, cx: &Contex
     Ok(())
 }
 
-/// Writes a snapshot's whole state as a stream that QEMU loads.
+/// Writes a snapshot's whole state as a stream that QEMU loads. If RAM is `mapped`, its pages are left out.
 pub(crate) fn feed(
     store: &dyn PageStore,
     memory: &Memory,
     state: &DeviceState,
+    mapped: bool,
     cx: &Context,
     socket: &UnixStream,
 ) -> Result<(), CallbackError> {
@@ -75,7 +76,7 @@ pub(crate) fn feed(
     let (full, runs) = bounded::<Run>(RUNS);
     let (empty, spares) = bounded::<Vec<u8>>(RUNS);
     thread::scope(|scope| {
-        let reader = scope.spawn(move || read_runs(store, memory, state, cx, &full, &spares));
+        let reader = scope.spawn(move || read_runs(store, memory, state, mapped, cx, &full, &spares));
         let written = write_runs(&mut stream, &runs, &empty);
         drop(runs);
         let read = reader.join().unwrap_or_else(|_| Err("the thread that reads pages ended early".into()));
@@ -119,6 +120,7 @@ fn read_runs(
     store: &dyn PageStore,
     memory: &Memory,
     state: &DeviceState,
+    mapped: bool,
     cx: &Context,
     full: &Sender<Run>,
     spares: &Receiver<Vec<u8>>,
@@ -131,6 +133,9 @@ fn read_runs(
         }
         // QEMU's fresh RAM is zero; ROMs and tables it fills itself.
         let skip_zero = ram.name == RAM_ID;
+        if skip_zero && mapped {
+            continue;
+        }
         let mut names = vec![PageHash::ZERO; BATCH_PAGES];
         let mut page = 0;
         while page < root.pages {

@@ -205,7 +205,7 @@ pub(crate) fn let_owners_through(state: &Path) -> Result<()> {
     let entries = fs::read_dir(state).map_err(|error| {
         Error::new(Code::Failed, format!("{} cannot be read", state.display())).because(error)
     })?;
-    let passages = [state.to_owned(), state.join("run"), state.join("groups")];
+    let passages = [state.to_owned(), state.join("run"), state.join("groups"), state.join("views")];
     for entry in entries.flatten().filter(|entry| !passages.contains(&entry.path())) {
         match entry.file_type() {
             Ok(kind) if kind.is_symlink() => {}

@@ -138,7 +138,7 @@ impl Engine {
     }
 
     /// Starts the process of a machine that is off and writes it down.
-    pub(crate) fn boot(&self, row: &TargetRow, begin: Begin) -> Result<Arc<Running>> {
+    pub(crate) fn boot(&self, row: &TargetRow, begin: Begin<'_>) -> Result<Arc<Running>> {
         let disks = self.here_specs(row)?;
         check_host_memory(row.config.memory, 0)?;
         check_ports(&row.name, &row.config.forwards, &[])?;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use pages::{LEAF_PAGES, PAGE_SIZE, PageHash, Session};
+use pages::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, PageStore, Session};
 use qemu::command::RAM_ID;
 use qemu::outside::StillMemory;
 
@@ -31,25 +31,38 @@ struct Run<'a> {
     from: u64,
     pages: usize,
     leaves: &'a mut [PageHash],
+    /// Of a block that was mapped from an image: that, and which leaves are not as they are there.
+    image: Option<(MapRoot, &'a mut [bool])>,
     /// The planted fault loses the first of them.
     skip: bool,
 }
 
-/// Reads all of the memory into `session`.
+/// Reads all of the memory into `session`. Of a block that was mapped from an image, whose map and store come as `image`, only what the
+/// guest has written to since is read: so a machine that was never loaded as a whole is as complete as any other.
 pub(crate) fn read_out(
     session: &dyn Session,
     cx: &Context,
     memory: &StillMemory<'_>,
+    image: Option<(&dyn PageStore, MapRoot)>,
     intake: Intake<'_>,
 ) -> Result<Vec<BlockLeaves>> {
     intake.check(memory.blocks().total()).map_err(|words| Error::new(Code::Failed, words))?;
-    let mut blocks: Vec<BlockLeaves> = memory.blocks().iter().map(BlockLeaves::of).collect();
+    let store = image.map(|(store, _)| store);
+    let blocks = memory.blocks().iter().enumerate().map(|(number, block)| match image {
+        Some((_, root)) if memory.is_image(number) => BlockLeaves::of_image(block, root),
+        _ => Ok(BlockLeaves::of(block)),
+    });
+    let mut blocks: Vec<BlockLeaves> = blocks.collect::<Result<_>>()?;
     let mut skip = planted(Fault::SkipPage);
-    let runs = blocks.iter_mut().enumerate().flat_map(|(block, BlockLeaves { name, pages, leaves })| {
+    let runs = blocks.iter_mut().enumerate().flat_map(|(block, own)| {
+        let BlockLeaves { name, pages, leaves, image } = own;
         let (is_ram, pages) = (name == RAM_ID, *pages);
+        let root = image.as_ref().map(|(root, _)| *root);
+        let mut changed = image.as_mut().map(|(_, changed)| changed.chunks_mut(RUN_LEAVES));
         leaves.chunks_mut(RUN_LEAVES).zip((0..).step_by(RUN_PAGES)).map(move |(leaves, from)| {
             let pages = pages.saturating_sub(from).min(RUN_PAGES as u64) as usize;
-            (Run { block, from, pages, leaves, skip: false }, is_ram)
+            let image = changed.as_mut().and_then(|changed| Some((root?, changed.next()?)));
+            (Run { block, from, pages, leaves, image, skip: false }, is_ram)
         })
     });
     let runs = runs.map(|(run, is_ram)| {
@@ -77,7 +90,14 @@ pub(crate) fn read_out(
             }
             names.clear();
             names.resize(run.pages, PageHash::ZERO);
-            session.put_run(&bytes, &there, &mut names, run.leaves)?;
+            match (run.image, store) {
+                (Some((root, changed)), Some(store)) => {
+                    let base =
+                        |first: u64, names: &mut [PageHash]| store.map_range(&root, run.from + first, names);
+                    put_changed(session, &bytes, &there, &base, &mut names, run.leaves, changed)?;
+                }
+                _ => session.put_run(&bytes, &there, &mut names, run.leaves)?,
+            }
             cx.advance((run.pages * PAGE_SIZE) as u64);
             (intake.stored)();
             // Who waits here has the other threads wait as well.
@@ -115,4 +135,34 @@ pub(crate) fn read_out(
         return Err(Error::new(Code::Failed, "a thread that reads memory ended early"));
     }
     Ok(blocks)
+}
+
+/// Stores what has changed of a run, and its leaves as far as they have; `base` says what the pages were.
+fn put_changed(
+    session: &dyn Session,
+    bytes: &[u8],
+    there: &[bool],
+    base: &dyn Fn(u64, &mut [PageHash]) -> pages::Result<()>,
+    names: &mut [PageHash],
+    leaves: &mut [PageHash],
+    changed: &mut [bool],
+) -> Result<()> {
+    let mut own = vec![PageHash::ZERO; bytes.len() / PAGE_SIZE];
+    session.put(bytes, &mut own)?;
+    let mut own = own.into_iter();
+    let parts = names.chunks_mut(LEAF_PAGES).zip(there.chunks(LEAF_PAGES)).zip(leaves.iter_mut());
+    for (((names, there), leaf), (changed, first)) in
+        parts.zip(changed.iter_mut().zip((0..).step_by(LEAF_PAGES)))
+    {
+        if !there.contains(&true) {
+            continue;
+        }
+        base(first, names)?;
+        for (name, _) in names.iter_mut().zip(there).filter(|(_, there)| **there) {
+            *name = own.next().unwrap_or(PageHash::ZERO);
+        }
+        session.put_leaves(names, std::slice::from_mut(leaf))?;
+        *changed = true;
+    }
+    Ok(())
 }

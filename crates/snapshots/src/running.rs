@@ -20,6 +20,7 @@ use crate::id::{new_id, new_uuid};
 use crate::new_disks::uefi_files;
 use crate::owner::read_of_others;
 use crate::types::Power;
+use crate::views::RamImage;
 
 /// How long QEMU may take until its monitor answers.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -52,13 +53,15 @@ pub(crate) enum Adopted {
 
 /// How a process is to begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Begin {
+pub(crate) enum Begin<'a> {
     /// Boot.
     Boot,
     /// Boot, with the CPUs standing still until `cont`.
     BootPaused,
     /// Wait for a state to load.
     Incoming,
+    /// The same, with RAM mapped from an image, so that it need not be loaded.
+    Mapped(&'a RamImage),
 }
 
 impl Engine {
@@ -75,7 +78,7 @@ impl Engine {
         config: &MachineConfig,
         machine: &str,
         disks: Vec<Disk>,
-        begin: Begin,
+        begin: Begin<'_>,
     ) -> Result<Running> {
         let launched = self.launch_anywhere(target, config, machine, disks, begin);
         // On a full disk it has no log in which it could say why.
@@ -94,7 +97,7 @@ impl Engine {
         config: &MachineConfig,
         machine: &str,
         mut disks: Vec<Disk>,
-        begin: Begin,
+        begin: Begin<'_>,
     ) -> Result<Running> {
         let Tools { qemu, accel, .. } = self.tools()?;
         let group = self.group_of(target)?;
@@ -112,11 +115,13 @@ impl Engine {
         let made = fs::create_dir(&run.0);
         made.map_err(|e| Error::new(Code::Failed, format!("cannot make {}", run.0.display())).because(e))?;
         let cards = target.macs.iter().enumerate();
+        let image = if let Begin::Mapped(image) = begin { Some(image) } else { None };
         let spec = MachineSpec {
             name: target.name.clone(),
             machine: machine.to_owned(),
             accel,
             memory: config.memory,
+            memory_image: image.map(|image| image.path.clone()),
             cpus: config.cpus,
             uuid: target.uuid.clone(),
             generation: new_uuid(),
@@ -133,7 +138,7 @@ impl Engine {
             kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
             only_migratable: config.memory_snapshots,
             direct: self.direct_io(&target.group),
-            incoming: begin == Begin::Incoming,
+            incoming: matches!(begin, Begin::Incoming | Begin::Mapped(_)),
             stopped: begin != Begin::Boot,
             extra: config.qemu_args.clone(),
         };
@@ -152,6 +157,7 @@ impl Engine {
             accel: accel.to_string(),
             version: qemu.version.to_string(),
             boot: boot_id(),
+            ram: image.map(|image| image.root),
         };
         match wait_for_monitor(&process, &run) {
             Ok(qmp) => Ok(Running { process, qmp, run, row }),

@@ -23,7 +23,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::forwards::check_ports;
 use crate::let_go::{STILL_LIMIT, too_late};
-use crate::running::{Begin, check_host_memory};
+use crate::running::check_host_memory;
 use crate::swap::{GotoPlan, Standby, rescue_if_lost, with_way_out};
 use crate::types::{Machine, Power};
 
@@ -98,7 +98,7 @@ impl Engine {
             check_host_memory(row.config.memory, 0)?;
             check_ports(&row.name, &row.config.forwards, &[])?;
             cx.phase("starting", 0);
-            let new = self.launch(row, &row.config, &row.machine, disks, Begin::Incoming)?;
+            let new = self.launch_for(row, &row.config, &row.machine, &disks, Some(memory))?;
             let process = new.row.clone();
             // If it comes to nothing, the new process ends.
             let standby = Standby { new: Some(new), old: None, was_running: false };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pages::Store;
+use qemu::command::Disk;
 use qemu::load::load;
 use qemu::save::settle;
 use rusqlite::Transaction;
@@ -16,7 +17,7 @@ use warden::Armed;
 use crate::capture::Unwritten;
 use crate::catalog::{Memory, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::check::existing_file;
-use crate::config::CdDrive;
+use crate::config::{CdDrive, MachineConfig};
 use crate::context::Context;
 use crate::disks::NewOverlay;
 use crate::engine::Engine;
@@ -295,10 +296,10 @@ impl Engine {
         if swap.coming != Coming::Back {
             check_host_memory(snapshot.config.memory, 0)?;
         }
-        let begin = if snapshot.memory.is_some() { Begin::Incoming } else { Begin::BootPaused };
         let store = self.store_of(row)?;
         cx.phase("starting", 0);
-        let launch = || self.launch(row, &snapshot.config, &snapshot.machine, disks.clone(), begin);
+        let memory = snapshot.memory.as_ref();
+        let launch = || self.launch_for(row, &snapshot.config, &snapshot.machine, &disks, memory);
         // Its old process has ended already.
         let is_last = swap.coming == Coming::Back || swap.plan.brought_back_by.is_some();
         let new = match launch() {
@@ -337,7 +338,29 @@ impl Engine {
         Ok(new)
     }
 
-    /// Puts the memory and devices of `name` into a QEMU that waits for them.
+    /// Starts a QEMU that is to go on with this memory, mapped if it can be, or that stands still before it boots if there is none.
+    pub(crate) fn launch_for(
+        &self,
+        row: &TargetRow,
+        config: &MachineConfig,
+        machine: &str,
+        disks: &[Disk],
+        memory: Option<&Memory>,
+    ) -> Result<Running> {
+        let launch = |begin| self.launch(row, config, machine, disks.to_vec(), begin);
+        let Some(memory) = memory else { return launch(Begin::BootPaused) };
+        let Some(image) = self.ram_image(row, memory) else { return launch(Begin::Incoming) };
+        match launch(Begin::Mapped(&image)) {
+            // Whatever there is to be said of what the host lacks has been said.
+            Err(error) if matches!(error.code(), Code::Failed) && !error.is_in_the_way() => {
+                tracing::warn!(target = row.name, %error, causes = ?error.causes(), "memory cannot be mapped, and is loaded");
+                launch(Begin::Incoming)
+            }
+            launched => launched,
+        }
+    }
+
+    /// Puts the memory and devices of `name` into a QEMU that waits for them. What it has mapped is there already.
     pub(crate) fn load_memory(
         &self,
         cx: &Context,
@@ -354,9 +377,10 @@ impl Engine {
         }
         let version = self.tools()?.qemu.version;
         let mut store_failed = None;
-        cx.phase("loading memory", state.blocks.total());
+        let mapped = new.row.ram.is_some();
+        cx.phase("loading memory", if mapped { 0 } else { state.blocks.total() });
         let loaded = load(&new.qmp, version, &mut |socket| {
-            let fed = feed(store, memory, &state, cx, socket);
+            let fed = feed(store, memory, &state, mapped, cx, socket);
             fed.map_err(|error| match error.downcast::<pages::Error>() {
                 Ok(error) => {
                     store_failed = Some(*error);

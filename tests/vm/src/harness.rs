@@ -129,6 +129,7 @@ impl Spinney {
     /// The state folder lies on no disk of its own.
     pub fn cut_power(&mut self) {
         let disk = self.disk.as_ref().expect("a disk of its own");
+        self.unmount_views();
         disk.cut();
         // Whoever started somebody else in the last instant did it without a disk.
         while !self.processes().is_empty() {
@@ -354,6 +355,15 @@ impl Spinney {
     }
 }
 
+impl Spinney {
+    /// Unmounts what the snapshot file system has left, whose processes are gone.
+    fn unmount_views(&self) {
+        for entry in fs::read_dir(self.state().join("views")).into_iter().flatten().flatten() {
+            let _ = rustix::mount::unmount(entry.path().join("mnt"), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
 impl Default for Spinney {
     fn default() -> Self {
         Self::new()
@@ -369,6 +379,7 @@ impl Drop for Spinney {
                 kill(pid);
             }
         }
+        self.unmount_views();
         if thread::panicking() {
             eprintln!("the end of daemon.log:\n{}", self.log());
         }

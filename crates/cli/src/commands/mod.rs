@@ -34,6 +34,7 @@ mod tests;
 mod tree;
 mod undo;
 mod unprotect;
+mod view;
 mod warden;
 
 use std::path::PathBuf;
@@ -42,6 +43,8 @@ use clap::{Parser, Subcommand};
 use server::Problem;
 
 use crate::session::Session;
+
+pub(crate) use view::run as view;
 
 /// Snapshots of QEMU machines: take, go back, branch, remove, undo
 ///
@@ -122,6 +125,12 @@ pub(crate) enum Command {
     /// Keep deadlines for the daemon, which starts this
     #[command(hide = true)]
     Warden,
+    /// Serve a group's view for the daemon, which starts this
+    #[command(hide = true)]
+    View {
+        /// The view's folder, so that people see whose process it is
+        folder: PathBuf,
+    },
     Completion(completion::Args),
     Demo(demo::Args),
     #[command(hide = true)]
@@ -161,6 +170,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Config(args) => config::run(session, &args),
         Command::Serve(args) => serve::run(session, args),
         Command::Warden => warden::run(session),
+        Command::View { .. } => view(),
         Command::Completion(args) => completion::run(session, &args),
         Command::Demo(args) => demo::run(session, &args),
         Command::Man(args) => man::run(session, &args),

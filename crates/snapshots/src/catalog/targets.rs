@@ -1,6 +1,7 @@
 //! Rows of targets, and the disks of here.
 
 use jiff::Timestamp;
+use pages::MapRoot;
 use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,10 @@ pub(crate) struct ProcessRow {
     pub(crate) version: String,
     /// The kernel's boot id at its start.
     pub(crate) boot: String,
+    /// What its RAM was when it was started, if that is mapped from the snapshot file system: what the guest has not written to since is
+    /// read from there when it is touched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ram: Option<MapRoot>,
 }
 
 impl ProcessRow {
@@ -194,9 +199,10 @@ impl TargetRow {
         Ok(())
     }
 
-    /// Every page map that here needs.
-    pub(crate) fn roots(&self) -> impl Iterator<Item = pages::MapRoot> + '_ {
-        self.suspended.iter().flat_map(|suspended| suspended.memory.roots())
+    /// Every page map that here needs: the memory that is kept, and what a process may still touch.
+    pub(crate) fn roots(&self) -> impl Iterator<Item = MapRoot> + '_ {
+        let kept = self.suspended.iter().flat_map(|suspended| suspended.memory.roots());
+        kept.chain(self.process.iter().filter_map(|process| process.ram))
     }
 
     /// Sets which snapshot here comes from, and the settings that came with it.

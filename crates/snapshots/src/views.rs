@@ -1,0 +1,113 @@
+//! The groups' views in the snapshot file system: one for each group, opened at the first need and kept by processes of its own, so that
+//! guests whose memory is mapped from it do not depend on the daemon.
+//!
+//! Where there can be none (an old kernel, no FUSE, no right to mount) everything works without: memory is loaded before the guest runs.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pages::MapRoot;
+use qemu::binary::Version;
+use qemu::command::RAM_ID;
+use snapfs::MapFile;
+use snapfs::view::{Setup, View};
+
+use crate::catalog::{Memory, TargetRow};
+use crate::engine::Engine;
+use crate::error::{Code, Error, Result};
+use crate::groups::{OpenGroup, file_owner};
+use crate::id::random_number;
+
+/// The first QEMU that maps a file privately without asking for the right to write to it.
+const QEMU: Version = Version::at(8, 2);
+
+/// The views that are open, by group.
+#[derive(Debug, Default)]
+pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>);
+
+/// The memory of a snapshot as a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RamImage {
+    pub(crate) path: PathBuf,
+    pub(crate) root: MapRoot,
+}
+
+impl Views {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<View>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine {
+    /// The folder of a group's view.
+    fn view_folder(&self, group: &str) -> PathBuf {
+        self.state().join("views").join(group)
+    }
+
+    /// The view of a group, which answers.
+    ///
+    /// # Errors
+    /// There can be none, or the system refuses.
+    pub(crate) fn view_of(&self, group: &OpenGroup) -> Result<Arc<View>> {
+        let failed = |error: snapfs::view::ViewError| {
+            let lacks = matches!(error, snapfs::view::ViewError::Lacks(_));
+            let code = if lacks { Code::Precondition } else { Code::Failed };
+            Error::new(code, "the snapshot file system cannot be had").because(error)
+        };
+        // Two who need it first are not to make two.
+        let mut views = self.views.lock();
+        if let Some(view) = views.get(&group.row.id).filter(|view| view.answers()) {
+            return Ok(Arc::clone(view));
+        }
+        let Some(executable) = &self.settings.warden else {
+            return Err(Error::new(Code::Precondition, "there is no executable to serve views with"));
+        };
+        let setup = Setup {
+            executable: executable.clone(),
+            folder: self.view_folder(&group.row.id),
+            at: None,
+            store: group.folder.join("pages"),
+            owner: file_owner(group.row.owner),
+        };
+        group.store()?;
+        let view = View::open(&setup, random_number(), &[]).map_err(failed)?;
+        tracing::info!(group = group.row.name, mount = %view.mount_point().display(), "a view is open");
+        let view = Arc::new(view);
+        views.insert(group.row.id.clone(), Arc::clone(&view));
+        Ok(view)
+    }
+
+    /// The file of a memory's RAM, to be mapped; none where that cannot be.
+    pub(crate) fn ram_image(&self, target: &TargetRow, memory: &Memory) -> Option<RamImage> {
+        let (_, root) = memory.blocks.iter().find(|(name, _)| name == RAM_ID)?;
+        if self.tools().ok()?.qemu.version < QEMU {
+            return None;
+        }
+        let view = self.group_of(target).and_then(|group| self.view_of(&group));
+        let view = view
+            .inspect_err(|error| {
+                tracing::info!(target = target.name, %error, causes = ?error.causes(), "memory is loaded, not mapped");
+            })
+            .ok()?;
+        Some(RamImage { path: view.ram(&MapFile::of(*root)), root: *root })
+    }
+
+    /// The daemon ends in order: views that no machine needs end, too.
+    pub(crate) fn close_views(&self) {
+        let needed = self.catalog.read(|tx| {
+            let targets = TargetRow::all(tx, true)?;
+            Ok(targets
+                .into_iter()
+                .filter(|t| t.process.as_ref().is_some_and(|p| p.ram.is_some()))
+                .map(|t| t.group))
+        });
+        let Ok(needed) = needed else { return };
+        let needed: std::collections::HashSet<String> = needed.collect();
+        for (group, view) in self.views.lock().drain().filter(|(group, _)| !needed.contains(group)) {
+            if let Err(error) = view.end() {
+                tracing::warn!(group, %error, "a view stays");
+            }
+        }
+    }
+}
