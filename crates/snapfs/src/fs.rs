@@ -1,7 +1,7 @@
 //! What the kernel asks, and what it is told.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -14,7 +14,7 @@ use pages::{PAGE_SIZE, PageHash, Visitor};
 
 use crate::MapFile;
 use crate::fault::{Fault, planted};
-use crate::handover::Known;
+use crate::handover::{Known, Told};
 use crate::held::{Held, HeldRead, bad_pages};
 use crate::list::ListReader;
 use crate::nodes::{DISK, Node, RAM, ROOT, Tree, Use};
@@ -31,7 +31,9 @@ pub(crate) struct SnapFs {
     tree: Mutex<(ListReader, Arc<Tree>)>,
     held: Held,
     servers: Arc<Servers>,
-    /// The same for whoever takes over.
+    /// Pages that could not be read together with others, by the numbers of their files.
+    bad: Mutex<HashSet<(u64, u64)>>,
+    /// Both for whoever takes over.
     known: Known,
     owner: (u32, u32),
 }
@@ -50,10 +52,16 @@ impl SnapFs {
         list: ListReader,
         held: Held,
         servers: Arc<Servers>,
-        known: (Known, Vec<(MapFile, Use)>),
+        known: (Known, Vec<Told>),
     ) -> Self {
-        let (known, files) = known;
-        let maps = files.iter().map(|(file, used)| (file.number(*used), (*file, *used))).collect();
+        let (known, told) = known;
+        let (mut maps, mut bad) = (HashMap::new(), HashSet::new());
+        for told in told {
+            match told {
+                Told::File(file, used) => drop(maps.insert(file.number(used), (file, used))),
+                Told::Bad(number, page) => drop(bad.insert((number, page))),
+            }
+        }
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         Self {
             store,
@@ -61,6 +69,7 @@ impl SnapFs {
             tree: Mutex::new((list, Arc::default())),
             held,
             servers,
+            bad: Mutex::new(bad),
             known,
             owner,
         }
@@ -113,7 +122,7 @@ impl SnapFs {
     fn remember(&self, file: MapFile, used: Use) -> io::Result<()> {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
         if let MapEntry::Vacant(vacant) = maps.entry(file.number(used)) {
-            self.known.add(file, used)?;
+            self.known.add(Told::File(file, used))?;
             vacant.insert((file, used));
         }
         Ok(())
@@ -147,7 +156,14 @@ impl SnapFs {
     }
 
     /// The same for what must not fail.
-    fn fill_surely(&self, file: &MapFile, used: Use, first: u64, out: &mut [u8]) -> io::Result<()> {
+    fn fill_surely(
+        &self,
+        file: &MapFile,
+        used: Use,
+        first: u64,
+        out: &mut [u8],
+        asker: i32,
+    ) -> io::Result<()> {
         let Err(error) = self.fill(file, first, out) else { return Ok(()) };
         if used != Use::Ram || planted(Fault::AnswerErrors) {
             tracing::error!(file = file.file_name(), page = first, %error, "a read fails");
@@ -157,11 +173,29 @@ impl SnapFs {
         let readable = |page| self.fill(file, page, &mut page_buffer).map_err(|error| error.to_string());
         let count = (out.len() / PAGE_SIZE) as u64;
         let (pages, why) = bad_pages(first..first + count, readable);
+        if count > 1 && self.is_news(file.number(used), &pages) {
+            // Such a read is one ahead, of which nobody hears: each page that is needed is asked for again by itself. So the good ones among
+            // them need not wait. Should they come together again, they belong together, and an error would be heard.
+            return Err(os(libc::EIO));
+        }
         let why = why.unwrap_or_else(|| error.to_string());
         // Others are not to wait with the one who asked.
         let _more = self.servers.one_more();
-        self.held.until(HeldRead { file: *file, pages, why }, &mut || self.fill(file, first, out).ok());
-        Ok(())
+        self.held.until(HeldRead { file: *file, pages, why }, &mut || match self.fill(file, first, out) {
+            Ok(()) => Some(Ok(())),
+            // The kernel does not let him end before he has an answer. Whoever waits for the same page asks again.
+            Err(_) => is_being_killed(asker).then(|| Err(os(libc::EINTR))),
+        })
+    }
+
+    /// True if none of these pages was ever found bad before. Then they have been by now.
+    fn is_news(&self, number: u64, pages: &[u64]) -> bool {
+        let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = !pages.is_empty() && pages.iter().all(|page| !bad.contains(&(number, *page)));
+        news && pages.iter().all(|page| {
+            bad.insert((number, *page));
+            self.known.add(Told::Bad(number, *page)).is_ok()
+        })
     }
 }
 
@@ -237,7 +271,7 @@ impl FileSystem for SnapFs {
 
     fn read(
         &self,
-        _: &Context,
+        asking: &Context,
         number: u64,
         _: u64,
         out: &mut dyn ZeroCopyWriter,
@@ -254,7 +288,7 @@ impl FileSystem for SnapFs {
                 let (first, end) = (from / page, to.div_ceil(page));
                 let mut bytes = vec![0; ((end - first) * page) as usize];
                 if !bytes.is_empty() {
-                    self.fill_surely(&file, used, first, &mut bytes)?;
+                    self.fill_surely(&file, used, first, &mut bytes, asking.pid)?;
                 }
                 let skip = (from - first * page) as usize;
                 let wanted = bytes.get(skip..skip + (to - from) as usize).unwrap_or_default();
@@ -314,4 +348,43 @@ impl FileSystem for SnapFs {
 
 fn os(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
+}
+
+/// True if a thread has been killed, or is gone: whatever it is answered, it does not go on.
+fn is_being_killed(thread: i32) -> bool {
+    // Whom we cannot see (in a container, say) we cannot ask.
+    if thread <= 0 {
+        return false;
+    }
+    match std::fs::read_to_string(format!("/proc/{thread}/status")) {
+        Ok(status) => has_kill_pending(&status),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+/// `SigPnd` is of the thread, `ShdPnd` of its process: see `proc_pid_status(5)`.
+fn has_kill_pending(status: &str) -> bool {
+    let pending = status
+        .lines()
+        .filter_map(|line| line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:")))
+        .filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    pending.fold(0, |all, mask| all | mask) & 1 << (libc::SIGKILL - 1) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_being_killed_is_told_from_who_only_got_a_signal() {
+        let status = |thread: &str, process: &str| {
+            format!("Name:\tqemu\nSigPnd:\t{thread}\nShdPnd:\t{process}\nSigBlk:\t0000000000000100\n")
+        };
+        assert!(has_kill_pending(&status("0000000000000100", "0000000000000000")));
+        assert!(has_kill_pending(&status("0000000000000000", "0000000000000300")));
+        assert!(!has_kill_pending(&status("0000000000000200", "0000000000000000")));
+        assert!(!has_kill_pending(""));
+        assert!(is_being_killed(i32::MAX) && !is_being_killed(0));
+        assert!(!is_being_killed(i32::try_from(std::process::id()).unwrap()));
+    }
 }

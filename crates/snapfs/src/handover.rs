@@ -133,13 +133,23 @@ impl Inherited {
     }
 }
 
-/// The files that the kernel knows. Each is written down before the kernel is told of it, by whoever serves, for whoever comes next.
+/// What was told the kernel, written down before by whoever serves, for whoever comes next.
 #[derive(Debug)]
 pub(crate) struct Known(File);
 
+/// A line of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Told {
+    /// There is this file.
+    File(MapFile, Use),
+    /// This page of the file with this number could not be read together with others.
+    Bad(u64, u64),
+}
+
 impl Known {
     /// Goes on with the file that was left to us. Returns what it has.
-    pub(crate) fn read(file: File) -> io::Result<(Self, Vec<(MapFile, Use)>)> {
+    pub(crate) fn read(file: File) -> io::Result<(Self, Vec<Told>)> {
         let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX)];
         file.read_exact_at(&mut bytes, 0)?;
         // A line that was cut was of a file that the kernel was not told of.
@@ -148,11 +158,11 @@ impl Known {
         Ok((Self(file), known))
     }
 
-    /// Writes one down.
-    pub(crate) fn add(&self, file: MapFile, used: Use) -> io::Result<()> {
+    /// Writes something down.
+    pub(crate) fn add(&self, told: Told) -> io::Result<()> {
         // A line that was cut ends here.
         let mut line = b"\n".to_vec();
-        serde_json::to_writer(&mut line, &(file, used))?;
+        serde_json::to_writer(&mut line, &told)?;
         line.push(b'\n');
         (&self.0).write_all(&line)
     }
@@ -206,13 +216,15 @@ mod tests {
         let file = |n| MapFile { root: MapRoot { node: PageHash([n; 32]), pages: 1 }, bytes: 4096 };
         let (known, none) = Known::read(open()).unwrap();
         assert!(none.is_empty());
-        known.add(file(1), Use::Ram).unwrap();
-        known.add(file(2), Use::Disk).unwrap();
+        known.add(Told::File(file(1), Use::Ram)).unwrap();
+        known.add(Told::Bad(3, 4)).unwrap();
+        known.add(Told::File(file(2), Use::Disk)).unwrap();
         let len = path.metadata().unwrap().len();
         open().set_len(len - 5).unwrap();
         let (known, found) = Known::read(open()).unwrap();
-        assert_eq!(found, [(file(1), Use::Ram)]);
-        known.add(file(3), Use::Shown).unwrap();
-        assert_eq!(Known::read(open()).unwrap().1, [(file(1), Use::Ram), (file(3), Use::Shown)]);
+        assert_eq!(found, [Told::File(file(1), Use::Ram), Told::Bad(3, 4)]);
+        let later = Told::File(file(3), Use::Shown);
+        known.add(later).unwrap();
+        assert_eq!(Known::read(open()).unwrap().1, [&found[..], &[later]].concat());
     }
 }

@@ -30,7 +30,9 @@ use crate::serve::{Servers, serve};
 
 /// Whoever lived for so long did not die of what it was left.
 const LONG: Duration = Duration::from_secs(10);
-/// What lies between one who dies soon and the next, more each time ...
+/// How many may die soon one after the other before the next one waits ...
+const PATIENCE: u32 = 8;
+/// ... this long, more each time ...
 const BETWEEN: Duration = Duration::from_millis(50);
 /// ... up to this.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -54,12 +56,13 @@ pub fn run(executable: &Path) -> io::Result<()> {
     let Inherited { start, descriptors, .. } = inherited;
     // Whoever lived for long did not die of what it was left.
     let deaths = if began.elapsed() > LONG { start.deaths.min(1) } else { start.deaths };
-    thread::sleep(PAUSE.min(BETWEEN * deaths.saturating_sub(1)));
     if is_over(&descriptors.fuse) {
         return Ok(());
     }
     let next = Start { serve: false, deaths: deaths + 1, ..start.clone() };
+    // First of all: until somebody stands by, our death is the end.
     let heir = Heir::begin(executable, next, descriptors.try_clone()?)?;
+    thread::sleep(PAUSE.min(BETWEEN * deaths.saturating_sub(PATIENCE)));
     let Descriptors { fuse, packs, index, list, report, known } = descriptors;
     let key = GroupKey::load(&start.store.join("key")).map_err(io::Error::other)?;
     let folders = OpenFolders { packs, index };

@@ -297,6 +297,13 @@ fn what_cannot_be_read_is_not_answered_until_it_can() {
         assert!(until(Duration::from_secs(10), || !view.held().is_empty()));
         let held = view.held();
         assert_eq!((held[0].file, held[0].pages.as_slice()), (file, &[50][..]), "{held:?}");
+        // Its neighbours, which are read ahead together with it, do not wait.
+        let mut neighbours = vec![0; 49 * PAGE_SIZE];
+        File::open(view.ram(&file)).unwrap().read_exact_at(&mut neighbours, 0).unwrap();
+        assert!(neighbours == pages(&numbers[..49]));
+        let mut next = [0; PAGE_SIZE];
+        File::open(view.ram(&file)).unwrap().read_exact_at(&mut next, 51 * PAGE_SIZE as u64).unwrap();
+        assert!(next == page(52));
         assert!(held[0].why.contains("damaged"), "{held:?}");
         // A disk's reader is told, others are served; also by whoever comes next, who holds as well.
         assert!(fs::read(view.disk(&file)).is_err());

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use pages::{PageStore, Saved, Session};
+use pages::{MapRoot, PageHash, PageStore, Saved, Session};
 use qemu::live::Live;
 use qemu::outside::{self, Outside};
 use qemu::save::{self, CallbackError, CopyMode, SaveError, SavedState};
@@ -333,7 +333,11 @@ impl Engine {
         let progress = || armed.renew(still_limit(job.max_pause));
         let intake = Intake::of_still_guest(job.target.config.memory, &progress);
         let store = self.store_of(job.target)?;
-        let image = running.row.ram.map(|root| (store.as_ref() as &dyn PageStore, root));
+        let was = |root: MapRoot| match planted(Fault::ForgetImage) {
+            true => MapRoot { node: PageHash::ZERO, ..root },
+            false => root,
+        };
+        let image = running.row.ram.map(|root| (store.as_ref() as &dyn PageStore, was(root)));
         let outside = Outside {
             qmp: &running.qmp,
             process: running.process.id(),

@@ -38,6 +38,7 @@ impl Engine {
             ),
         });
         checks.push(live_check());
+        checks.push(view_check());
         checks.push(state_check(settings));
         checks
     }
@@ -58,6 +59,21 @@ fn live_check() -> Check {
     let hint = "allow it for your group: `chgrp kvm /dev/userfaultfd; chmod 660 /dev/userfaultfd` (kernel 6.1, QEMU 8.0), or sysctl \
                 vm.unprivileged_userfaultfd=1; without it machines are taken by pre-copy";
     check("live takes", CheckLevel::Limited, "userfaultfd is not allowed for this user".into(), Some(hint))
+}
+
+/// What it takes that a machine comes back before its memory is loaded.
+fn view_check() -> Check {
+    match snapfs::mount::supported() {
+        Ok(()) => check("instant restore", CheckLevel::Good, "snapshots can be mapped (FUSE)".into(), None),
+        Err(lacks) => check(
+            "instant restore",
+            CheckLevel::Limited,
+            lacks.to_string(),
+            Some(
+                "without it memory is loaded before a machine goes on, and disks are at most 200 layers deep",
+            ),
+        ),
+    }
 }
 
 fn qemu_check(qemu: &Qemu) -> Check {

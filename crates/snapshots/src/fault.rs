@@ -46,6 +46,10 @@ pub(crate) enum Fault {
     CloneOverLive,
     /// The collector does not ask what is being copied.
     NoPins,
+    /// What a guest has not written to since it was brought back counts as zero.
+    ForgetImage,
+    /// The collector does not ask what running machines may still touch.
+    ForgetMapped,
 }
 
 #[cfg(feature = "faults")]
@@ -70,6 +74,8 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::NoReserve => "no-reserve",
         Fault::CloneOverLive => "clone-over-live",
         Fault::NoPins => "no-pins",
+        Fault::ForgetImage => "forget-image",
+        Fault::ForgetMapped => "forget-mapped",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }

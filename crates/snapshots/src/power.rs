@@ -54,12 +54,14 @@ impl Engine {
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
         let vnc = row.config.display == Display::Vnc;
+        let held_because = self.why_held(&row);
         let stopped = running.as_deref().filter(|_| power == Power::Paused);
         Ok(Machine {
             id: row.id,
             name: row.name,
             power,
             stopped_because: stopped.and_then(|running| self.why_stopped(running)),
+            held_because,
             group_problem: self.groups.by_id(&row.group)?.problem().map(str::to_owned),
             group: row.group_name,
             config: row.config,

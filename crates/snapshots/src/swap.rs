@@ -246,10 +246,20 @@ impl Engine {
                 power = if ended { Power::LostPower } else { Power::Paused };
             }
             step("goto.runs");
+            if let Some(root) = new.row.ram {
+                let before = self.memory_before(snapshot);
+                self.fetch_ahead(row, root, before.as_ref());
+            }
         }
         let took_us = old.map(|_| micros(ended));
         let undo_point = point.map(|point| point.id.clone());
         Ok(Swapped { undo_point, power, took_us, in_place: None })
+    }
+
+    /// The memory of the snapshot that a snapshot came after.
+    fn memory_before(&self, snapshot: &SnapshotRow) -> Option<Memory> {
+        let parent = snapshot.parent.as_deref()?;
+        self.catalog.read(|tx| SnapshotRow::by_id(tx, parent)).ok()?.memory
     }
 
     /// Here's disks become the snapshot's: overlays over what it wrote to, what it only read as it is, and no others.

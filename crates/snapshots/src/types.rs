@@ -36,6 +36,9 @@ pub struct Machine {
     pub power: Power,
     /// Why QEMU has stopped the guest, if it has: "disk0 has no room on the host". Such a guest goes on by itself.
     pub stopped_because: Option<String>,
+    /// Why the guest waits for a page of its memory, if it does: "page 17 is damaged: ...". It goes on when that is mended.
+    #[serde(default)]
+    pub held_because: Option<String>,
     /// Name of the group.
     pub group: String,
     /// Why the group's page store cannot be used, if it cannot: then the machine cannot be worked with.

@@ -4,13 +4,18 @@
 //! Where there can be none (an old kernel, no FUSE, no right to mount) everything works without: memory is loaded before the guest runs.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use pages::MapRoot;
+use pages::{MapRoot, PAGE_SIZE};
 use qemu::binary::Version;
 use qemu::command::RAM_ID;
+use rustix::fs::{Advice, fadvise};
 use snapfs::MapFile;
+use snapfs::held::{HeldRead, read_report};
 use snapfs::view::{Setup, View};
 
 use crate::catalog::{Memory, TargetRow};
@@ -21,6 +26,9 @@ use crate::id::random_number;
 
 /// The first QEMU that maps a file privately without asking for the right to write to it.
 const QEMU: Version = Version::at(8, 2);
+
+/// Bytes of a memory that are read before they are touched.
+const AHEAD: u64 = 64 << 20;
 
 /// The views that are open, by group.
 #[derive(Debug, Default)]
@@ -91,6 +99,48 @@ impl Engine {
             })
             .ok()?;
         Some(RamImage { path: view.ram(&MapFile::of(*root)), root: *root })
+    }
+
+    /// What a machine waits for whose memory is mapped, if it waits for something that cannot be read. Nobody is asked who may not answer.
+    pub(crate) fn why_held(&self, target: &TargetRow) -> Option<String> {
+        let root = target.process.as_ref()?.ram?;
+        let report = File::open(self.view_folder(&target.group).join("held")).ok()?;
+        let held: Vec<HeldRead> = read_report(&report);
+        let own: Vec<&HeldRead> = held.iter().filter(|read| read.file.root == root).collect();
+        let mut pages: Vec<u64> = own.iter().flat_map(|read| read.pages.iter().copied()).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        let first = pages.first()?;
+        let more = if pages.len() > 1 { format!(" and {} more", pages.len() - 1) } else { String::new() };
+        Some(format!("page {first}{more} of its memory cannot be read: {}", own.first()?.why))
+    }
+
+    /// Has what was new in a memory read ahead: it is what the guest worked with last. In a thread of its own, and only as long as that
+    /// is not much; it is no harm if it is not done.
+    pub(crate) fn fetch_ahead(&self, target: &TargetRow, root: MapRoot, before: Option<&Memory>) {
+        let ram =
+            |memory: &Memory| memory.blocks.iter().find(|(name, _)| name == RAM_ID).map(|(_, root)| *root);
+        let Some(before) = before.and_then(ram) else { return };
+        let view = self.views.lock().get(&target.group).cloned();
+        let (Ok(store), Some(view)) = (self.store_of(target), view) else { return };
+        let path = view.ram(&MapFile::of(root));
+        let fetch = move || -> Option<()> {
+            let mut ranges = Vec::new();
+            let mut left = AHEAD;
+            let compared = store.differences(&root, &before, &mut |range| {
+                left = left.saturating_sub((range.end - range.start) * PAGE_SIZE as u64);
+                ranges.push(range);
+                left > 0
+            });
+            compared.ok()?;
+            let file = File::open(&path).ok()?;
+            for range in ranges {
+                let bytes = NonZeroU64::new((range.end - range.start) * PAGE_SIZE as u64);
+                let _ = fadvise(&file, range.start * PAGE_SIZE as u64, bytes, Advice::WillNeed);
+            }
+            Some(())
+        };
+        let _ = thread::Builder::new().name("fetch-ahead".into()).spawn(fetch);
     }
 
     /// The daemon ends in order: views that no machine needs end, too.

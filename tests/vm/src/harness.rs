@@ -260,6 +260,26 @@ impl Spinney {
         self.processes().into_iter().find(|(_, words)| warden(words)).map(|(pid, _)| pid)
     }
 
+    /// The processes of views: those who serve, and those who stand by for them.
+    pub fn views(&self) -> (Vec<u32>, Vec<u32>) {
+        let view = |words: &[String]| words.get(1).is_some_and(|word| word == "view");
+        let all = self.processes().into_iter().filter(|(_, words)| view(words)).map(|(pid, _)| pid);
+        let all: Vec<u32> = all.collect();
+        let parent = |pid: u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let rest = stat.rsplit_once(')').map(|(_, rest)| rest.to_owned()).unwrap_or_default();
+            rest.split_whitespace().nth(1).and_then(|pid| pid.parse::<u32>().ok())
+        };
+        all.iter().partition(|pid| !parent(**pid).is_some_and(|parent| all.contains(&parent)))
+    }
+
+    /// Kills whoever serves views, as a crash would. False if nobody does.
+    pub fn kill_views(&self) -> bool {
+        let (serving, _) = self.views();
+        serving.iter().for_each(|pid| kill(*pid));
+        !serving.is_empty()
+    }
+
     /// Kills the daemon as a crash would, and waits until it is gone. False if none ran.
     pub fn kill_daemon(&self) -> bool {
         let Some(pid) = self.daemon() else { return false };

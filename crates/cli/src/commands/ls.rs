@@ -68,7 +68,8 @@ fn table(machines: &[Machine]) -> Vec<Vec<String>> {
     let head = ["NAME", "STATE", "MEMORY", "CPUS", "SNAPSHOTS", "HERE IS ON", "GROUP"];
     let mut rows = vec![row(head.map(str::to_owned))];
     for machine in machines {
-        let state = match machine.busy.as_ref().or(machine.stopped_because.as_ref()) {
+        let held = machine.held_because.is_some().then(|| "held: page damaged".to_owned());
+        let state = match machine.busy.as_ref().or(machine.stopped_because.as_ref()).or(held.as_ref()) {
             Some(why) => format!("{} ({why})", power(machine.power)),
             None => power(machine.power).to_owned(),
         };

@@ -85,6 +85,15 @@ fn of_machine(m: &Machine) -> Rows {
         "because",
         m.stopped_because.as_ref().map(|why| format!("{why}; it goes on by itself when there is some")),
     );
+    add(
+        "held",
+        m.held_because.as_ref().map(|why| {
+            format!(
+                "{why}; it goes on when `spinney fsck --repair` has mended it, `spinney kill {}` ends it",
+                m.name
+            )
+        }),
+    );
     add("busy", m.busy.clone());
     let back = m.brought_back_by.as_ref();
     add(

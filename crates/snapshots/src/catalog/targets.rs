@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
 use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
+use crate::fault::{Fault, planted};
 use crate::id::{new_mac, new_uuid};
 use crate::types::Power;
 
@@ -202,7 +203,8 @@ impl TargetRow {
     /// Every page map that here needs: the memory that is kept, and what a process may still touch.
     pub(crate) fn roots(&self) -> impl Iterator<Item = MapRoot> + '_ {
         let kept = self.suspended.iter().flat_map(|suspended| suspended.memory.roots());
-        kept.chain(self.process.iter().filter_map(|process| process.ram))
+        let touched = self.process.iter().filter_map(|process| process.ram);
+        kept.chain(touched.filter(|_| !planted(Fault::ForgetMapped)))
     }
 
     /// Sets which snapshot here comes from, and the settings that came with it.
