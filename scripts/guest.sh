@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Builds the test guest from what `setup.sh` brought: `vmlinuz`, `initrd.img`, `data.img` and the
-# kernel's command line `cmdline`, in the folder `guest` of the cache. Needs neither root nor the
-# network, and does nothing when no input has changed since. docs/decisions/0003-test-guest.md says
-# why the guest is made as it is.
+# kernel's command line `cmdline`, in the folder `guest` of the cache; also `initrd-agent.img`, which
+# is `initrd.img` with QEMU's guest agent. Needs neither root nor the network, and does nothing when
+# no input has changed since. docs/decisions/0003-test-guest.md says why the guest is made as it is.
 set -eu -o pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 guest=$cache/guest
 busybox=$cache/busybox/bin/busybox
-if [ ! -f "$cache/linux/version" ] || [ ! -x "$busybox" ]; then
-    die 5 "no kernel or busybox in $cache: run scripts/setup.sh"
+agent=$cache/guest-agent
+if [ ! -f "$cache/linux/version" ] || [ ! -x "$busybox" ] || [ ! -f "$agent/version" ]; then
+    die 5 "no kernel, busybox or guest agent in $cache: run scripts/setup.sh"
 fi
 
 # What the guest needs; their dependencies are found below. ext4 asks for crc32c by a name that only
@@ -23,7 +24,7 @@ data_mib=256
 known_mib=64
 
 inputs() {
-    cat "$cache/linux/version" "$busybox" "$root"/scripts/{lib.sh,guest.sh,guest/*}
+    cat "$cache/linux/version" "$busybox" "$agent/version" "$root"/scripts/{lib.sh,guest.sh,guest/*}
     cat "$root"/tests/guest/{Cargo.toml,src/*.rs}
     mkfs.ext4 -V 2>&1
     rustc --version
@@ -69,6 +70,12 @@ with_dependencies() {
     printf '%s\n' "$path"
 }
 
+# archive FOLDER: its files as an initrd, the same bytes each time.
+archive() {
+    find "$1" -exec touch -hd @0 {} +
+    (cd "$1" && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null | gzip -n -1)
+}
+
 image=$work/image
 mkdir -p "$image"/{bin,sbin,dev,proc,sys,data,tmp,etc,root,lib/modules}
 for module in "${modules[@]}"; do with_dependencies "$module"; done | awk '!seen[$0]++' >"$work/modules"
@@ -85,8 +92,37 @@ done
 ln -s bin/busybox "$image/init"
 cp "$root"/scripts/guest/{inittab,rcS} "$image/etc/"
 cp "$workload" "$image/bin/workload"
-find "$image" -exec touch -hd @0 {} +
-(cd "$image" && find . | LC_ALL=C sort | "$busybox" cpio -o -H newc -R 0:0 2>/dev/null | gzip -n -1) >"$work/initrd.img"
+archive "$image" >"$work/initrd.img"
+
+# with_libraries FILE: prints the paths of a program or library and of all libraries that it needs.
+with_libraries() {
+    local needed path
+    printf '%s\n' "$1"
+    for needed in $(objdump -p "$1" | sed -n 's/^ *NEEDED *//p'); do
+        # Only there: elsewhere the loader's name is a link to the host's own.
+        path=$(find "$agent" -path '*/x86_64-linux-gnu/*' -name "$needed" -print -quit)
+        [ -n "$path" ] || die 1 "$(basename "$1") needs $needed, which none of the packages in $agent has"
+        with_libraries "$path"
+    done
+}
+
+# The guest agent: a second archive, which the kernel unpacks over the first.
+extra=$work/extra
+mkdir -p "$extra"/{bin,sbin,etc,lib}
+with_libraries "$agent/usr/sbin/qemu-ga" | sort -u >"$work/libraries"
+while read -r path; do
+    case $path in
+    */qemu-ga) strip -o "$extra/bin/qemu-ga" "$path" ;;
+    *) strip --strip-unneeded -o "$extra/lib/$(basename "$path")" "$path" ;;
+    esac
+done <"$work/libraries"
+# Programs name their loader in this folder; the libraries are looked for in /lib.
+ln -s lib "$extra/lib64"
+# The agent sets the hardware's clock by this name.
+ln -s ../bin/busybox "$extra/sbin/hwclock"
+cp "$root/scripts/guest/agent" "$extra/bin/agent"
+cat "$root"/scripts/guest/inittab{,.agent} >"$extra/etc/inittab"
+cat "$work/initrd.img" <(archive "$extra") >"$work/initrd-agent.img"
 
 # The kernel, unpacked: an emulated guest takes seconds to do that itself at each boot. QEMU starts
 # the ELF file inside through its PVH entry. Where it is not packed with xz, it stays as it is.
@@ -113,6 +149,6 @@ e2fsck -fn "$work/data.img" >/dev/null 2>&1 || die 1 "the new data.img is not cl
 
 # Renamed into place: a machine that runs keeps the disk that it has open.
 printf '%s\n' "$cmdline" >"$work/cmdline"
-mv "$work"/{vmlinuz,initrd.img,data.img,cmdline} "$guest/"
+mv "$work"/{vmlinuz,initrd.img,initrd-agent.img,data.img,cmdline} "$guest/"
 printf '%s\n' "$stamp" >"$guest/stamp"
 say "built the test guest, kernel $release, in $guest"

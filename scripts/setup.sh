@@ -2,9 +2,10 @@
 # Makes this machine ready to build Spinney and to test it on real guests. Run it as often as you
 # like: it does only what is missing, and nothing takes well under a second.
 #
-# Installs QEMU, the tools that make disk images, and valgrind, which counts instructions. The kernel and the busybox of the test guest
-# are unpacked into the cache (`.cache`, or $SPINNEY_CACHE) and not installed; `guest.sh` builds the
-# guest from them. Exits 5 where it cannot install anything, after naming what is missing.
+# Installs QEMU, the tools that make disk images, and valgrind, which counts instructions. The test
+# guest's kernel, busybox and guest agent are unpacked into the cache (`.cache`, or $SPINNEY_CACHE)
+# and not installed; `guest.sh` builds the guest from them. Exits 5 where it cannot install anything,
+# after naming what is missing.
 set -eu -o pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -25,16 +26,19 @@ command -v zstd >/dev/null || missing+=(zstd)
 
 need_kernel=false
 need_busybox=false
+need_agent=false
 [ -f "$cache/linux/version" ] || need_kernel=true
 [ -x "$cache/busybox/bin/busybox" ] || need_busybox=true
+[ -f "$cache/guest-agent/version" ] || need_agent=true
 
-if [ ${#missing[@]} = 0 ] && ! $need_kernel && ! $need_busybox; then exit 0; fi
+if [ ${#missing[@]} = 0 ] && ! $need_kernel && ! $need_busybox && ! $need_agent; then exit 0; fi
 
 if ! is_debian; then
     say "this is not Debian 12 or 13, so nothing is installed; what is missing, by Debian's names:"
     [ ${#missing[@]} = 0 ] || say "  to install: ${missing[*]}"
     $need_kernel && say "  to unpack into $cache/linux, with its name in the file 'version' there: linux-image-amd64's kernel"
     $need_busybox && say "  to unpack into $cache/busybox: busybox-static"
+    $need_agent && say "  to unpack into $cache/guest-agent, with their names in the file 'version' there: qemu-guest-agent and its libraries"
     exit 5
 fi
 if [ "$(id -u)" != 0 ] && [ ${#missing[@]} != 0 ] && ! command -v sudo >/dev/null; then
@@ -102,6 +106,18 @@ if $need_kernel; then
     [ -n "$kernel" ] || die 5 "apt knows no package linux-image-amd64"
     unpack "$cache/linux" "$kernel"
     printf '%s %s\n' "$kernel" "$(candidate "$kernel")" >"$cache/linux/version"
+fi
+
+if $need_agent; then
+    # With its libraries and theirs, as the packages name them: the guest has none.
+    packages=(qemu-guest-agent)
+    for ((at = 0; at < ${#packages[@]}; at++)); do
+        while read -r library; do
+            [[ " ${packages[*]} " == *" $library "* ]] || packages+=("$library")
+        done < <(LC_ALL=C apt-cache depends --important "${packages[at]}" | sed -n 's/^ *Depends: \(z\?lib[^ ]*\)$/\1/p')
+    done
+    unpack "$cache/guest-agent" "${packages[@]}"
+    for package in "${packages[@]}"; do printf '%s %s\n' "$package" "$(candidate "$package")"; done >"$cache/guest-agent/version"
 fi
 
 say "ready: $(qemu-system-x86_64 -version | head -n 1), kernel $(cat "$cache/linux/version")"

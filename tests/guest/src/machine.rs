@@ -32,14 +32,27 @@ pub(crate) fn genid() -> &'static str {
     }
 }
 
-/// The hardware addresses of the network cards, with commas.
+/// The network cards' interfaces and hardware addresses, `eth0/52:54:00:12:34:56`, with commas.
 pub(crate) fn macs() -> String {
     let mut cards = names("/sys/class/net");
     cards.retain(|card| card != "lo");
     cards.sort();
-    let addresses =
-        cards.iter().filter_map(|card| fs::read_to_string(format!("/sys/class/net/{card}/address")).ok());
-    addresses.map(|address| address.trim().to_owned()).collect::<Vec<_>>().join(",")
+    let with_address = cards.iter().filter_map(|card| {
+        // A card may be pulled while it is looked at.
+        let address = fs::read_to_string(format!("/sys/class/net/{card}/address")).ok()?;
+        Some(format!("{card}/{}", address.trim()))
+    });
+    with_address.collect::<Vec<_>>().join(",")
+}
+
+/// The machine's UUID, as the firmware's tables have it.
+pub(crate) fn uuid() -> io::Result<String> {
+    Ok(fs::read_to_string("/sys/class/dmi/id/product_uuid")?.trim().to_owned())
+}
+
+/// The host name, `(none)` if nobody set one.
+pub(crate) fn hostname() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned())
 }
 
 /// The wall clock, in nanoseconds since 1970.

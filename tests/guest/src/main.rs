@@ -37,8 +37,10 @@
 //! | `stamp MS`, `stamp stop` | stamps every MS milliseconds |
 //! | `random N` | `bytes` from the kernel, in hex; at most 4096 |
 //! | `genid` | `genid`: `bound`, `unbound` or `absent` |
-//! | `time` | `unix_ns`, the wall clock |
-//! | `mac` | `mac` of every network card, with commas |
+//! | `time` | `unix_ns`, the wall clock (`CLOCK_REALTIME`) |
+//! | `macs` | `macs`, `INTERFACE/ADDRESS` of every network card, with commas |
+//! | `uuid` | `uuid` of the machine, as DMI has it |
+//! | `hostname` | `hostname` (percent-encoded) |
 //! | `cmd TEXT` | runs `sh -c TEXT` (percent-encoded); `status`, `output` (at most 64 KiB) |
 //! | `sync` | after `sync(2)` |
 //! | `poweroff` | the reply, then the machine goes off |

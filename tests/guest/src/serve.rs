@@ -142,7 +142,12 @@ impl State {
             }
             "genid" => Ok(format!("genid={}", machine::genid())),
             "time" => Ok(format!("unix_ns={}", machine::unix_nanoseconds())),
-            "mac" => Ok(format!("mac={}", machine::macs())),
+            "macs" => Ok(format!("macs={}", machine::macs())),
+            "uuid" => Ok(format!("uuid={}", machine::uuid().map_err(said)?)),
+            "hostname" => {
+                let name = machine::hostname().map_err(said)?;
+                Ok(format!("hostname={}", text::encode(name.as_bytes())))
+            }
             "cmd" => {
                 let command =
                     text::decode(word(&mut words, "TEXT")?).and_then(|bytes| String::from_utf8(bytes).ok());

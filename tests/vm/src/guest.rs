@@ -4,7 +4,7 @@
 //! ([`guest_port_args`]). After a restore another QEMU listens at the same path: connect again. What
 //! the last connection left half said, on either side, is skipped.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -330,10 +330,22 @@ impl Guest {
         Ok(SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds))
     }
 
-    /// The hardware addresses of the network cards.
-    pub fn macs(&mut self) -> Result<Vec<String>, GuestError> {
-        let reply = self.ask("mac")?;
-        Ok(reply.text("mac")?.split(',').filter(|mac| !mac.is_empty()).map(str::to_owned).collect())
+    /// The hardware addresses of the network cards, by the names of their interfaces.
+    pub fn macs(&mut self) -> Result<BTreeMap<String, String>, GuestError> {
+        let reply = self.ask("macs")?;
+        let cards = reply.text("macs")?.split(',').filter(|card| !card.is_empty());
+        let pairs = cards.map(|card| card.split_once('/').ok_or_else(|| reply.lacks("macs")));
+        pairs.map(|pair| pair.map(|(name, mac)| (name.to_owned(), mac.to_owned()))).collect()
+    }
+
+    /// The machine's UUID.
+    pub fn uuid(&mut self) -> Result<String, GuestError> {
+        Ok(self.ask("uuid")?.text("uuid")?.to_owned())
+    }
+
+    /// The host name.
+    pub fn hostname(&mut self) -> Result<String, GuestError> {
+        self.ask("hostname")?.decoded("hostname")
     }
 
     /// Runs a shell command; its exit status and what it wrote to both outputs (at most 64 KiB).

@@ -435,6 +435,11 @@ pub fn cache() -> PathBuf {
     std::env::var_os("SPINNEY_CACHE").map_or_else(|| root.join(".cache"), PathBuf::from)
 }
 
+/// The test guest's initrd with QEMU's guest agent, which answers on the port `org.qemu.guest_agent.0`.
+pub fn agent_initrd() -> PathBuf {
+    cache().join("guest/initrd-agent.img")
+}
+
 /// Kills a process of ours and waits until it is gone.
 pub fn kill(pid: u32) {
     let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };

@@ -30,7 +30,8 @@ fn boot(spinney: &Spinney, name: &str) {
 /// Card by card: what the machine is to have, and what its guest sees.
 fn has_its_cards(spinney: &Spinney, name: &str) -> Vec<Value> {
     let shown = spinney.ok(&format!("show {name}")).unwrap()["macs"].as_array().cloned().expect("cards");
-    let mut seen: Vec<Value> = connect(spinney, name).macs().unwrap().into_iter().map(Value::from).collect();
+    let mut seen: Vec<Value> =
+        connect(spinney, name).macs().unwrap().into_values().map(Value::from).collect();
     let mut wanted = shown.clone();
     [&mut seen, &mut wanted].into_iter().for_each(|macs| macs.sort_by_key(Value::to_string));
     assert_eq!(seen, wanted, "{name}");
