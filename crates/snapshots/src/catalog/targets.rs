@@ -5,7 +5,7 @@ use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
+use super::{AtPowerOff, Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
 use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
 use crate::id::{new_mac, new_uuid};
@@ -170,7 +170,7 @@ impl TargetRow {
         Ok(())
     }
 
-    /// Sets power state and process. What was suspended is consumed, or dropped.
+    /// Sets power state and process. What was suspended is consumed, or dropped; what was due at a power-off is due no longer.
     pub(crate) fn set_process(
         tx: &Transaction<'_>,
         id: &str,
@@ -181,7 +181,7 @@ impl TargetRow {
             "UPDATE targets SET power = ?2, process = ?3, suspended = NULL WHERE id = ?1",
             params![id, to_json(&power)?, process.map(to_json).transpose()?],
         )?;
-        Ok(())
+        AtPowerOff::end(tx, id)
     }
 
     /// Has no process any more and this memory to go on from.
@@ -191,7 +191,7 @@ impl TargetRow {
             "UPDATE targets SET power = ?2, process = NULL, suspended = ?3 WHERE id = ?1",
             params![id, to_json(&Power::Suspended)?, to_json(&suspended)?],
         )?;
-        Ok(())
+        AtPowerOff::end(tx, id)
     }
 
     /// Every page map that here needs.
@@ -270,6 +270,7 @@ impl TargetRow {
     /// Forgets it for good; its snapshots must be gone.
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
+        AtPowerOff::end(tx, id)?;
         tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
         Ok(())
     }
