@@ -133,28 +133,43 @@ impl Session {
         self.out.document(schema, &value);
     }
 
+    /// Asks a person something that need not be answered; none if there is nobody to ask.
+    pub(crate) fn ask(&self, question: &str) -> Option<String> {
+        if !self.has_somebody() {
+            return None;
+        }
+        let mut stderr = std::io::stderr();
+        let _ = write!(stderr, "{question}").and_then(|()| stderr.flush());
+        let mut answer = String::new();
+        let read = std::io::stdin().read_line(&mut answer);
+        if !answer.ends_with('\n') {
+            // Ctrl-D leaves the cursor behind the question.
+            let _ = writeln!(stderr);
+        }
+        read.ok().map(|_| answer.trim().to_owned())
+    }
+
+    /// Whether there is a person who can be asked.
+    fn has_somebody(&self) -> bool {
+        !self.out.json && std::io::stdin().is_terminal() && std::io::stderr().is_terminal()
+    }
+
     /// Shows a plan and asks a person, who may call it off. Off a terminal there is nobody to ask: without `--yes` that is
     /// a refusal.
     pub(crate) fn confirm(&self, plan: &[String], question: &str, yes: bool) -> Result<(), Problem> {
         if yes {
             return Ok(());
         }
-        if self.out.json || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        if !self.has_somebody() {
             let sentence = "this has to be confirmed, and there is no terminal to ask on";
             let problem = Problem::new(Code::Refused, sentence).hint("--yes goes ahead without asking");
             return Err(Problem { cause: plan.to_vec(), ..problem });
         }
         let mut stderr = std::io::stderr();
-        let asked = plan.iter().try_for_each(|line| writeln!(stderr, "{line}"));
-        let _ = asked.and_then(|()| write!(stderr, "{question} [y/N] ")).and_then(|()| stderr.flush());
-        let mut answer = String::new();
-        let read = std::io::stdin().read_line(&mut answer);
-        if read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes") {
+        let _ = plan.iter().try_for_each(|line| writeln!(stderr, "{line}"));
+        let answer = self.ask(&format!("{question} [y/N] "));
+        if answer.is_some_and(|answer| matches!(answer.as_str(), "y" | "Y" | "yes")) {
             return Ok(());
-        }
-        if !answer.ends_with('\n') {
-            // Ctrl-D leaves the cursor behind the question.
-            let _ = writeln!(stderr);
         }
         Err(Problem::new(Code::Interrupted, "nothing was done"))
     }

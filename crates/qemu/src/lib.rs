@@ -10,6 +10,7 @@ pub mod accel;
 pub mod binary;
 pub mod command;
 pub mod disc;
+pub mod ends;
 pub mod firmware;
 pub mod forward;
 mod guest_memory;

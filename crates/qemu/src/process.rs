@@ -76,6 +76,10 @@ impl Process {
         Ok(Self { id: ProcessId { pid, start_ticks: start_ticks(pid)? }, pidfd })
     }
 
+    pub(crate) fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
     /// Its id and start time.
     pub fn id(&self) -> ProcessId {
         self.id
@@ -90,11 +94,7 @@ impl Process {
     pub fn wait(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
+            let timeout = timespec(deadline.saturating_duration_since(Instant::now()));
             let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
             match poll(&mut fds, Some(&timeout)) {
                 Ok(ready) => return ready > 0,
@@ -122,6 +122,14 @@ impl Process {
         let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.id.pid)).ok()?;
         let line = text.lines().find_map(|l| l.strip_prefix("Pss:"))?;
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    }
+}
+
+/// A span of time as the kernel takes it.
+pub(crate) fn timespec(span: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(span.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(span.subsec_nanos()),
     }
 }
 

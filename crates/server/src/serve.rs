@@ -1,10 +1,11 @@
 //! The daemon from start to end: log, lock, socket, requests, signals.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use snapshots::{Code, Context, Engine, Settings};
+use snapshots::{Code, Context, Engine, OpState, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{App, router};
@@ -21,6 +22,9 @@ const TEND_EVERY: Duration = Duration::from_millis(200);
 
 /// How often it is looked whether a guest that had no room has some.
 const RESUME_EVERY: Duration = Duration::from_secs(2);
+
+/// When it is tried again to do what is to be done at a power-off, if no operation could be started.
+const PUT_OFF: Duration = Duration::from_secs(1);
 
 /// How often the daemon sees whether its socket is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -69,12 +73,15 @@ fn run(settings: Settings, path: &std::path::Path) -> Result<(), Problem> {
         .and_then(|()| tend_in_background(&engine))
         .and_then(|()| expire_in_background(&engine))
         .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
+    let app = App::new(Arc::clone(&engine), settings, notes);
+    watch_in_background(&app)
+        .map_err(|error| Problem::new(Code::Failed, "cannot start a thread").because(&error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| Problem::new(Code::Failed, "cannot start the runtime").because(&error))?;
-    let result = runtime.block_on(listen(App::new(Arc::clone(&engine), settings, notes), path));
+    let result = runtime.block_on(listen(app, path));
     engine.close();
     // What still reads must not hold up the end.
     runtime.shutdown_background();
@@ -156,6 +163,37 @@ fn expire_in_background(engine: &Arc<Engine>) -> std::io::Result<()> {
         }
     };
     std::thread::Builder::new().name("expire".into()).spawn(expire).map(drop)
+}
+
+/// Waits for the ends of machines, and has done what is to be done with those that were powered off, each as an operation like any other.
+fn watch_in_background(app: &Arc<App>) -> std::io::Result<()> {
+    let ends = app.engine.ends();
+    let app = Arc::downgrade(app);
+    let watch = move || {
+        // Operations by machine: one that waits for its turn is not started twice.
+        let mut started: HashMap<String, String> = HashMap::new();
+        loop {
+            let Some(app) = app.upgrade() else { return };
+            let mut watch = app.engine.look_for_ends();
+            started
+                .retain(|_, id| app.operations.find(id).is_some_and(|view| view.state == OpState::Running));
+            for (target, name) in std::mem::take(&mut watch.due) {
+                if started.contains_key(&target) {
+                    continue;
+                }
+                match app.see_to_power_off(target.clone(), name) {
+                    Ok(view) => _ = started.insert(target, view.id),
+                    Err(problem) => {
+                        tracing::warn!(target, "{} is put off", problem.detail);
+                        watch.limit = watch.limit.min(PUT_OFF);
+                    }
+                }
+            }
+            drop(app);
+            ends.wait(&watch.processes, watch.limit);
+        }
+    };
+    std::thread::Builder::new().name("watch".into()).spawn(watch).map(drop)
 }
 
 async fn listen(app: Arc<App>, path: &std::path::Path) -> Result<(), Problem> {

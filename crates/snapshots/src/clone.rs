@@ -22,7 +22,7 @@ use serde_json::json;
 
 use crate::address;
 use crate::catalog::{Act, GroupRow, LayerRow, OpRow, SnapshotRow, TargetRow, Things, no_group};
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, OnPowerOff};
 use crate::context::Context;
 use crate::create::name_taken;
 use crate::disks::{DEPTH_LIMIT, GOTO_DEPTH_LIMIT};
@@ -237,7 +237,7 @@ impl Engine {
     }
 
     /// True if the layers that these disks write to are over others, and hold nothing: they are as they were made.
-    fn nothing_written(&self, disks: &[(String, String)]) -> Result<bool> {
+    pub(crate) fn nothing_written(&self, disks: &[(String, String)]) -> Result<bool> {
         for (_, layer) in disks {
             let row = self.catalog.read(|tx| LayerRow::by_id(tx, layer))?;
             let empty = || match row.below {
@@ -272,7 +272,7 @@ fn flat_instead(error: Error) -> Error {
 }
 
 /// The layers right below those of these disks; a read-only disk is its own.
-fn below(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<(String, String)>> {
+pub(crate) fn below(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<(String, String)>> {
     let mut out = Vec::new();
     for (disk, layer) in disks {
         let row = LayerRow::by_id(tx, layer)?;
@@ -294,6 +294,7 @@ fn chains(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<String
 fn of_its_own(cx: &Context, original: &Original<'_>, name: &str) -> MachineConfig {
     let mut config = original.config.clone();
     config.autostart = false;
+    config.on_poweroff = OnPowerOff::Nothing;
     let forwards = std::mem::take(&mut config.forwards);
     if let Some(first) = forwards.first() {
         cx.warn(format!(

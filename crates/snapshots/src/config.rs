@@ -75,6 +75,33 @@ pub enum Display {
     Vnc,
 }
 
+/// What is done with a machine when it is powered off: by its guest, by `stop` or by `kill`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OnPowerOff {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// It goes back to the snapshot that here comes from.
+    Back,
+    /// A snapshot of it is taken.
+    Take,
+    /// Whoever has powered it off is asked.
+    Ask,
+}
+
+impl fmt::Display for OnPowerOff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "nothing",
+            Self::Back => "back",
+            Self::Take => "take",
+            Self::Ask => "ask",
+        })
+    }
+}
+
 /// What a machine starts with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
@@ -203,6 +230,9 @@ pub struct MachineConfig {
     /// Started with the daemon after the host was, or when it lost its power.
     #[serde(default)]
     pub autostart: bool,
+    /// What is done with it when it is powered off.
+    #[serde(default)]
+    pub on_poweroff: OnPowerOff,
     /// False: the machine may have devices that cannot be migrated, and is taken `disk_only` or off.
     pub memory_snapshots: bool,
     /// Words handed to QEMU as they are; `{run}` becomes the run folder of the process.
@@ -226,6 +256,7 @@ impl MachineConfig {
             forwards: Vec::new(),
             display: Display::None,
             autostart: false,
+            on_poweroff: OnPowerOff::Nothing,
             memory_snapshots: true,
             qemu_args: Vec::new(),
         }
@@ -267,6 +298,8 @@ pub struct SetOptions {
     pub forwards: Option<Vec<Forward>>,
     /// Autostart.
     pub autostart: Option<bool>,
+    /// What is done with it when it is powered off.
+    pub on_poweroff: Option<OnPowerOff>,
     /// What it boots from first.
     pub boot: Option<Boot>,
     /// Screen.
@@ -287,6 +320,7 @@ mod tests {
         assert_eq!(ids, ["disk0", "disk1"]);
         assert_eq!(config.disks[1].source, DiskSource::Size(4096));
         assert_eq!((config.firmware, config.boot, config.autostart), (Firmware::Bios, None, false));
+        assert_eq!(config.on_poweroff, OnPowerOff::Nothing);
         let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }

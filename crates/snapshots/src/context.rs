@@ -47,6 +47,11 @@ impl Context {
         Self { cancel: Arc::default(), ..self.clone() }
     }
 
+    /// Another operation of the same caller, who sees how far it is and may cancel it too.
+    pub(crate) fn another(&self) -> Self {
+        Self { id: new_id(), ..self.clone() }
+    }
+
     /// Says what is being done now, and how many units that has.
     pub(crate) fn phase(&self, phase: &str, total: u64) {
         phase.clone_into(&mut self.progress.phase.lock().unwrap_or_else(PoisonError::into_inner));

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use qemu::accel::{self, Accel};
 use qemu::binary::Qemu;
+use qemu::ends::Ends;
 use qemu::image::QemuImg;
 use serde_json::Value;
 use warden::Keeper;
@@ -78,6 +79,8 @@ pub struct Engine {
     ended: AtomicUsize,
     /// Rung by each of them too: a snapshot may expire earlier now.
     pub(crate) alarm: Arc<Alarm>,
+    /// Rung when there is another process to wait for, or another machine that was powered off.
+    pub(crate) ends: Arc<Ends>,
     /// Held for as long as the state folder is ours.
     _lock: File,
 }
@@ -101,6 +104,9 @@ impl Engine {
             }
             _ => Keeper::none(),
         };
+        let ends = Ends::new().map_err(|error| {
+            Error::new(Code::Failed, "the ends of processes cannot be waited for").because(error)
+        })?;
         let engine = Self {
             settings,
             keeper,
@@ -117,6 +123,7 @@ impl Engine {
             wanted: AtomicUsize::new(0),
             ended: AtomicUsize::new(0),
             alarm: Arc::default(),
+            ends: Arc::new(ends),
             _lock: lock,
         };
         let old_copy = engine.catalog.is_old_copy()?;

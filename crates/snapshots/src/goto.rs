@@ -44,6 +44,8 @@ pub(crate) struct Purpose<'a> {
     pub(crate) subject: String,
     /// The operation that it takes back.
     pub(crate) undoes: Option<&'a OpRow>,
+    /// Somebody asked for it, if only by what he asked for before.
+    pub(crate) asked: bool,
 }
 
 impl Purpose<'_> {
@@ -64,23 +66,35 @@ impl Engine {
         let (row, guard) = self.lock_target(cx, target, "goto")?;
         let (_, snapshot) = self.catalog.read(|tx| address::resolve(tx, address))?;
         guard.about(&snapshot.full_name());
-        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None };
-        self.goto_locked(cx, &purpose, &row, &snapshot, power, discard)
+        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None, asked: true };
+        let report =
+            self.goto_locked(cx, &purpose, &row, &snapshot, wanted_power(&snapshot, power), discard)?;
+        warn_of_policy(cx, &row, &snapshot);
+        Ok(report)
     }
 
     /// Goes to the parent of here.
     pub fn back(&self, cx: &Context, target: &str) -> Result<GotoReport> {
         let (row, _guard) = self.lock_target(cx, target, "back")?;
+        let snapshot = self.parent_of_here(&row)?;
+        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None, asked: true };
+        let wanted = wanted_power(&snapshot, GotoPower::Recorded);
+        let report = self.goto_locked(cx, &purpose, &row, &snapshot, wanted, false)?;
+        warn_of_policy(cx, &row, &snapshot);
+        Ok(report)
+    }
+
+    /// The snapshot that here comes from.
+    pub(crate) fn parent_of_here(&self, row: &TargetRow) -> Result<SnapshotRow> {
         let parent = self.catalog.read(|tx| {
             let id = SnapshotRow::visible(tx, row.parent.as_deref())?;
             id.map(|id| SnapshotRow::by_id(tx, &id)).transpose()
         })?;
-        let Some(snapshot) = parent else {
-            return Err(Error::new(Code::NotFound, format!("{target} has no snapshot to go back to"))
-                .hint(format!("`spinney take {target}` takes one")));
-        };
-        let purpose = Purpose { kind: "goto", subject: snapshot.full_name(), undoes: None };
-        self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)
+        let name = &row.name;
+        parent.ok_or_else(|| {
+            Error::new(Code::NotFound, format!("{name} has no snapshot to go back to"))
+                .hint(format!("`spinney take {name}` takes one"))
+        })
     }
 
     /// What `goto --discard` would throw away, in words; none if nothing is lost.
@@ -116,7 +130,7 @@ impl Engine {
         purpose: &Purpose<'_>,
         row: &TargetRow,
         snapshot: &SnapshotRow,
-        power: GotoPower,
+        wanted: Power,
         discard: bool,
     ) -> Result<GotoReport> {
         let began = Instant::now();
@@ -132,7 +146,8 @@ impl Engine {
         if !discard {
             self.check_not_full(row, old.as_deref())?;
         }
-        let plan = GotoPlan { was_running: was == Power::Running, ..GotoPlan::default() };
+        let was_running = was == Power::Running;
+        let plan = GotoPlan { was_running, asked: purpose.asked, ..GotoPlan::default() };
         let swapped =
             self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!(plan), || {
                 let overlays = self.overlays_over(cx, row, snapshot)?;
@@ -142,7 +157,7 @@ impl Engine {
                     snapshot,
                     overlays: &overlays,
                     was,
-                    wanted: wanted_power(snapshot, power),
+                    wanted,
                     old: old.as_deref(),
                     keep: !discard,
                     // An undo point is here as it was, and so it hangs where here hung.
@@ -346,7 +361,20 @@ fn memory_would_go(name: &str, can_discard: bool) -> Error {
     })
 }
 
-fn wanted_power(snapshot: &SnapshotRow, power: GotoPower) -> Power {
+/// What is done at a power-off comes with the other settings of a snapshot. It acts by itself some day, so one should know.
+fn warn_of_policy(cx: &Context, was: &TargetRow, snapshot: &SnapshotRow) {
+    let (before, now) = (was.config.on_poweroff, snapshot.config.on_poweroff);
+    if before != now {
+        let (name, snapshot) = (&was.name, snapshot.full_name());
+        cx.warn(format!(
+            "{snapshot} was taken with --on-poweroff {now}, and so is {name} now; `spinney set {name} --on-poweroff {before}` has it \
+             as before"
+        ));
+    }
+}
+
+/// The power state that a goto to a snapshot is to bring.
+pub(crate) fn wanted_power(snapshot: &SnapshotRow, power: GotoPower) -> Power {
     match power {
         GotoPower::Recorded if snapshot.facts.power == Power::Suspended && snapshot.memory.is_none() => {
             Power::Off

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use qemu::command::Disk;
 use serde_json::json;
 
-use crate::catalog::{OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{AtPowerOff, OpRow, SnapshotRow, TargetRow};
 use crate::config::Display;
 use crate::context::Context;
 use crate::engine::Engine;
@@ -14,13 +14,14 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::forwards::{check_ports, set_ports};
 use crate::running::{Begin, Running, check_host_memory};
-use crate::types::{Machine, Power};
+use crate::types::{Machine, Power, PoweredOff};
 use crate::undo_point::brought_back_by;
 
 /// Nobody waits longer for a guest to power off.
 const LONGEST_STOP: Duration = Duration::from_secs(365 * 86_400);
 
-/// What can be done with a machine whose group's store cannot be used: its guest is not to suffer, and it can be given up.
+/// What can be done with a machine whose group's store cannot be used: its guest is not to suffer, and it can be given up. None of it waits
+/// for what is due at a power-off.
 const DO_WITHOUT_STORE: &[&str] = &["stop", "kill", "pause", "resume", "protect", "unprotect", "rm"];
 
 impl Engine {
@@ -45,12 +46,14 @@ impl Engine {
     /// A row as callers get it.
     pub(crate) fn machine_view(&self, row: TargetRow) -> Result<Machine> {
         let (power, running) = self.look(&row)?;
-        let (parent, snapshots, brought_back_by) = self.catalog.read(|tx| {
+        let (parent, snapshots, brought_back_by, at_power_off) = self.catalog.read(|tx| {
             let parent = SnapshotRow::visible(tx, row.parent.as_deref())?;
             let parent = parent.map(|id| SnapshotRow::by_id(tx, &id)).transpose()?;
             let lost = power == Power::LostPower;
             let back = if lost { brought_back_by(tx, &row.id)? } else { None };
-            Ok((parent.map(|s| s.name), SnapshotRow::count(tx, &row.id)?, back.map(|s| s.full_name())))
+            let snapshots = SnapshotRow::count(tx, &row.id)?;
+            let at_power_off = AtPowerOff::of(tx, &row.id)?;
+            Ok((parent.map(|s| s.name), snapshots, back.map(|s| s.full_name()), at_power_off))
         })?;
         let busy = self.locks.busy_with(&row.id).map(str::to_owned);
         let vnc = row.config.display == Display::Vnc;
@@ -73,6 +76,7 @@ impl Engine {
             created: row.created,
             pid: running.as_ref().map(|r| r.process.id().pid),
             brought_back_by,
+            left_at_power_off: at_power_off.and_then(AtPowerOff::why),
             console: running.as_ref().map(|r| r.run.console()),
             vnc: running.as_ref().filter(|_| vnc).map(|r| r.run.vnc()),
             busy,
@@ -102,7 +106,9 @@ impl Engine {
                 if !DO_WITHOUT_STORE.contains(&kind) {
                     self.group_of(&row)?.store()?;
                 }
-                return Ok((self.find_again(row, kind == "kill")?, guard));
+                let row = self.find_again(row, kind == "kill")?;
+                let waits = !DO_WITHOUT_STORE.contains(&kind);
+                return Ok((if waits { self.settle_power_off(cx, row)? } else { row }, guard));
             }
         }
     }
@@ -114,7 +120,11 @@ impl Engine {
 
     /// Boots a machine that is off, or goes on with one that is suspended.
     pub fn start(&self, cx: &Context, target: &str) -> Result<Machine> {
-        let (row, _guard) = self.lock_target(cx, target, "start")?;
+        let (mut row, _guard) = self.lock_target(cx, target, "start")?;
+        if self.look(&row)?.1.is_none() {
+            // It may have ended in this very moment.
+            row = self.settle_power_off(cx, row)?;
+        }
         match self.look(&row)? {
             (Power::Off | Power::LostPower, _) => {}
             (Power::Suspended, _) => {
@@ -184,20 +194,20 @@ impl Engine {
             return Err(error);
         }
         let running = Arc::new(running);
-        self.running_map().insert(row.id.clone(), Arc::clone(&running));
+        self.enlist(&row.id, Arc::clone(&running));
         Ok(running)
     }
 
-    pub(crate) fn write_off(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+    fn write_off(&self, cx: &Context, row: &TargetRow) -> Result<()> {
         self.catalog.write(|tx| {
-            TargetRow::set_process(tx, &row.id, Power::Off, None)?;
+            TargetRow::set_ended(tx, &row.id, Power::Off)?;
             OpRow::finish(tx, &cx.id, None)
         })
     }
 
     /// Presses the power button and waits for the guest to power off. Fails with [`Code::TimedOut`] if it does not, unless
     /// `kill` allows to cut the power then.
-    pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<Machine> {
+    pub fn stop(&self, cx: &Context, target: &str, timeout: Duration, kill: bool) -> Result<PoweredOff> {
         let (row, _guard) = self.lock_target(cx, target, "stop")?;
         let running = self.needs_process(&row)?;
         // One that its full disk has stopped goes on to hear the button, and is not stopped by us afterwards.
@@ -218,14 +228,14 @@ impl Engine {
             step("stop.ended");
             self.write_off(cx, &row)
         })?;
-        self.machine_by_id(&row.id)
+        self.after_power_off(&cx.another(), &row.id, true)
     }
 
     /// Cuts the power. Of a suspended machine the memory that is kept goes.
-    pub fn kill(&self, cx: &Context, target: &str) -> Result<Machine> {
+    pub fn kill(&self, cx: &Context, target: &str) -> Result<PoweredOff> {
         let (row, _guard) = self.lock_target(cx, target, "kill")?;
         if self.look(&row)?.0 == Power::Suspended {
-            return self.drop_suspended(cx, &row);
+            return Ok(PoweredOff { machine: self.drop_suspended(cx, &row)?, then: None });
         }
         let running = self.needs_process(&row)?;
         self.journaled(cx, "kill", target, Some(&row.id), &json!({}), || {
@@ -233,7 +243,7 @@ impl Engine {
             step("kill.ended");
             self.write_off(cx, &row)
         })?;
-        self.machine_by_id(&row.id)
+        self.after_power_off(&cx.another(), &row.id, true)
     }
 
     /// Lets the guest's CPUs stand still.

@@ -6,6 +6,7 @@
 //! | found | done |
 //! |---|---|
 //! | a machine's process is gone | power "off" if QEMU ended in order, else "lost power" |
+//! | a machine was powered off, and what its settings say of that is still due | told; done as soon as the daemon serves (`power_off.rs`) |
 //! | a process that the catalog does not name as a machine's | ended: a goto or start that did not get to its commit |
 //! | a paused guest that `stop` let run | paused |
 //! | a guest standing still in a migration, or stopped by a goto or take that is unfinished | let go on |
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::catalog::{LayerRow, OpRow, ProcessRow, SnapshotRow, TargetRow};
+use crate::catalog::{AtPowerOff, LayerRow, OpRow, ProcessRow, SnapshotRow, TargetRow};
 use crate::context::Context;
 use crate::disks::remove_file;
 use crate::engine::Engine;
@@ -31,6 +32,7 @@ use crate::fault::{Fault, planted, step};
 use crate::half_made::HalfMade;
 use crate::let_go::free_guest;
 use crate::owner::{make_folder, read_of_others};
+use crate::power_off;
 use crate::running::{Adopted, Running, boot_id};
 use crate::swap::GotoPlan;
 use crate::types::{OpState, Power};
@@ -91,6 +93,13 @@ impl Engine {
             notes.push(format!("{} {} was under way and has been rolled back", op.kind, op.subject));
             self.catalog.write(|tx| OpRow::close(tx, &op.id, OpState::Failed, Some(ENDED)))?;
             step("recover.closed");
+        }
+        if old_copy {
+            // What was due then may have been done since.
+            self.catalog.write(AtPowerOff::end_all)?;
+        }
+        for row in self.catalog.read(AtPowerOff::due)? {
+            notes.push(power_off::note(&row));
         }
         for row in self.to_autostart()? {
             notes.push(format!("{} starts with the daemon (autostart)", row.name));
@@ -175,7 +184,7 @@ impl Engine {
                 if planted(Fault::RollBackOverlay) && plan.is_some() {
                     self.roll_back_overlays(&target.id)?;
                 }
-                self.catalog.write(|tx| TargetRow::set_process(tx, &target.id, power, None))?;
+                self.catalog.write(|tx| TargetRow::set_ended(tx, &target.id, power))?;
                 if power == Power::LostPower {
                     notes.push(format!(
                         "{name} lost its power; `spinney start {name}` boots it, `spinney back {name}` goes to its newest snapshot"
@@ -187,7 +196,7 @@ impl Engine {
         if let Err(error) = self.mend_running(target, &running, plan) {
             notes.push(format!("{name} runs, but could not be put in order: {error}"));
         }
-        self.running_map().insert(target.id.clone(), running.into());
+        self.enlist(&target.id, running.into());
         Ok(true)
     }
 

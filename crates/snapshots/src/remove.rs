@@ -7,7 +7,7 @@ use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::address;
-use crate::catalog::{Act, OpRow, SnapshotRow, TargetRow, Things, now};
+use crate::catalog::{Act, AtPowerOff, OpRow, SnapshotRow, TargetRow, Things, now};
 use crate::context::Context;
 use crate::du::{Holder, Ledger};
 use crate::engine::Engine;
@@ -39,6 +39,9 @@ impl Engine {
     pub fn rm(&self, cx: &Context, address: &str, whole_tree: bool) -> Result<RemovePlan> {
         let (name, _) = address::split(address);
         let (row, _guard) = self.lock_target(cx, name, "rm")?;
+        if address::split(address).1.is_some() {
+            self.settle_power_off(cx, row.clone())?;
+        }
         let doomed = self.doomed(address, whole_tree)?;
         let plan = self.show_plan(&doomed)?;
         if doomed.machine {
@@ -123,7 +126,10 @@ pub(crate) fn remove(tx: &Transaction<'_>, things: &Things) -> Result<()> {
     // One time for all: undo keeps or gives up all of it.
     let at = Some(now());
     things.snapshots.iter().try_for_each(|id| SnapshotRow::set_removed(tx, id, at))?;
-    things.target.iter().try_for_each(|id| TargetRow::set_removed(tx, id, at))
+    things.target.iter().try_for_each(|id| {
+        AtPowerOff::end(tx, id)?;
+        TargetRow::set_removed(tx, id, at)
+    })
 }
 
 /// A snapshot and everything below it that has not been removed.

@@ -193,7 +193,7 @@ impl Engine {
         match self.adopt(row) {
             Adopted::Running(running) => {
                 self.recover_late(&target, &running)?;
-                self.running_map().insert(target.id.clone(), Arc::new(running));
+                self.enlist(&target.id, Arc::new(running));
                 return Ok(target);
             }
             Adopted::Silent(process, _) if ending => process.kill(),
@@ -208,10 +208,18 @@ impl Engine {
             Adopted::Gone => {}
         }
         let power = self.power_after(row);
-        self.catalog.write(|tx| {
-            TargetRow::set_process(tx, &target.id, power, None)?;
+        let row = self.catalog.write(|tx| {
+            TargetRow::set_ended(tx, &target.id, power)?;
             TargetRow::by_id(tx, &target.id)
-        })
+        })?;
+        self.ends.ring();
+        Ok(row)
+    }
+
+    /// Puts a machine's process where commands find it, and where its end is waited for.
+    pub(crate) fn enlist(&self, target: &str, running: Arc<Running>) {
+        self.running_map().insert(target.to_owned(), running);
+        self.ends.ring();
     }
 
     /// A QEMU that has closed our monitor and lives (seen in 10.0, when a background-snapshot failed in its set-up) is connected to
@@ -258,10 +266,11 @@ impl Engine {
             self.catalog.write(|tx| {
                 // Unless a goto has just given the machine another process.
                 if TargetRow::by_id(tx, &target.id)?.process.as_ref() == Some(&running.row) {
-                    TargetRow::set_process(tx, &target.id, power, None)?;
+                    TargetRow::set_ended(tx, &target.id, power)?;
                 }
                 Ok(())
             })?;
+            self.ends.ring();
             let _ = fs::remove_dir_all(&running.run.0);
         }
         Ok(power)

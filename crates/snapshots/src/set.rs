@@ -1,7 +1,8 @@
 //! Changing a machine's settings.
 //!
-//! What a running machine can be given, it gets at once: a disc, ports, autostart. Memory, CPUs, disks, boot order and screen are
-//! what its snapshots' device state is made for, so they change only while it is off. Either all that was asked for is done, or nothing.
+//! What a running machine can be given, it gets at once: a disc, ports, autostart, what is done at its power-off. Memory, CPUs, disks, boot
+//! order and screen are what its snapshots' device state is made for, so they change only while it is off. Either all that was asked for
+//! is done, or nothing.
 
 use qemu::image::takes_direct_io;
 use serde_json::json;
@@ -141,6 +142,7 @@ fn changed(row: &TargetRow, options: &SetOptions) -> Result<MachineConfig> {
     config.cdrom = options.cdrom.clone().or(config.cdrom);
     config.forwards = options.forwards.clone().unwrap_or(config.forwards);
     config.autostart = options.autostart.unwrap_or(config.autostart);
+    config.on_poweroff = options.on_poweroff.unwrap_or(config.on_poweroff);
     config.boot = options.boot.or(config.boot);
     config.display = options.display.unwrap_or(config.display);
     check_changed(&mut config)?;

@@ -132,7 +132,7 @@ impl Engine {
                 })?;
                 step("wake.decided");
                 if let Some(new) = standby.disarm().map(Arc::new) {
-                    self.running_map().insert(row.id.clone(), Arc::clone(&new));
+                    self.enlist(&row.id, Arc::clone(&new));
                     if let Err(error) = settle(&new.qmp, "running") {
                         tracing::error!(%error, target = row.name, "the machine is back and does not run");
                         let sentence = format!("{} is back, and does not go on", row.name);
@@ -147,7 +147,13 @@ impl Engine {
 
     /// Gives up the memory of a suspended machine: it is off.
     pub(crate) fn drop_suspended(&self, cx: &Context, row: &TargetRow) -> Result<Machine> {
-        self.journaled(cx, "kill", &row.name, Some(&row.id), &json!({}), || self.write_off(cx, row))?;
+        self.journaled(cx, "kill", &row.name, Some(&row.id), &json!({}), || {
+            self.catalog.write(|tx| {
+                // It was off already.
+                TargetRow::set_process(tx, &row.id, Power::Off, None)?;
+                OpRow::finish(tx, &cx.id, None)
+            })
+        })?;
         self.machine_by_id(&row.id)
     }
 }

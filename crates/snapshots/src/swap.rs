@@ -39,6 +39,9 @@ pub(crate) struct GotoPlan {
     pub(crate) new: Option<ProcessRow>,
     /// The old process has ended, and this undo point is the machine as it was.
     pub(crate) brought_back_by: Option<String>,
+    /// Somebody asked for it.
+    #[serde(default)]
+    pub(crate) asked: bool,
 }
 
 /// One exchange, of a target that is locked.
@@ -229,7 +232,7 @@ impl Engine {
         let mut power = wanted;
         if let Some(new) = new {
             let new = Arc::new(new);
-            self.running_map().insert(row.id.clone(), Arc::clone(&new));
+            self.enlist(&row.id, Arc::clone(&new));
             // The old process had them until just now.
             let ports = &snapshot.config.forwards;
             if !ports.is_empty()

@@ -24,7 +24,7 @@ use qemu::save::SaveError;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::catalog::{Act, Expiry, OpRow, SnapshotRow, TargetRow, Things};
+use crate::catalog::{Act, AtPowerOff, Expiry, OpRow, SnapshotRow, TargetRow, Things};
 use crate::config::Firmware;
 use crate::context::Context;
 use crate::disks::{DEPTH_LIMIT, NewOverlay};
@@ -34,6 +34,7 @@ use crate::expire::{check_expiry, kept_does_not_expire};
 use crate::fault::step;
 use crate::let_go::save_error;
 use crate::name::{check_note, check_snapshot_name};
+use crate::power_off;
 use crate::running::Running;
 use crate::tree::view_by_id;
 use crate::types::{Mode, Power, Snapshot, TakeOptions};
@@ -43,6 +44,18 @@ use crate::types::{Mode, Power, Snapshot, TakeOptions};
 pub(crate) struct TakePlan {
     /// The guest ran when the take began.
     pub(crate) was_running: bool,
+    /// Somebody asked for it.
+    #[serde(default)]
+    pub(crate) asked: bool,
+}
+
+/// On whose behalf a take happens, for the journal.
+pub(crate) struct Entry<'a> {
+    pub(crate) kind: &'a str,
+    /// Somebody asked for it, if only by what he asked for before.
+    pub(crate) asked: bool,
+    /// Hears what the snapshot is called.
+    pub(crate) about: &'a dyn Fn(&str),
 }
 
 /// What a take is to make.
@@ -60,6 +73,8 @@ pub(crate) struct TakeJob<'a> {
     pub(crate) max_pause: Option<Duration>,
     /// The guest stands still afterwards, until it is replaced or let go.
     pub(crate) stands_still: bool,
+    /// It is what was due when the machine was powered off.
+    pub(crate) at_power_off: bool,
 }
 
 impl Engine {
@@ -74,18 +89,31 @@ impl Engine {
             return Err(kept_does_not_expire());
         }
         let (row, guard) = self.lock_target(cx, target, "take")?;
-        let (power, running) = self.look(&row)?;
-        self.check_not_full(&row, running.as_deref())?;
-        let mode = choose_mode(&row, power, running.as_deref(), &options)?;
+        let entry = Entry { kind: "take", asked: true, about: &|subject| guard.about(subject) };
+        self.take_locked(cx, &entry, &row, options)
+    }
+
+    /// The same of a target that is locked.
+    pub(crate) fn take_locked(
+        &self,
+        cx: &Context,
+        entry: &Entry<'_>,
+        row: &TargetRow,
+        options: TakeOptions,
+    ) -> Result<Snapshot> {
+        let expire = options.expire_seconds.map(check_expiry).transpose()?;
+        let (power, running) = self.look(row)?;
+        self.check_not_full(row, running.as_deref())?;
+        let mode = choose_mode(row, power, running.as_deref(), &options)?;
         if matches!(mode, Mode::Off | Mode::DiskOnly | Mode::Suspended) {
             self.check_room(row.config.disks.len())?;
         } else {
             self.check_room_for_pages(row.config.disks.len())?;
         }
-        let name = self.choose_name(&row, options.name)?;
+        let name = self.choose_name(row, options.name)?;
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {
-            target: &row,
+            target: row,
             name,
             note: options.note,
             keep: options.keep,
@@ -95,13 +123,14 @@ impl Engine {
             power,
             max_pause: options.max_pause_us.map(Duration::from_micros),
             stands_still: false,
+            at_power_off: entry.kind == power_off::TAKE,
         };
         let subject = format!("{}@{}", row.name, job.name);
-        guard.about(&subject);
-        self.warn_of_disks(cx, &row)?;
+        (entry.about)(&subject);
+        self.warn_of_disks(cx, row)?;
         let was_running = power == Power::Running;
-        let plan = json!(TakePlan { was_running });
-        let id = self.journaled(cx, "take", &subject, Some(&row.id), &plan, || {
+        let plan = json!(TakePlan { was_running, asked: entry.asked });
+        let id = self.journaled(cx, entry.kind, &subject, Some(&row.id), &plan, || {
             self.take_job(cx, &job, running.as_deref())
         })?;
         view_by_id(&self.catalog, &id)
@@ -158,6 +187,7 @@ impl Engine {
                     SnapshotRow::set_expiry(tx, &row.id, Some(&Expiry::begin(tx, after)?))?;
                 }
                 TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
+                AtPowerOff::taken(tx, &target.id, job.at_power_off)?;
                 let made = Things { snapshots: vec![row.id.clone()], target: None };
                 OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
             })

@@ -63,6 +63,9 @@ pub struct Machine {
     /// Full name of the undo point that is the machine as it was, if a goto had to end it and could not bring it back.
     #[serde(default)]
     pub brought_back_by: Option<String>,
+    /// Why it was left as it is when it was powered off, though its settings say that something is to be done then.
+    #[serde(default)]
+    pub left_at_power_off: Option<String>,
     /// Unix socket of the serial console while a process exists.
     #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub console: Option<PathBuf>,
@@ -75,6 +78,18 @@ pub struct Machine {
     pub accel: Option<String>,
     /// QEMU's version, of the running process.
     pub qemu: Option<String>,
+}
+
+/// Result of `stop` and `kill`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct PoweredOff {
+    /// The machine.
+    #[serde(flatten)]
+    pub machine: Machine,
+    /// What was done with it then, as its settings say: an operation of its own.
+    #[serde(default)]
+    pub then: Option<Operation>,
 }
 
 /// How memory was taken.

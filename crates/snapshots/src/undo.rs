@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::goto;
+use crate::power_off;
 use crate::regroup::Purpose;
 use crate::remove::{protected, remove};
 use crate::take::snapshot_name_taken;
@@ -125,8 +126,9 @@ impl Engine {
         }
         let row = self.find_again(row, false)?;
         let (kind, subject) = self.entry_of(op)?;
-        let purpose = goto::Purpose { kind, subject, undoes: Some(op) };
-        self.goto_locked(cx, &purpose, &row, &snapshot, GotoPower::Recorded, false)?;
+        let purpose = goto::Purpose { kind, subject, undoes: Some(op), asked: true };
+        let wanted = goto::wanted_power(&snapshot, GotoPower::Recorded);
+        self.goto_locked(cx, &purpose, &row, &snapshot, wanted, false)?;
         Ok(())
     }
 }
@@ -147,10 +149,13 @@ fn machine(tx: &Transaction<'_>, name: &str) -> Result<Option<String>> {
 /// What `undo` without an id takes back. Undos themselves are passed over, and what was rolled back; but what cannot be taken back
 /// is not: whoever wants to undo that would get something older.
 fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> {
-    let asked_for =
-        |op: &OpRow| matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "undo" | "redo");
+    let asked_for = |op: &OpRow| {
+        matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "undo" | "redo")
+            || power_off::is_asked_for(op)
+    };
     let newest = OpRow::newest(tx, LOOK_BACK)?;
-    // What expires by itself is work on a machine, but nobody's who would want to undo it before anything else.
+    // What expires by itself, or follows from a guest's own power-off, is work on a machine, but nobody's who would want to undo it
+    // before anything else.
     // The machine of a clone that was not made, or was taken back, is none.
     let clones = newest.iter().filter(|op| op.kind == "clone" && op.state != OpState::Done);
     let is_gone = |id: &&str| TargetRow::by_id(tx, id).map_or(true, |row| row.removed.is_some());
@@ -160,7 +165,8 @@ fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> 
     let target = target.or_else(worked_on);
     let mut older = newest.into_iter();
     while let Some(op) = older.next() {
-        if !asked_for(&op) && op.kind != "expire" || op.target.is_none() || op.target != target {
+        let by_itself = op.kind == "expire" || power_off::KINDS.contains(&op.kind.as_str());
+        if !asked_for(&op) && !by_itself || op.target.is_none() || op.target != target {
             continue;
         }
         if op.state == OpState::Done && op.kind != "undo" {

@@ -9,6 +9,7 @@ use crate::catalog::{OpRow, SnapshotRow, TargetRow, now};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::power_off;
 use crate::running::Running;
 use crate::swap::GotoPlan;
 use crate::take::TakeJob;
@@ -59,6 +60,7 @@ impl Engine {
             power,
             max_pause: None,
             stands_still: !stays,
+            at_power_off: false,
         };
         if old.is_none() {
             let here = self.catalog.read(|tx| TargetRow::disks(tx, &row.id))?;
@@ -71,7 +73,7 @@ impl Engine {
     fn undo_point_name(&self, row: &TargetRow) -> Result<String> {
         self.catalog.read(|tx| {
             let all = SnapshotRow::of_target(tx, &row.id)?;
-            let mut number = OpRow::count(tx, &row.id, &["goto", "undo", "redo"])?;
+            let mut number = OpRow::count(tx, &row.id, &["goto", power_off::GOTO, "undo", "redo"])?;
             while all.iter().any(|s| s.name == format!("undo-{number}")) {
                 number += 1;
             }
@@ -102,7 +104,9 @@ impl Engine {
 /// one nor the old one up. Once it has been started, or is elsewhere, there is nothing to bring back.
 pub(crate) fn brought_back_by(tx: &Transaction<'_>, target: &str) -> Result<Option<SnapshotRow>> {
     for op in OpRow::newest(tx, LOOK_BACK)?.into_iter().filter(|op| op.target.as_deref() == Some(target)) {
-        let went = matches!(op.kind.as_str(), "start" | "goto") || op.subject.starts_with("goto ");
+        let kind = op.kind.as_str();
+        let goes = |word: &str| kind == word || op.subject.starts_with(&format!("{word} "));
+        let went = kind == "start" || goes("goto") || goes(power_off::GOTO);
         if went && matches!(op.state, OpState::Done | OpState::Undone) {
             return Ok(None);
         }

@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -197,6 +197,25 @@ impl Spinney {
         let output = self.command().args(words).output().expect("spinney");
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         (text(output.stdout), text(output.stderr))
+    }
+
+    /// Runs a command as people do on a terminal, and types something; what the terminal shows.
+    pub fn on_terminal(&self, words: &str, typed: &str) -> String {
+        let line = format!("{} {words}", self.program.display());
+        let plain = self.command();
+        let mut command = Command::new("script");
+        command.args(["-qec", &line, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        for (name, value) in plain.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        let mut child = command.spawn().expect("script (util-linux)");
+        // Whoever is not asked does not read it.
+        let _ = child.stdin.take().map(|mut stdin| stdin.write_all(typed.as_bytes()));
+        let output = child.wait_with_output().expect("the command's end");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     fn command(&self) -> Command {

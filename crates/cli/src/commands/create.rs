@@ -8,7 +8,9 @@ use serde::Deserialize;
 use server::Problem;
 use server::api::CreateRequest;
 use server::client::Method;
-use server::snapshots::{Boot, Code, DiskConfig, DiskSource, Display, Firmware, Machine, MachineConfig};
+use server::snapshots::{
+    Boot, Code, DiskConfig, DiskSource, Display, Firmware, Machine, MachineConfig, OnPowerOff,
+};
 
 use super::set::{drive, forwards};
 use crate::complete;
@@ -42,6 +44,7 @@ machine.toml:
   networks = [\"user\"]
   forwards = [\"2222:22\"]
   # cdrom = \"debian.iso\", boot = \"cd\", firmware = \"uefi\", display = \"vnc\", autostart = true
+  # on_poweroff = \"back\"
   # group = \"work\"
   # kernel, initrd, append, memory_snapshots = false, qemu_args = [\"-device\", \"virtio-rng-pci\"]")]
 pub(crate) struct Args {
@@ -90,6 +93,9 @@ pub(crate) struct Args {
     /// Start it with the daemon after the host was restarted
     #[arg(long)]
     autostart: bool,
+    /// What is done with it when it is powered off, by its guest, `stop` or `kill`
+    #[arg(long = "on-poweroff", value_name = "nothing|back|take|ask", default_value = "nothing")]
+    on_poweroff: PowerOffWord,
     /// Allow devices that cannot be saved; snapshots are then taken off or --disk-only
     #[arg(long)]
     no_memory: bool,
@@ -98,7 +104,7 @@ pub(crate) struct Args {
     qemu_args: Vec<String>,
     /// Read the machine from a file instead
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "cpus", "disks", "kernel", "initrd", "append", "networks", "no_memory", "qemu_args",
-        "cdrom", "boot", "firmware", "forwards", "display", "autostart", "group"])]
+        "cdrom", "boot", "firmware", "forwards", "display", "autostart", "on_poweroff", "group"])]
     file: Option<PathBuf>,
 }
 
@@ -136,6 +142,7 @@ fn from_options(args: Args) -> Result<CreateRequest, Problem> {
         forwards: forwards(&args.forwards)?,
         display: args.display.into(),
         autostart: args.autostart,
+        on_poweroff: args.on_poweroff.into(),
         kernel: args.kernel,
         initrd: args.initrd,
         append: args.append,
@@ -168,6 +175,8 @@ struct MachineFile {
     display: Display,
     #[serde(default)]
     autostart: bool,
+    #[serde(default)]
+    on_poweroff: OnPowerOff,
     group: Option<String>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
@@ -222,6 +231,7 @@ fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem
         forwards: forwards(&file.forwards)?,
         display: file.display,
         autostart: file.autostart,
+        on_poweroff: file.on_poweroff,
         memory: parse_size(&file.memory).map_err(|why| wrong(&format!("memory {:?}", file.memory), why))?,
         cpus: file.cpus,
         disks: file.disks.iter().map(disk).collect::<Result<_, _>>()?,
@@ -320,6 +330,30 @@ impl From<DisplayWord> for Display {
     }
 }
 
+/// Words for `--on-poweroff`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum PowerOffWord {
+    /// It stays off
+    Nothing,
+    /// It goes back to the snapshot that it comes from; if that has memory, it is suspended there
+    Back,
+    /// A snapshot of it is taken
+    Take,
+    /// `stop` and `kill` ask, on a terminal; else it stays off
+    Ask,
+}
+
+impl From<PowerOffWord> for OnPowerOff {
+    fn from(word: PowerOffWord) -> Self {
+        match word {
+            PowerOffWord::Nothing => Self::Nothing,
+            PowerOffWord::Back => Self::Back,
+            PowerOffWord::Take => Self::Take,
+            PowerOffWord::Ask => Self::Ask,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,9 +367,12 @@ mod tests {
 
     #[test]
     fn a_file_gives_sizes_and_paths_relative_to_itself() {
-        let request = file("name = 'web'\nmemory = '512M'\ndisks = ['a.img', '/b.img', '10G']").unwrap();
+        let request =
+            file("name = 'web'\non_poweroff = 'back'\nmemory = '512M'\ndisks = ['a.img', '/b.img', '10G']")
+                .unwrap();
         assert_eq!((request.name.as_str(), request.config.memory), ("web", 512 << 20));
         assert_eq!(request.config.networks, ["user"]);
+        assert_eq!(request.config.on_poweroff, OnPowerOff::Back);
         let sources: Vec<&DiskSource> = request.config.disks.iter().map(|disk| &disk.source).collect();
         match sources.as_slice() {
             [DiskSource::File(a), DiskSource::File(b), DiskSource::Size(size)] => {
@@ -365,6 +402,7 @@ mod tests {
             ("name = 'a'\ndisks = ['1G,ro']", "read-only"),
             ("name = 'a'\nforwards = ['22']", "HOST:GUEST"),
             ("name = 'a'\nboot = 'floppy'", "floppy"),
+            ("name = 'a'\non_poweroff = 'explode'", "explode"),
             ("name = 'a'\nnetworks = ['user', 'none']", "none"),
         ] {
             let problem = file(text).unwrap_err();

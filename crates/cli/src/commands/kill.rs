@@ -1,7 +1,9 @@
 //! `kill`: end its process at once.
 
 use clap_complete::ArgValueCompleter;
+use serde_json::json;
 use server::Problem;
+use server::client::Method;
 use server::snapshots::{Machine, Power};
 
 use crate::session::Session;
@@ -9,8 +11,8 @@ use crate::{address, complete};
 
 /// End a machine's process at once
 ///
-/// What the guest has not written to its disks is lost, as if the power had gone. Of a suspended machine the memory that is kept
-/// goes, after a question.
+/// What the guest has not written to its disks is lost, as if the power had gone. What follows, `spinney set --on-poweroff` says. Of a
+/// suspended machine the memory that is kept goes, after a question, and nothing follows.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  spinney kill web")]
 pub(crate) struct Args {
@@ -23,17 +25,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
-    let machine: Machine = session.get(&address::target(&args.target)?)?;
+    let place = address::target(&args.target)?;
+    let client = session.client()?;
+    let machine: Machine = client.get(&place)?;
     if machine.power == Power::Suspended {
         let plan = [format!("goes: the memory of {}, which `spinney start` would go on with", machine.name)];
         session.confirm(&plan, "Give it up?", args.yes)?;
     }
-    let path = format!("{}/kill", address::target(&args.target)?);
-    let machine: Machine = session.post(&path)?;
-    if session.out.json {
-        session.document("spinney.machine/1", &machine);
-    } else {
-        session.out.line(format_args!("{} is off", machine.name));
-    }
-    Ok(())
+    let off = session.operate(&client, Method::POST, &format!("{place}/kill"), Some(&json!({})))?;
+    super::power_off::tell(session, &client, &place, off)
 }

@@ -19,6 +19,7 @@ mod ls;
 mod man;
 mod op;
 mod pause;
+mod power_off;
 mod protect;
 mod resume;
 mod rm;

@@ -7,9 +7,11 @@ use clap_complete::{ArgValueCompleter, PathCompleter};
 use server::Problem;
 use server::api::DiscardPlan;
 use server::client::Method;
-use server::snapshots::{Boot, CdDrive, Code, DiskConfig, DiskSource, Display, Forward, Machine, SetOptions};
+use server::snapshots::{
+    Boot, CdDrive, Code, DiskConfig, DiskSource, Display, Forward, Machine, OnPowerOff, SetOptions,
+};
 
-use super::create::{BootWord, DisplayWord, parse_disk};
+use super::create::{BootWord, DisplayWord, PowerOffWord, parse_disk};
 use crate::errors::misuse;
 use crate::session::Session;
 use crate::size::parse_size;
@@ -17,8 +19,8 @@ use crate::{address, complete};
 
 /// Change a machine's settings
 ///
-/// Disc, forwards and autostart change at once, also while the machine runs; for all else it has to be off. Settings belong to a
-/// snapshot as memory and disks do, and come back with `goto`.
+/// Disc, forwards, autostart and what is done at power-off change at once, also while the machine runs; for all else it has to be off.
+/// Settings belong to a snapshot as memory and disks do, and come back with `goto`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -27,9 +29,10 @@ Examples:
   spinney set web --rm-disk disk1           snapshots that have it keep it
   spinney set web --cdrom debian.iso        --cdrom none takes the disc out
   spinney set web --forward 2222:22         all there are from now on; --forward none closes them
-  spinney set web --autostart=false")]
+  spinney set web --autostart=false
+  spinney set web --on-poweroff back        whenever it is powered off, it goes back to its snapshot")]
 #[command(group(ArgGroup::new("changes").required(true).multiple(true)
-    .args(["memory", "cpus", "add_disks", "rm_disks", "cdrom", "forwards", "autostart", "boot", "display"])))]
+    .args(["memory", "cpus", "add_disks", "rm_disks", "cdrom", "forwards", "autostart", "on_poweroff", "boot", "display"])))]
 pub(crate) struct Args {
     /// Machine
     #[arg(add = ArgValueCompleter::new(complete::targets))]
@@ -55,6 +58,9 @@ pub(crate) struct Args {
     /// Start it with the daemon after the host was restarted, or with =false no longer
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     autostart: Option<bool>,
+    /// What is done with it when it is powered off, by its guest, `stop` or `kill`
+    #[arg(long = "on-poweroff", value_name = "nothing|back|take|ask")]
+    on_poweroff: Option<PowerOffWord>,
     /// What it boots from first
     #[arg(long, value_name = "cd|disk|net")]
     boot: Option<BootWord>,
@@ -83,6 +89,7 @@ pub(crate) fn run(session: &Session, args: Args) -> Result<(), Problem> {
         cdrom: args.cdrom.map(|path| drive(&path, &here)),
         forwards: (!args.forwards.is_empty()).then(|| forwards(&args.forwards)).transpose()?,
         autostart: args.autostart,
+        on_poweroff: args.on_poweroff.map(OnPowerOff::from),
         boot: args.boot.map(Boot::from),
         display: args.display.map(Display::from),
     };

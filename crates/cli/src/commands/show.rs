@@ -5,8 +5,8 @@ use jiff::Timestamp;
 use server::Problem;
 use server::client::Client;
 use server::snapshots::{
-    Boot, CdDrive, DiskSource, Display, Firmware, Forward, Machine, MachineConfig, Mode, Snapshot,
-    SnapshotState,
+    Boot, CdDrive, DiskSource, Display, Firmware, Forward, Machine, MachineConfig, Mode, OnPowerOff,
+    Snapshot, SnapshotState,
 };
 
 use crate::draw::{power, state};
@@ -53,7 +53,7 @@ pub(super) type Rows = Vec<(&'static str, String)>;
 
 pub(super) fn page(session: &Session, rows: &Rows) {
     // Prose is broken between words; what somebody may want to copy is left to the terminal.
-    const PROSE: [&str; 3] = ["note", "memory found", "as it was"];
+    const PROSE: [&str; 4] = ["note", "memory found", "as it was", "powered off"];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (mut name, value) in rows.iter().map(|(name, value)| (*name, value)) {
         let lines = match session.out.width {
@@ -94,6 +94,7 @@ fn of_machine(m: &Machine) -> Rows {
             )
         }),
     );
+    add("powered off", m.left_at_power_off.as_ref().map(|why| format!("left as it is: {why}")));
     add("busy", m.busy.clone());
     let back = m.brought_back_by.as_ref();
     add(
@@ -168,9 +169,23 @@ fn of_config(c: &MachineConfig) -> Rows {
     add("forwards", (!c.forwards.is_empty()).then(|| lines(&c.forwards)));
     add("display", (c.display == Display::Vnc).then(|| "VNC".to_owned()));
     add("autostart", c.autostart.then(|| "yes".to_owned()));
+    add(
+        "at power-off",
+        (c.on_poweroff != OnPowerOff::Nothing).then(|| at_power_off(c.on_poweroff).to_owned()),
+    );
     add("memory in snapshots", (!c.memory_snapshots).then(|| "no".to_owned()));
     add("QEMU arguments", (!c.qemu_args.is_empty()).then(|| c.qemu_args.join(" ")));
     rows
+}
+
+/// What is done at power-off, by the word that people type.
+fn at_power_off(what: OnPowerOff) -> &'static str {
+    match what {
+        OnPowerOff::Nothing => "nothing",
+        OnPowerOff::Back => "back: it goes back to the snapshot that it comes from",
+        OnPowerOff::Take => "take: a snapshot of it is taken",
+        OnPowerOff::Ask => "ask: `spinney stop` and `spinney kill` ask on a terminal",
+    }
 }
 
 /// Where firmware looks first, as people type it.

@@ -6,7 +6,6 @@ use clap_complete::ArgValueCompleter;
 use server::Problem;
 use server::api::StopRequest;
 use server::client::Method;
-use server::snapshots::Machine;
 
 use crate::session::Session;
 use crate::size::parse_duration;
@@ -14,7 +13,8 @@ use crate::{address, complete};
 
 /// Ask the guest to turn itself off
 ///
-/// The guest gets the signal of the power button (ACPI). One that ignores it goes on running, and this exits with 9.
+/// The guest gets the signal of the power button (ACPI). One that ignores it goes on running, and this exits with 9. What follows when it
+/// is off, `spinney set --on-poweroff` says.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -33,15 +33,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
-    let path = format!("{}/stop", address::target(&args.target)?);
+    let place = address::target(&args.target)?;
+    let client = session.client()?;
     // The API counts seconds; a part of one is one.
     let timeout_seconds = args.timeout.as_secs() + u64::from(args.timeout.subsec_nanos() > 0);
     let body = StopRequest { timeout_seconds, kill: args.kill };
-    let machine: Machine = session.change(Method::POST, &path, &body)?;
-    if session.out.json {
-        session.document("spinney.machine/1", &machine);
-    } else {
-        session.out.line(format_args!("{} is off", machine.name));
-    }
-    Ok(())
+    let off = session.operate(&client, Method::POST, &format!("{place}/stop"), Some(&body))?;
+    super::power_off::tell(session, &client, &place, off)
 }

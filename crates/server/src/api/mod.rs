@@ -23,6 +23,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use jiff::Timestamp;
 use serde::Serialize;
+use serde_json::Value;
 use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa::openapi::{Content, Ref, RefOr, ResponseBuilder};
@@ -36,7 +37,7 @@ pub use daemon::Version;
 pub use events::EVENT_OPERATION;
 pub use groups::CreateGroupRequest;
 pub use store::{FsckRequest, GcRequest, UndoRequest};
-pub use targets::{CreateRequest, DiscardPlan, GotoRequest, StopRequest};
+pub use targets::{CreateRequest, DiscardPlan, GotoRequest, PowerOffRequest, StopRequest};
 
 /// Largest request body in bytes.
 const BODY_LIMIT: usize = 1 << 20;
@@ -107,6 +108,13 @@ impl App {
         let view = self.operations.start(request, move |cx| Ok(call(&engine, cx)?))?;
         Ok(Accepted(view))
     }
+
+    /// Starts what is to be done with a machine, by its id, that was powered off by its guest.
+    pub(crate) fn see_to_power_off(&self, target: String, name: String) -> Result<OperationView, Problem> {
+        let request = Request { kind: "power-off", subject: name, key: None, parameters: Value::Null };
+        let engine = Arc::clone(&self.engine);
+        self.operations.start(request, move |cx| Ok(engine.see_to_power_off(cx, &target)?))
+    }
 }
 
 /// Answer 202: the operation has started, and this is where to ask for it.
@@ -154,6 +162,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(targets::start))
         .routes(routes!(targets::stop))
         .routes(routes!(targets::kill))
+        .routes(routes!(targets::power_off))
         .routes(routes!(targets::pause))
         .routes(routes!(targets::resume))
         .routes(routes!(targets::set))

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use ::snapshots::{
-    CloneOptions, Edit, GotoPower, Machine, MachineConfig, RemovePlan, SetOptions, TakeOptions, Tree,
+    CloneOptions, Edit, GotoPower, Machine, MachineConfig, OnPowerOff, RemovePlan, SetOptions, TakeOptions,
+    Tree,
 };
 use axum::Json;
 use axum::extract::State;
@@ -43,6 +44,14 @@ impl Default for StopRequest {
     fn default() -> Self {
         Self { timeout_seconds: 60, kill: false }
     }
+}
+
+/// Body of `power-off`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PowerOffRequest {
+    /// Go back, take a snapshot, or do nothing.
+    pub then: OnPowerOff,
 }
 
 /// Body of `goto`.
@@ -151,7 +160,7 @@ pub(super) async fn start(
     app.run("start", target.clone(), key, (), move |engine, cx| engine.start(cx, &target))
 }
 
-/// Ask the guest to turn itself off; the operation's result is the machine
+/// Ask the guest to turn itself off, and do what the settings say of that; the operation's result is a `PoweredOff`
 #[utoipa::path(post, path = "/v1/targets/{target}/stop", tag = "targets", operation_id = "stop",
     params(("target" = String, Path, description = "Name")), request_body = StopRequest,
     responses((status = 202, description = "Started", body = OperationView)))]
@@ -165,7 +174,7 @@ pub(super) async fn stop(
     app.run("stop", target.clone(), key, body, move |engine, cx| engine.stop(cx, &target, timeout, kill))
 }
 
-/// End a machine's process at once; the operation's result is the machine
+/// End a machine's process at once, and do what the settings say of that; the operation's result is a `PoweredOff`
 #[utoipa::path(post, path = "/v1/targets/{target}/kill", tag = "targets", operation_id = "kill",
     params(("target" = String, Path, description = "Name")),
     responses((status = 202, description = "Started", body = OperationView)))]
@@ -175,6 +184,22 @@ pub(super) async fn kill(
     key: Key,
 ) -> Result<Accepted, Problem> {
     app.run("kill", target.clone(), key, (), move |engine, cx| engine.kill(cx, &target))
+}
+
+/// Say what is to be done with a machine that was powered off and left as it is; the operation's result is a `PoweredOff`
+#[utoipa::path(post, path = "/v1/targets/{target}/power-off", tag = "targets", operation_id = "power_off",
+    params(("target" = String, Path, description = "Name")), request_body = PowerOffRequest,
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn power_off(
+    State(app): Shared,
+    Segment(target): Segment,
+    key: Key,
+    Body(body): Body<PowerOffRequest>,
+) -> Result<Accepted, Problem> {
+    let then = body.then;
+    app.run("power-off", target.clone(), key, body, move |engine, cx| {
+        engine.answer_power_off(cx, &target, then)
+    })
 }
 
 /// Let a machine's CPUs stand still; the operation's result is the machine

@@ -20,3 +20,8 @@ CREATE TABLE IF NOT EXISTS expiry (
     jumped   INTEGER,
     spent    INTEGER NOT NULL
 ) STRICT;
+
+CREATE TABLE IF NOT EXISTS powered_off (
+    target TEXT PRIMARY KEY,
+    why    TEXT
+) STRICT;

@@ -9,6 +9,7 @@ mod expiry;
 mod groups;
 mod journal;
 mod layers;
+mod power_off;
 mod reserve;
 mod snapshots;
 mod targets;
@@ -31,6 +32,7 @@ pub(crate) use expiry::{Expiring, Expiry};
 pub(crate) use groups::{DEFAULT_GROUP, GroupRow, no_group};
 pub(crate) use journal::{Act, OpRow, Things, Until};
 pub(crate) use layers::{BaseStamp, LayerRow};
+pub(crate) use power_off::AtPowerOff;
 pub(crate) use snapshots::{Facts, Memory, SnapshotRow};
 pub(crate) use targets::{ProcessRow, Suspended, TargetRow};
 

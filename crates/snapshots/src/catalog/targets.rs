@@ -6,7 +6,7 @@ use qemu::process::ProcessId;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
+use super::{AtPowerOff, Memory, config_column, json_column, now, one, optional_json, time_column, to_json};
 use crate::config::MachineConfig;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted};
@@ -176,7 +176,7 @@ impl TargetRow {
         Ok(())
     }
 
-    /// Sets power state and process. What was suspended is consumed, or dropped.
+    /// Sets power state and process. What was suspended is consumed, or dropped; what was due at a power-off is due no longer.
     pub(crate) fn set_process(
         tx: &Transaction<'_>,
         id: &str,
@@ -187,7 +187,7 @@ impl TargetRow {
             "UPDATE targets SET power = ?2, process = ?3, suspended = NULL WHERE id = ?1",
             params![id, to_json(&power)?, process.map(to_json).transpose()?],
         )?;
-        Ok(())
+        AtPowerOff::end(tx, id)
     }
 
     /// Has no process any more and this memory to go on from.
@@ -197,7 +197,7 @@ impl TargetRow {
             "UPDATE targets SET power = ?2, process = NULL, suspended = ?3 WHERE id = ?1",
             params![id, to_json(&Power::Suspended)?, to_json(&suspended)?],
         )?;
-        Ok(())
+        AtPowerOff::end(tx, id)
     }
 
     /// Every page map that here needs: the memory that is kept, and what a process may still touch.
@@ -278,6 +278,7 @@ impl TargetRow {
     /// Forgets it for good; its snapshots must be gone.
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
+        AtPowerOff::end(tx, id)?;
         tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
         Ok(())
     }

@@ -72,8 +72,9 @@ impl Lab {
 
     /// The same on another machine.
     pub(crate) fn holds_in(&self, machine: &str, offset: u64, byte: u8) -> bool {
+        // A machine that runs may have it too.
         let output = Command::new("qemu-io")
-            .args(["-r", "-f", "qcow2", "-c", &format!("read -P {byte} {offset} 4096")])
+            .args(["-r", "-U", "-f", "qcow2", "-c", &format!("read -P {byte} {offset} 4096")])
             .arg(self.here_of(machine))
             .output()
             .unwrap();
@@ -115,6 +116,12 @@ pub(crate) fn layers(dir: &Path) -> Vec<PathBuf> {
     let groups = std::fs::read_dir(dir.join("s/groups")).unwrap();
     let folders = groups.map(|g| g.unwrap().path().join("layers"));
     folders.flat_map(|f| std::fs::read_dir(f).unwrap()).map(|e| e.unwrap().path()).collect()
+}
+
+/// Ends a process as a crash would.
+pub(crate) fn kill_process(pid: u32) {
+    let process = qemu::process::Process::open(pid).unwrap();
+    process.kill();
 }
 
 pub(crate) fn qemu_io(image: &Path, command: &str) {

@@ -40,6 +40,8 @@ pub enum Act {
     Stop,
     /// `kill`.
     Kill,
+    /// `stop` of a machine that goes back when it is powered off.
+    StopBack,
     /// `suspend`.
     Suspend,
     /// `start` of a machine that is suspended.
@@ -127,6 +129,7 @@ impl Act {
                 | Act::GotoFromOff
                 | Act::GotoInPlace
                 | Act::UndoGoto
+                | Act::StopBack
         )
     }
 
@@ -138,6 +141,11 @@ impl Act {
     /// It happens after the command, by itself.
     pub(super) fn comes_later(self) -> bool {
         self == Act::Expire
+    }
+
+    /// What it comes to is done without it too, by the next daemon.
+    pub(super) fn is_due(self) -> bool {
+        self == Act::StopBack
     }
 
     /// It is about whether there is a process at all.
@@ -160,6 +168,7 @@ impl Act {
                 scene.ok(&format!("kill {m}"))?;
                 scene.here.running = false;
             }
+            Act::StopBack => drop(scene.ok(&format!("set {m} --on-poweroff back"))?),
             Act::Wake => drop(scene.ok(&format!("suspend {m}"))?),
             Act::Regroup => {
                 // What was left where it came from before.
@@ -201,6 +210,7 @@ impl Act {
             Act::Start => (format!("start {m}"), "start", was()),
             Act::Stop => (format!("stop {m}"), "stop", was()),
             Act::Kill => (format!("kill {m}"), "kill", was()),
+            Act::StopBack => (format!("stop {m}"), "power-off goto", point(BASE)),
             Act::Suspend => (format!("suspend {m}"), "suspend", was()),
             Act::Wake => (format!("start {m}"), "start", was()),
             Act::Regroup | Act::RegroupOff => (format!("edit {m} --group g{number}"), "edit", was()),

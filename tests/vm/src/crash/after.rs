@@ -1,7 +1,8 @@
 //! The checks after a blow.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use super::act::{Act, CLONE, Plan, Stage};
 use super::blow::Victim;
@@ -13,6 +14,9 @@ use crate::walk::Violation;
 
 /// How soon a guest ticks that nobody has a reason to hold.
 const SOON: Duration = Duration::from_secs(5);
+
+/// How long what is due may take.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn wrong<T>(text: String) -> Result<T, Violation> {
     Err(Violation::Wrong(text))
@@ -30,6 +34,9 @@ impl Scene {
         layers: &[PathBuf],
         taken: &Moment,
     ) -> Result<bool, Violation> {
+        if act.is_due() {
+            self.wait_for_what_is_due()?;
+        }
         // The first command starts the daemon, if it is gone.
         let (view, points) = View::read(&self.spinney)?;
         let happened = self.outcome(plan, victim, ended)?;
@@ -59,7 +66,8 @@ impl Scene {
             let known = self.known.get(&name).cloned();
             let moment = match act.takes() {
                 true => Moment { running: act != Act::TakeDiskOnly, ..taken.clone() },
-                false => self.here.clone(),
+                // It was off when that was kept.
+                false => Moment { running: act != Act::StopBack && self.here.running, ..self.here.clone() },
             };
             if name != BASE && (known.is_none() || plan.also.as_ref() == Some(&name)) {
                 there.push((name, known.unwrap_or(moment)));
@@ -71,6 +79,21 @@ impl Scene {
             checked.map_err(|error| Violation::Wrong(format!("gone to {name}: {error}")))?;
         }
         Ok(happened)
+    }
+
+    /// The next daemon does it beside its first commands.
+    fn wait_for_what_is_due(&self) -> Result<(), Violation> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let machine = self.ok(&format!("show {}", self.machine()))?;
+            if machine["power"] != "off" {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return wrong(format!("it is off, and what is due is not done: {machine}"));
+            }
+            sleep(Duration::from_millis(20));
+        }
     }
 
     /// Whether the journal says that it happened; and that the command said the same.
@@ -124,7 +147,7 @@ impl Scene {
             return self.check_disk(&expected);
         }
         match power {
-            "suspended" if matches!(act, Act::Suspend | Act::Wake | Act::Regroup) => {
+            "suspended" if matches!(act, Act::Suspend | Act::Wake | Act::Regroup | Act::StopBack) => {
                 self.ok(&format!("start {m}"))?;
                 self.check_guest(&expected)
             }
@@ -185,10 +208,10 @@ impl Scene {
             return wrong(format!("the guest is {found:?}, not {expected:?}"));
         }
         let mut guest = self.guest()?;
-        let deadline = std::time::Instant::now() + SOON;
+        let deadline = Instant::now() + SOON;
         let first = guest.counter()?;
         while guest.counter()? <= first {
-            if std::time::Instant::now() > deadline {
+            if Instant::now() > deadline {
                 return wrong(format!("the guest's counter stands still at {first}"));
             }
         }

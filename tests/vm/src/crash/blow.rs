@@ -56,9 +56,13 @@ impl Victim {
         let guest = act.stage() != Stage::Cold;
         match self {
             Victim::Daemon | Victim::Power => true,
-            // Nothing has no room that is taken back for another reason.
-            Victim::Room => act != Act::TakeCancelled,
+            // Nothing has no room that is taken back for another reason, or whose command is done before.
+            Victim::Room => act != Act::TakeCancelled && !act.is_due(),
             Victim::Successor(_) | Victim::RoomThenDaemon => false,
+            // No guest stands still there.
+            Victim::Warden | Victim::Stopped | Victim::Both | Victim::WardenThenDaemon if act.is_due() => {
+                false
+            }
             Victim::Warden | Victim::Stopped => guest && !act.switches(),
             Victim::Both => act.takes() || act.goes(),
             Victim::WardenThenDaemon => {
@@ -73,7 +77,7 @@ impl Victim {
                     Act::GotoFromOff => step == "goto.overlays",
                     Act::GotoToOff => step == "goto.ended",
                     Act::Suspend => step == "suspend.ended",
-                    Act::Wake | Act::Regroup => true,
+                    Act::Wake | Act::Regroup | Act::StopBack => true,
                     _ => matches!(step, "stop.ended" | "kill.ended" | "goto.alone"),
                 };
                 guest && !none
@@ -192,7 +196,8 @@ impl Scene {
         }
         // Without any new command.
         let has_guest = self.here.running && self.stage != Stage::Cold;
-        let away = act.switches() || matches!(act, Act::GotoToOff | Act::Suspend | Act::Wake | Act::Regroup);
+        let away = act.switches()
+            || matches!(act, Act::GotoToOff | Act::Suspend | Act::Wake | Act::Regroup | Act::StopBack);
         let ticks = has_guest && !away;
         match victim {
             Victim::Daemon if ticks => ticks_somewhere(&self.spinney, DEAD)?,

@@ -90,6 +90,7 @@ pub const ROWS: &[Row] = &[
     row(Act::Start, &["start.launched", "start.kept"], &["journal.begun"]),
     row(Act::Stop, &["stop.ended"], &["journal.begun"]),
     row(Act::Kill, &["kill.ended"], &["journal.begun"]),
+    row(Act::StopBack, &["power-off.due", "goto.overlays", "goto.decided"], &["goto.trimmed"]),
     row(
         Act::Suspend,
         &["suspend.memory", "suspend.written", "suspend.ended"],
@@ -130,6 +131,8 @@ pub const RECOVERY: &[(Act, &str, &str)] = &[
     (Act::Goto, "goto.decided", "recover.mended"),
     (Act::Goto, "goto.loaded", "recover.cleared"),
     (Act::TakeLive, "take.resumed", "recover.closed"),
+    (Act::StopBack, "power-off.due", "goto.decided"),
+    (Act::StopBack, "goto.overlays", "recover.closed"),
     (Act::Regroup, "regroup.copied", "recover.cleared"),
     (Act::CloneTo, "clone.copied", "recover.cleared"),
     (Act::GotoInPlace, "goto.alone", "in-place.back"),
