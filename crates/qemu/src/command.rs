@@ -109,6 +109,8 @@ pub struct MachineSpec {
     pub vnc: bool,
     /// Cards on QEMU's user-mode network.
     pub cards: Vec<Card>,
+    /// A port for the guest agent, with its socket in the run folder.
+    pub guest_agent: bool,
     /// Linux kernel, initial file system, command line.
     pub kernel: Option<(PathBuf, Option<PathBuf>, Option<String>)>,
     /// Refuse devices that cannot be migrated.
@@ -146,6 +148,11 @@ impl RunFolder {
     /// The serial console.
     pub fn console(&self) -> PathBuf {
         self.0.join("console")
+    }
+
+    /// The guest agent's port, if there is one.
+    pub fn agent(&self) -> PathBuf {
+        self.0.join("agent")
     }
 
     /// The screen, if there is one.
@@ -242,11 +249,19 @@ impl MachineSpec {
         args.socket("serial0", &run.console());
         args.pair("-serial", "chardev:serial0");
         args.pair("-device", "virtio-rng-pci,id=rng0,addr=0x1d");
+        if self.guest_agent {
+            args.pair("-device", "virtio-serial-pci,id=agent,addr=0x1e,max_ports=2");
+            args.socket("agent0", &run.agent());
+            args.pair(
+                "-device",
+                format!("virtserialport,id=agent0,bus=agent.0,nr=1,chardev=agent0,name={AGENT_PORT}"),
+            );
+        }
         self.disk_arguments(&mut args);
         self.cd_arguments(&mut args);
         for (index, card) in self.cards.iter().enumerate() {
-            let slot = 0x18 + index;
             args.pair("-netdev", format!("user,id={}", card.id));
+            let slot = card_slot(index);
             // Its boot ROM would be in every snapshot: it has one only to boot from.
             let rom =
                 if self.boots_from_net() && index == 0 { self.boot_index(0) } else { ",romfile=".into() };
@@ -331,6 +346,20 @@ impl Uefi {
     }
 }
 
+/// The PCI slot of a card by its number.
+fn card_slot(index: usize) -> usize {
+    0x18 + index
+}
+
+/// What `device_add` is told of a card that takes the place of one that was there.
+pub fn replaced_card(index: usize, card: &Card) -> Value {
+    let slot = format!("{:#x}", card_slot(index));
+    json!({ "driver": "virtio-net-pci", "id": card.id, "netdev": card.id, "mac": card.mac, "addr": slot, "romfile": "" })
+}
+
+/// The name by which the guest agent finds its port.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
+
 /// Node of the UEFI firmware.
 const CODE_NODE: &str = "uefi-code";
 
@@ -401,6 +430,7 @@ mod tests {
             uefi: None,
             vnc: false,
             cards: vec![Card { id: "net0".into(), mac: "52:54:00:00:00:01".into() }],
+            guest_agent: false,
             kernel: None,
             only_migratable: true,
             direct: true,

@@ -13,6 +13,7 @@ pub mod disc;
 pub mod ends;
 pub mod firmware;
 pub mod forward;
+pub mod guest_agent;
 mod guest_memory;
 pub mod image;
 pub mod live;

@@ -57,6 +57,11 @@ impl Unwritten<'_> {
     pub(crate) fn check(&self) -> Result<()> {
         Ok(self.hold.check()?)
     }
+
+    /// The snapshot, for whoever keeps it as something else, and what holds its pages.
+    pub(crate) fn into_parts(self) -> (SnapshotRow, pages::Hold) {
+        (self.row, self.hold)
+    }
 }
 
 impl Engine {
@@ -88,15 +93,7 @@ impl Engine {
             protected: false,
             machine: target.machine.clone(),
             config: target.config.clone(),
-            facts: Facts {
-                power: job.power,
-                mode: job.mode,
-                pause_us: None,
-                took_us: 0,
-                memory_bytes: 0,
-                disk_bytes: 0,
-                saved: Saved::default(),
-            },
+            facts: Facts::of_nothing(job.mode, job.power),
             memory: None,
             removed: None,
         };

@@ -90,7 +90,7 @@ impl Engine {
         let (id, subject) = (new_id(), format!("{address} {name}"));
         self.journaled(cx, "clone", &subject, Some(&id), &json!(ClonePlan::default()), || {
             let original = self.original(cx, address, &wants)?;
-            let mut config = of_its_own(cx, &original, name);
+            let mut config = of_its_own(cx, &original.name, &original.config, name);
             let disks = match &original.copies {
                 None => self.linked_disks(&original)?,
                 Some(copies) => self.full_disks(cx, &original, copies, &mut config)?,
@@ -105,7 +105,7 @@ impl Engine {
                     GroupRow::by_id(tx, &clone.group).map_err(|_| no_group(&clone.group_name))?;
                     clone.insert(tx)?;
                     disks.insert(tx, &clone.id)?;
-                    let made = Things { snapshots: Vec::new(), target: Some(clone.id.clone()) };
+                    let made = Things::machines([clone.id.clone()]);
                     OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
                 })
             });
@@ -198,7 +198,9 @@ impl Engine {
             ));
         }
         if !unused && !planted(Fault::CloneOverLive) {
-            self.freeze(&row, running.as_deref(), wants)?;
+            // A full clone is the way out of a chain that is as deep as may be.
+            let limit = if wants.full { GOTO_DEPTH_LIMIT } else { DEPTH_LIMIT };
+            self.freeze(&row, running.as_deref(), limit)?;
         }
         Ok(Original {
             _pins: self.catalog.read(|tx| Ok(self.pins.pin(chains(tx, &disks)?)))?,
@@ -213,9 +215,7 @@ impl Engine {
     }
 
     /// Puts new overlays over the disks of a machine that goes on as it is.
-    fn freeze(&self, row: &TargetRow, running: Option<&Running>, wants: &Wants<'_>) -> Result<()> {
-        // A full clone is the way out of a chain that is as deep as may be.
-        let limit = if wants.full { GOTO_DEPTH_LIMIT } else { DEPTH_LIMIT };
+    pub(crate) fn freeze(&self, row: &TargetRow, running: Option<&Running>, limit: u32) -> Result<()> {
         let overlays = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.plan_overlays(tx, &row.name, &disks, limit).map_err(flat_instead)
@@ -282,7 +282,7 @@ pub(crate) fn below(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<
 }
 
 /// All layers of these disks.
-fn chains(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<String>> {
+pub(crate) fn chains(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<String>> {
     let mut layers = Vec::new();
     for (_, top) in disks {
         layers.extend(LayerRow::chain(tx, top)?.into_iter().map(|layer| layer.id));
@@ -291,15 +291,15 @@ fn chains(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<String
 }
 
 /// The settings of a clone: what two machines cannot both have is left out, and said.
-fn of_its_own(cx: &Context, original: &Original<'_>, name: &str) -> MachineConfig {
-    let mut config = original.config.clone();
+pub(crate) fn of_its_own(cx: &Context, source: &str, config: &MachineConfig, name: &str) -> MachineConfig {
+    let mut config = config.clone();
     config.autostart = false;
     config.on_poweroff = OnPowerOff::Nothing;
     let forwards = std::mem::take(&mut config.forwards);
     if let Some(first) = forwards.first() {
         cx.warn(format!(
             "{name} has none of the forwards of {}: a port leads into one machine; `spinney set {name} --forward OTHER:{}` gives it one",
-            original.name, first.guest
+            source, first.guest
         ));
     }
     config

@@ -235,6 +235,9 @@ pub struct MachineConfig {
     pub on_poweroff: OnPowerOff,
     /// False: the machine may have devices that cannot be migrated, and is taken `disk_only` or off.
     pub memory_snapshots: bool,
+    /// A port for the QEMU guest agent, which can tell a guest that it was copied. Machines that are made get one.
+    #[serde(default)]
+    pub guest_agent: bool,
     /// Words handed to QEMU as they are; `{run}` becomes the run folder of the process.
     pub qemu_args: Vec<String>,
 }
@@ -258,6 +261,7 @@ impl MachineConfig {
             autostart: false,
             on_poweroff: OnPowerOff::Nothing,
             memory_snapshots: true,
+            guest_agent: false,
             qemu_args: Vec::new(),
         }
     }

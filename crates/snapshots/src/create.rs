@@ -32,6 +32,7 @@ impl Engine {
         let group = self.named_group(group)?;
         group.store()?;
         check_config(&mut config)?;
+        config.guest_agent = true;
         check_ever_fits(name, config.memory)?;
         if let Some(image) = config.cdrom.as_mut().and_then(|drive| drive.image.as_mut()) {
             *image = existing_file("disc", image)?;

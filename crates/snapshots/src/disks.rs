@@ -56,6 +56,27 @@ impl Engine {
         }
     }
 
+    /// What QEMU is told of disks that nobody writes to, and of new overlays over others.
+    pub(crate) fn specs_over(
+        &self,
+        read_only: &[(String, String)],
+        overlays: &[NewOverlay],
+    ) -> Result<Vec<Disk>> {
+        self.catalog.read(|tx| {
+            let mut disks = self.disk_specs(tx, read_only)?;
+            for new in overlays {
+                let below = [(new.disk.clone(), new.below.id.clone())];
+                for mut disk in self.disk_specs(tx, &below)? {
+                    disk.layers.push(self.layer_spec(&new.row));
+                    disk.read_only = false;
+                    disks.push(disk);
+                }
+            }
+            disks.sort_by_key(|disk| disk.place);
+            Ok(disks)
+        })
+    }
+
     pub(crate) fn layer_spec(&self, row: &LayerRow) -> Layer {
         Layer { id: row.id.clone(), file: self.layer_file(row), format: row.format.clone() }
     }

@@ -98,7 +98,7 @@ impl Engine {
             guard.about(&subject);
             self.journaled(&cx, "expire", &subject, Some(target), &json!({}), || {
                 self.catalog.write(|tx| {
-                    let gone = Things { snapshots: vec![row.id.clone()], target: None };
+                    let gone = Things { snapshots: vec![row.id.clone()], ..Things::default() };
                     SnapshotRow::spend_expiry(tx, &row.id)?;
                     remove(tx, &gone)?;
                     OpRow::finish(tx, &cx.id, Some(Act::Restore(gone)))

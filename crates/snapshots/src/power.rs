@@ -14,7 +14,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::forwards::{check_ports, set_ports};
 use crate::running::{Begin, Running, check_host_memory};
-use crate::types::{Machine, Power, PoweredOff};
+use crate::types::{ForkOptions, Identity, Machine, Power, PoweredOff};
 use crate::undo_point::brought_back_by;
 
 /// Nobody waits longer for a guest to power off.
@@ -73,6 +73,7 @@ impl Engine {
             parent,
             snapshots,
             protected: row.protected,
+            throw_away: row.throw_away,
             created: row.created,
             pid: running.as_ref().map(|r| r.process.id().pid),
             brought_back_by,
@@ -120,12 +121,23 @@ impl Engine {
 
     /// Boots a machine that is off, or goes on with one that is suspended.
     pub fn start(&self, cx: &Context, target: &str) -> Result<Machine> {
-        let (mut row, _guard) = self.lock_target(cx, target, "start")?;
+        let (mut row, guard) = self.lock_target(cx, target, "start")?;
         if self.look(&row)?.1.is_none() {
             // It may have ended in this very moment.
             row = self.settle_power_off(cx, row)?;
         }
         match self.look(&row)? {
+            // A template: what is done to the copy is not done to it.
+            (Power::Off | Power::LostPower | Power::Suspended, _) if row.protected => {
+                drop(guard);
+                let options =
+                    ForkOptions { name: None, count: 1, identity: Identity::Isolate, throw_away: true };
+                let forked = self.fork(cx, target, &options)?;
+                let fork = forked.forks.into_iter().next();
+                return fork
+                    .map(|fork| fork.machine)
+                    .ok_or_else(|| Error::new(Code::Failed, "there is no fork"));
+            }
             (Power::Off | Power::LostPower, _) => {}
             (Power::Suspended, _) => {
                 self.check_room(0)?;
@@ -146,6 +158,7 @@ impl Engine {
             step("start.kept");
             self.catalog.write(|tx| OpRow::finish(tx, &cx.id, None))
         })?;
+        drop(guard);
         self.machine_by_id(&row.id)
     }
 

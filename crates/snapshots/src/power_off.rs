@@ -23,8 +23,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use qemu::ends::{Awaited, Ends};
 use qemu::process::Process;
+use serde_json::json;
 
 use crate::catalog::{AtPowerOff, OpRow, SnapshotRow, TargetRow};
 use crate::clone::below;
@@ -42,7 +44,9 @@ use crate::types::{Power, PoweredOff, TakeOptions};
 pub(crate) const GOTO: &str = "power-off goto";
 /// Taking a snapshot, in the journal.
 pub(crate) const TAKE: &str = "power-off take";
-/// All that follows a power-off, in the journal.
+/// Throwing a machine away that was made to be, in the journal.
+const THROW_AWAY: &str = "throw away";
+/// All that follows a power-off and can be taken back, in the journal.
 pub(crate) const KINDS: [&str; 2] = [GOTO, TAKE];
 /// What a machine is busy with meanwhile.
 const BUSY_WITH: &str = "power-off";
@@ -90,8 +94,26 @@ impl Engine {
         watch
     }
 
+    /// A throw-away machine that has stopped goes, with all that it had, and is not kept for undo.
+    fn throw_away(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+        self.journaled(cx, THROW_AWAY, &row.name, Some(&row.id), &json!({}), || {
+            self.catalog.write(|tx| {
+                AtPowerOff::end(tx, &row.id)?;
+                let long_ago = Some(Timestamp::UNIX_EPOCH);
+                for snapshot in SnapshotRow::of_target(tx, &row.id)? {
+                    SnapshotRow::set_removed(tx, &snapshot.id, long_ago)?;
+                }
+                TargetRow::set_removed(tx, &row.id, long_ago)?;
+                OpRow::finish(tx, &cx.id, None)
+            })
+        })?;
+        step("throw-away.written");
+        Ok(())
+    }
+
     fn watch_due(&self, watch: &mut Watch) -> Result<()> {
-        for row in self.catalog.read(AtPowerOff::due)? {
+        let spent = self.catalog.read(|tx| TargetRow::all(tx, false))?.into_iter().filter(is_spent);
+        for row in self.catalog.read(AtPowerOff::due)?.into_iter().chain(spent) {
             // Whoever works with it sees to it himself, or it is for the next look.
             match self.locks.busy_with(&row.id) {
                 Some(_) => watch.again_after(BUSY),
@@ -158,7 +180,11 @@ impl Engine {
         }
         // Whoever gives up what he came for does not mean this.
         self.carry_out_if_due(&cx.another().uncancelled(), &row.id, false)?;
-        self.catalog.read(|tx| TargetRow::by_id(tx, &row.id))
+        let row = self.catalog.read(|tx| TargetRow::by_id(tx, &row.id))?;
+        match row.throw_away && row.removed.is_some() {
+            true => Err(Error::new(Code::NotFound, format!("{} has stopped, and so is gone", row.name))),
+            false => Ok(row),
+        }
     }
 
     /// Says what is to be done with a machine that was powered off and left as it is.
@@ -181,6 +207,9 @@ impl Engine {
     /// What is due, if anything is. If it fails, that is told, and nothing is due any more.
     fn carry_out_if_due(&self, cx: &Context, id: &str, asked: bool) -> Result<()> {
         let (row, due) = self.catalog.read(|tx| Ok((TargetRow::by_id(tx, id)?, AtPowerOff::of(tx, id)?)))?;
+        if is_spent(&row) {
+            return self.throw_away(cx, &row);
+        }
         if due != Some(AtPowerOff::Due) {
             return Ok(());
         }
@@ -234,6 +263,11 @@ impl Engine {
         })?;
         Ok(config == snapshot.config && under == there && self.nothing_written(&here)?)
     }
+}
+
+/// True of a throw-away machine that has stopped.
+fn is_spent(row: &TargetRow) -> bool {
+    row.throw_away && row.removed.is_none() && matches!(row.power, Power::Off | Power::LostPower)
 }
 
 /// For people who start the daemon.

@@ -52,6 +52,7 @@ impl Engine {
                 let gone = Things {
                     snapshots: doomed.snapshots.iter().map(|s| s.id.clone()).collect(),
                     target: doomed.machine.then(|| row.id.clone()),
+                    others: Vec::new(),
                 };
                 remove(tx, &gone)?;
                 OpRow::finish(tx, &cx.id, Some(Act::Restore(gone)))
@@ -126,7 +127,7 @@ pub(crate) fn remove(tx: &Transaction<'_>, things: &Things) -> Result<()> {
     // One time for all: undo keeps or gives up all of it.
     let at = Some(now());
     things.snapshots.iter().try_for_each(|id| SnapshotRow::set_removed(tx, id, at))?;
-    things.target.iter().try_for_each(|id| {
+    things.targets().try_for_each(|id| {
         AtPowerOff::end(tx, id)?;
         TargetRow::set_removed(tx, id, at)
     })

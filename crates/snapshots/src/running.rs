@@ -40,6 +40,14 @@ pub(crate) struct Running {
     pub(crate) row: ProcessRow,
 }
 
+impl Running {
+    /// Ends a process that did not become a machine's.
+    pub(crate) fn give_up(&self) {
+        self.process.kill();
+        let _ = fs::remove_dir_all(&self.run.0);
+    }
+}
+
 /// What became of a process that the catalog names.
 #[derive(Debug)]
 pub(crate) enum Adopted {
@@ -135,6 +143,7 @@ impl Engine {
             uefi,
             vnc: config.display == Display::Vnc,
             cards: cards.map(|(i, mac)| Card { id: format!("net{i}"), mac: mac.clone() }).collect(),
+            guest_agent: config.guest_agent,
             kernel: config.kernel.clone().map(|k| (k, config.initrd.clone(), config.append.clone())),
             only_migratable: config.memory_snapshots,
             direct: self.direct_io(&target.group),
@@ -440,6 +449,36 @@ pub(crate) fn check_host_memory(bytes: u64, coming: u64) -> Result<()> {
     )
     .hint("end another machine first, or make this one with less --memory")
     .in_the_way())
+}
+
+/// What a QEMU takes beside its guest's memory, and then some.
+const QEMU_ITSELF: u64 = 64 << 20;
+/// The part of its memory, one in so many bytes, that a fork comes to write, for all we know.
+const WRITTEN_PART: u64 = 4;
+
+/// Sees to it that the host has memory for so many forks with so much each. If it is `mapped`, they share what they do not write to.
+pub(crate) fn check_memory_for_forks(count: u32, bytes: u64, mapped: bool) -> Result<()> {
+    let Some(available) = available_memory() else { return Ok(()) };
+    let (own, how) = match mapped {
+        true => (bytes / WRITTEN_PART, "a quarter of its memory, which it may come to write"),
+        false => (bytes, "its memory"),
+    };
+    let each = QEMU_ITSELF.saturating_add(own);
+    let room = available / each;
+    if u64::from(count) <= room {
+        return Ok(());
+    }
+    let mib = |bytes: u64| bytes >> 20;
+    Err(Error::new(
+        Code::Precondition,
+        format!(
+            "{count} forks take {} MiB of memory, and this host has {} MiB left: room for {room}",
+            mib(each.saturating_mul(count.into())),
+            mib(available),
+        ),
+    )
+    .because(format!("each takes {} MiB: {} for QEMU, and {how}, {}", mib(each), mib(QEMU_ITSELF), mib(own)))
+    .hint("make fewer, or end other machines first"))
 }
 
 /// Sees to it that a machine with this much memory can be started on this host at all, whatever else runs there.

@@ -99,7 +99,7 @@ impl Standby<'_> {
 impl Drop for Standby<'_> {
     fn drop(&mut self) {
         if let Some(new) = &self.new {
-            abandon(new);
+            new.give_up();
         }
         if let Some(old) = self.old
             && let Err(error) = free_guest(old, self.was_running)
@@ -135,12 +135,6 @@ pub(crate) fn with_way_out(error: Error, way_out: String) -> Error {
         Code::Damaged => error.hint(format!("`spinney fsck --repair` mends what can be mended; {way_out}")),
         _ => error,
     }
-}
-
-/// Ends a process that did not become the machine's.
-fn abandon(new: &Running) {
-    new.process.kill();
-    let _ = std::fs::remove_dir_all(&new.run.0);
 }
 
 impl Engine {
@@ -291,20 +285,9 @@ impl Engine {
                 ))
             })?;
         }
-        let disks = self.catalog.read(|tx| {
-            let read_only = Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?)?;
-            let mut disks = self.disk_specs(tx, &read_only)?;
-            for new in swap.overlays {
-                let below = [(new.disk.clone(), new.below.id.clone())];
-                for mut disk in self.disk_specs(tx, &below)? {
-                    disk.layers.push(self.layer_spec(&new.row));
-                    disk.read_only = false;
-                    disks.push(disk);
-                }
-            }
-            disks.sort_by_key(|disk| disk.place);
-            Ok(disks)
-        })?;
+        let read_only =
+            self.catalog.read(|tx| Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?))?;
+        let disks = self.specs_over(&read_only, swap.overlays)?;
         // What a machine had once it gets again, whatever the host has now: most of it was never touched.
         if swap.coming != Coming::Back {
             check_host_memory(snapshot.config.memory, 0)?;
@@ -344,7 +327,7 @@ impl Engine {
             });
         if let Err(error) = loaded {
             let words = log_tail(&new.run);
-            abandon(&new);
+            new.give_up();
             let noted = error.code() == Code::Failed && !words.is_empty();
             return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
         }

@@ -24,6 +24,7 @@ use qemu::save::SaveError;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::capture::Unwritten;
 use crate::catalog::{Act, AtPowerOff, Expiry, OpRow, SnapshotRow, TargetRow, Things};
 use crate::config::Firmware;
 use crate::context::Context;
@@ -188,7 +189,7 @@ impl Engine {
                 }
                 TargetRow::set_parent(tx, &target.id, Some(&row.id))?;
                 AtPowerOff::taken(tx, &target.id, job.at_power_off)?;
-                let made = Things { snapshots: vec![row.id.clone()], target: None };
+                let made = Things { snapshots: vec![row.id.clone()], ..Things::default() };
                 OpRow::finish(tx, &cx.id, Some(Act::Remove(made)))
             })
         };
@@ -198,6 +199,38 @@ impl Engine {
         }
         step("take.written");
         written.map(|()| snapshot.row.id)
+    }
+
+    /// Here as it is, for copies of it: the disks are frozen, and the machine goes on over them. No snapshot of it is kept.
+    pub(crate) fn capture_for_forks(
+        &self,
+        cx: &Context,
+        row: &TargetRow,
+        power: Power,
+        running: &Running,
+    ) -> Result<Unwritten<'_>> {
+        let mode = choose_mode(row, power, Some(running), &TakeOptions::default())?;
+        self.check_room_for_pages(row.config.disks.len())?;
+        let job = TakeJob {
+            target: row,
+            name: "fork".into(),
+            note: String::new(),
+            keep: false,
+            expire: None,
+            undo_point: false,
+            mode,
+            power,
+            max_pause: None,
+            stands_still: false,
+            at_power_off: false,
+        };
+        let overlays = self.catalog.read(|tx| {
+            let frozen = TargetRow::disks(tx, &row.id)?;
+            self.plan_overlays(tx, &row.name, &frozen, DEPTH_LIMIT)
+        })?;
+        let began = Instant::now();
+        self.make_overlays(&overlays)?;
+        self.capture(cx, &job, Some(running), &overlays, began)
     }
 
     /// The name that was asked for, if it is free; else the next number that is.

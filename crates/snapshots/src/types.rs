@@ -56,6 +56,9 @@ pub struct Machine {
     pub snapshots: u64,
     /// Refuses `rm`.
     pub protected: bool,
+    /// It is removed when it stops.
+    #[serde(default)]
+    pub throw_away: bool,
     /// When it was created.
     pub created: Timestamp,
     /// Process id of QEMU.
@@ -280,6 +283,94 @@ pub struct Cloned {
     /// Images in the folder that was chosen.
     #[cfg_attr(feature = "schema", schema(value_type = Vec<String>))]
     pub files: Vec<PathBuf>,
+}
+
+/// What becomes of a fork's identity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Identity {
+    /// Inside all addresses are the same; its networks are its own.
+    #[default]
+    Isolate,
+    /// Addresses and names become new, as far as the guest lets them.
+    Renew,
+    /// It takes itself for what it was forked from, but for what makes its random numbers others.
+    Keep,
+}
+
+/// What `fork` makes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ForkOptions {
+    /// Name of the new machine, or what the names of several begin with; made from the source's if none.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// How many; 1 if left out.
+    #[serde(default = "one")]
+    pub count: u32,
+    /// What becomes of their identity.
+    #[serde(default)]
+    pub identity: Identity,
+    /// They are removed when they stop.
+    #[serde(default)]
+    pub throw_away: bool,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// A part of a machine's identity after a fork.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct IdentityItem {
+    /// What it is: "MAC address".
+    pub what: String,
+    /// What became of it.
+    pub state: ItemState,
+    /// Why, or when it will.
+    pub why: Option<String>,
+}
+
+/// What became of a part of a machine's identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum ItemState {
+    /// It is new.
+    Renewed,
+    /// It is the same, as was asked for.
+    Kept,
+    /// It becomes new later.
+    Pending,
+    /// It stays the same, though it should not.
+    Impossible,
+}
+
+/// One machine that `fork` made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Fork {
+    /// The machine, running.
+    pub machine: Machine,
+    /// What became of its identity.
+    pub identity: Vec<IdentityItem>,
+}
+
+/// Result of `fork`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Forked {
+    /// What was forked.
+    pub from: String,
+    /// The forks, all of them.
+    pub forks: Vec<Fork>,
+    /// Microseconds that the source stood still for it; none if it did not run, or was not asked for anything.
+    pub source_pause_us: Option<u64>,
+    /// Microseconds from the command to all of them running.
+    pub took_us: u64,
 }
 
 /// A target's tree.

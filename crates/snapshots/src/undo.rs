@@ -72,9 +72,11 @@ impl Engine {
     }
 
     fn undo_in_catalog(&self, cx: &Context, op: &OpRow, act: &Act) -> Result<()> {
-        if let Act::Remove(Things { target: Some(id), .. }) = act {
-            let row = self.catalog.read(|tx| TargetRow::by_id(tx, id))?;
-            self.needs_no_process(&self.find_again(row, false)?)?;
+        if let Act::Remove(things) = act {
+            for id in things.targets() {
+                let row = self.catalog.read(|tx| TargetRow::by_id(tx, id))?;
+                self.needs_no_process(&self.find_again(row, false)?)?;
+            }
         }
         let (kind, subject) = self.entry_of(op)?;
         self.journaled(cx, kind, &subject, op.target.as_deref(), &json!({}), || {
@@ -150,14 +152,15 @@ fn machine(tx: &Transaction<'_>, name: &str) -> Result<Option<String>> {
 /// is not: whoever wants to undo that would get something older.
 fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> {
     let asked_for = |op: &OpRow| {
-        matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "undo" | "redo")
+        matches!(op.kind.as_str(), "take" | "goto" | "rm" | "edit" | "clone" | "fork" | "undo" | "redo")
             || power_off::is_asked_for(op)
     };
     let newest = OpRow::newest(tx, LOOK_BACK)?;
     // What expires by itself, or follows from a guest's own power-off, is work on a machine, but nobody's who would want to undo it
     // before anything else.
     // The machine of a clone that was not made, or was taken back, is none.
-    let clones = newest.iter().filter(|op| op.kind == "clone" && op.state != OpState::Done);
+    let clones =
+        newest.iter().filter(|op| matches!(op.kind.as_str(), "clone" | "fork") && op.state != OpState::Done);
     let is_gone = |id: &&str| TargetRow::by_id(tx, id).map_or(true, |row| row.removed.is_some());
     let none: HashSet<&str> = clones.filter_map(|op| op.target.as_deref()).filter(is_gone).collect();
     let there = |op: &&OpRow| op.target.as_deref().is_some_and(|target| !none.contains(target));
@@ -280,9 +283,12 @@ fn remove_again(tx: &Transaction<'_>, things: &Things) -> Result<Things> {
     for id in &things.snapshots {
         snapshots.push(SnapshotRow::by_id(tx, id)?);
     }
-    if let Some(id) = &things.target {
+    for (number, id) in things.targets().enumerate() {
         // A machine goes with what it has now, as with `rm`.
-        snapshots = SnapshotRow::of_target(tx, id)?;
+        if number == 0 {
+            snapshots.clear();
+        }
+        snapshots.extend(SnapshotRow::of_target(tx, id)?);
     }
     for snapshot in snapshots {
         if snapshot.protected && snapshot.removed.is_none() {
@@ -292,15 +298,17 @@ fn remove_again(tx: &Transaction<'_>, things: &Things) -> Result<Things> {
             gone.snapshots.push(snapshot.id);
         }
     }
-    if let Some(id) = &things.target {
+    let mut machines = Vec::new();
+    for id in things.targets() {
         let target = TargetRow::by_id(tx, id)?;
         if target.protected {
             return Err(protected(&target.name));
         }
         if target.removed.is_none() {
-            gone.target = Some(target.id);
+            machines.push(target.id);
         }
     }
+    let gone = Things { snapshots: gone.snapshots, ..Things::machines(machines) };
     if gone == Things::default() {
         return Err(Error::new(Code::Refused, "what it made has been removed already")
             .hint("`spinney op log` shows by what"));
@@ -317,7 +325,7 @@ fn name_given_away(taken: Error, address: &str) -> Error {
 
 /// Names come back, if nobody else has taken them; an expiry that is over does not.
 fn restore(tx: &Transaction<'_>, things: &Things, stay: &mut Vec<String>) -> Result<()> {
-    if let Some(id) = &things.target {
+    for id in things.targets() {
         let target = TargetRow::by_id(tx, id)?;
         if TargetRow::name_taken(tx, &target.name)? {
             return Err(name_given_away(name_taken(&target.name), &target.name));

@@ -86,6 +86,12 @@ impl Engine {
         Ok(view)
     }
 
+    /// True if memory of a target's group can be mapped on this host.
+    pub(crate) fn can_map(&self, target: &TargetRow) -> bool {
+        self.tools().is_ok_and(|tools| tools.qemu.version >= QEMU)
+            && self.group_of(target).and_then(|group| self.view_of(&group)).is_ok()
+    }
+
     /// The file of a memory's RAM, to be mapped; none where that cannot be.
     pub(crate) fn ram_image(&self, target: &TargetRow, memory: &Memory) -> Option<RamImage> {
         let (_, root) = memory.blocks.iter().find(|(name, _)| name == RAM_ID)?;

@@ -248,6 +248,17 @@ impl Spinney {
         self.run(words.map(|word| if word == "none" { "user".to_owned() } else { word })).done()
     }
 
+    /// The same, with a card, and the guest agent in it.
+    pub fn create_guest_with_agent(&self, name: &str, mib: u64) -> Result<Value, Failed> {
+        let plain = cache().join("guest/initrd.img").display().to_string();
+        let words = guest_words(name, mib, &[], &cache().join("guest")).into_iter().map(|word| match word {
+            word if word == "none" => "user".to_owned(),
+            word if word == plain => agent_initrd().display().to_string(),
+            word => word,
+        });
+        self.run(words).done()
+    }
+
     /// The same as one of a group, with the guest's files from a folder of the test's own.
     pub fn create_guest_in(
         &self,

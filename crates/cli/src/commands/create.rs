@@ -148,6 +148,7 @@ fn from_options(args: Args) -> Result<CreateRequest, Problem> {
         append: args.append,
         networks: args.networks,
         memory_snapshots: !args.no_memory,
+        guest_agent: true,
         qemu_args: args.qemu_args,
     };
     let group = args.group;
@@ -240,6 +241,7 @@ fn from_file(path: &Path, name: Option<String>) -> Result<CreateRequest, Problem
         append: file.append,
         networks: file.networks,
         memory_snapshots: file.memory_snapshots,
+        guest_agent: true,
         qemu_args: file.qemu_args,
     };
     Ok(CreateRequest { group: file.group, ..request(name, config, &folder)? })

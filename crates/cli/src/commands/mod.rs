@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod du;
 mod edit;
+mod fork;
 mod fsck;
 mod gc;
 mod goto;
@@ -19,6 +20,7 @@ mod ls;
 mod man;
 mod op;
 mod pause;
+mod peek;
 mod power_off;
 mod protect;
 mod resume;
@@ -108,6 +110,8 @@ pub(crate) enum Command {
     #[command(aliases = ["revert", "restore", "rollback"])]
     Goto(goto::Args),
     Back(back::Args),
+    Fork(fork::Args),
+    Peek(peek::Args),
     Clone(clone::Args),
     Edit(edit::Args),
     Protect(protect::Args),
@@ -156,6 +160,8 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Tree(args) => tree::run(session, &args),
         Command::Goto(args) => goto::run(session, &args),
         Command::Back(args) => back::run(session, &args),
+        Command::Fork(args) => fork::run(session, args),
+        Command::Peek(args) => peek::run(session, &args),
         Command::Clone(args) => clone::run(session, args),
         Command::Edit(args) => edit::run(session, args),
         Command::Protect(args) => protect::run(session, &args),

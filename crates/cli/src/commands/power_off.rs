@@ -61,6 +61,7 @@ fn line(off: &PoweredOff) -> String {
         (Some(then), _) if then.kind.ends_with("goto") => {
             format!("{name} is off, back at {}", snapshot(then))
         }
+        (Some(then), _) if then.kind == "throw away" => format!("{name} has stopped, and is gone"),
         (Some(then), _) => format!("{name} is off, and {} was taken of it", snapshot(then)),
         (None, _) => format!("{name} is off"),
     }

@@ -11,6 +11,9 @@ use crate::session::Session;
 use crate::{address, complete};
 
 /// Start a machine
+///
+/// One that is suspended goes on where it was. Of one that is protected a throw-away fork is started, which is gone when it stops: so a
+/// protected machine is a template.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  spinney start web")]
 pub(crate) struct Args {
@@ -30,6 +33,12 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
         session.operate(&client, Method::POST, &format!("{place}/start"), Some(&json!({})))?;
     if session.out.json {
         session.document("spinney.machine/1", &machine);
+    } else if machine.name != before.name {
+        let (fork, template) = (&machine.name, &before.name);
+        session.out.line(format_args!("{fork} runs, a throw-away fork of {template}, which is protected"));
+        session.out.note(format_args!(
+            "it is gone when it stops; `spinney unprotect {template}` makes {template} itself start"
+        ));
     } else {
         session.out.line(format_args!("{} runs", machine.name));
     }

@@ -1,6 +1,6 @@
 //! One snapshot, by any form of its address.
 
-use ::snapshots::{CloneOptions, Code, Edit, RemovePlan, Snapshot};
+use ::snapshots::{CloneOptions, Code, Edit, ForkOptions, RemovePlan, Snapshot};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -77,6 +77,22 @@ pub(super) async fn clone(
     let subject = format!("{address} {}", options.name);
     app.run("clone", subject, key, (address.clone(), options.clone()), move |engine, cx| {
         engine.clone_target(cx, &address, &options)
+    })
+}
+
+/// Make machines that run of a snapshot, all or none; the operation's result is a `Forked`
+#[utoipa::path(post, path = "/v1/snapshots/{address}/fork", tag = "snapshots", operation_id = "fork_snapshot",
+    params(("address" = String, Path, description = "Address")), request_body = ForkOptions,
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn fork(
+    State(app): Shared,
+    Segment(text): Segment,
+    key: Key,
+    Body(options): Body<ForkOptions>,
+) -> Result<Accepted, Problem> {
+    let address = address(text)?;
+    app.run("fork", address.clone(), key, (address.clone(), options.clone()), move |engine, cx| {
+        engine.fork(cx, &address, &options)
     })
 }
 

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ::snapshots::{
-    CloneOptions, Edit, GotoPower, Machine, MachineConfig, OnPowerOff, RemovePlan, SetOptions, TakeOptions,
-    Tree,
+    CloneOptions, Edit, ForkOptions, GotoPower, Machine, MachineConfig, OnPowerOff, RemovePlan, SetOptions,
+    TakeOptions, Tree,
 };
 use axum::Json;
 use axum::extract::State;
@@ -148,7 +148,7 @@ pub(super) async fn tree(State(app): Shared, Segment(target): Segment) -> Result
     app.read(move |engine| engine.tree(&target)).await
 }
 
-/// Start a machine; the operation's result is the machine
+/// Start a machine; the operation's result is the machine. Of a protected one that is off it is a throw-away fork
 #[utoipa::path(post, path = "/v1/targets/{target}/start", tag = "targets", operation_id = "start",
     params(("target" = String, Path, description = "Name")),
     responses((status = 202, description = "Started", body = OperationView)))]
@@ -291,6 +291,21 @@ pub(super) async fn clone(
     let subject = format!("{target} {}", options.name);
     app.run("clone", subject, key, (target.clone(), options.clone()), move |engine, cx| {
         engine.clone_target(cx, &target, &options)
+    })
+}
+
+/// Make machines that run of one that may run on, all or none; the operation's result is a `Forked`
+#[utoipa::path(post, path = "/v1/targets/{target}/fork", tag = "targets", operation_id = "fork",
+    params(("target" = String, Path, description = "Name")), request_body = ForkOptions,
+    responses((status = 202, description = "Started", body = OperationView)))]
+pub(super) async fn fork(
+    State(app): Shared,
+    Segment(target): Segment,
+    key: Key,
+    Body(options): Body<ForkOptions>,
+) -> Result<Accepted, Problem> {
+    app.run("fork", target.clone(), key, (target.clone(), options.clone()), move |engine, cx| {
+        engine.fork(cx, &target, &options)
     })
 }
 

@@ -25,3 +25,7 @@ CREATE TABLE IF NOT EXISTS powered_off (
     target TEXT PRIMARY KEY,
     why    TEXT
 ) STRICT;
+
+CREATE TABLE IF NOT EXISTS throw_away (
+    target TEXT PRIMARY KEY
+) STRICT;

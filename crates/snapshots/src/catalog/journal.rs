@@ -58,7 +58,7 @@ impl Act {
     pub(crate) fn needs(&self, id: &str) -> bool {
         match self {
             Self::Remove(things) | Self::Restore(things) => {
-                things.target.as_deref() == Some(id) || things.snapshots.iter().any(|s| s == id)
+                things.targets().chain(&things.snapshots).any(|own| own == id)
             }
             Self::Goto(about)
             | Self::Regroup { target: about, .. }
@@ -73,6 +73,22 @@ impl Act {
 pub(crate) struct Things {
     pub(crate) snapshots: Vec<String>,
     pub(crate) target: Option<String>,
+    /// More machines, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) others: Vec<String>,
+}
+
+impl Things {
+    /// Machines, with all that they have.
+    pub(crate) fn machines(ids: impl IntoIterator<Item = String>) -> Self {
+        let mut ids = ids.into_iter();
+        Self { snapshots: Vec::new(), target: ids.next(), others: ids.collect() }
+    }
+
+    /// All machines of them.
+    pub(crate) fn targets(&self) -> impl Iterator<Item = &String> {
+        self.target.iter().chain(&self.others)
+    }
 }
 
 /// What an operation leaves for whoever takes it back.

@@ -42,6 +42,21 @@ pub(crate) struct Facts {
     pub(crate) saved: Saved,
 }
 
+impl Facts {
+    /// Of a state that nothing was measured of.
+    pub(crate) fn of_nothing(mode: Mode, power: Power) -> Self {
+        Self {
+            power,
+            mode,
+            pause_us: None,
+            took_us: 0,
+            memory_bytes: 0,
+            disk_bytes: 0,
+            saved: Saved::default(),
+        }
+    }
+}
+
 /// A snapshot.
 #[derive(Clone, Debug)]
 pub(crate) struct SnapshotRow {

@@ -64,11 +64,15 @@ pub(crate) struct TargetRow {
     /// Set exactly when the power state is [`Power::Suspended`].
     pub(crate) suspended: Option<Suspended>,
     pub(crate) protected: bool,
+    /// It is removed when it stops.
+    pub(crate) throw_away: bool,
     pub(crate) created: Timestamp,
     pub(crate) removed: Option<i64>,
 }
 
-const SELECT: &str = "SELECT t.*, g.name AS group_name FROM targets t JOIN groups g ON g.id = t.grp";
+const SELECT: &str = "SELECT t.*, g.name AS group_name, \
+     EXISTS (SELECT 1 FROM throw_away a WHERE a.target = t.id) AS throw_away \
+     FROM targets t JOIN groups g ON g.id = t.grp";
 
 impl TargetRow {
     /// A machine that is new: off, with an identity of its own. `group` is its group's id and name.
@@ -92,6 +96,7 @@ impl TargetRow {
             process: None,
             suspended: None,
             protected: false,
+            throw_away: false,
             created: now(),
             removed: None,
             config,
@@ -113,6 +118,7 @@ impl TargetRow {
             process: optional_json(row, "process")?,
             suspended: optional_json(row, "suspended")?,
             protected: row.get("protected")?,
+            throw_away: row.get("throw_away")?,
             created: time_column(row, "created")?,
             removed: row.get("removed")?,
         })
@@ -173,6 +179,9 @@ impl TargetRow {
                 self.created.as_millisecond(),
             ],
         )?;
+        if self.throw_away {
+            tx.execute("INSERT INTO throw_away (target) VALUES (?1)", [&self.id])?;
+        }
         Ok(())
     }
 
@@ -279,6 +288,7 @@ impl TargetRow {
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
         AtPowerOff::end(tx, id)?;
+        tx.execute("DELETE FROM throw_away WHERE target = ?1", [id])?;
         tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
         Ok(())
     }
