@@ -57,6 +57,8 @@ mod room;
 mod running;
 mod saving;
 mod set;
+mod settle;
+mod shorten;
 mod suspend;
 mod swap;
 mod switch;

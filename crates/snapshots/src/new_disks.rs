@@ -177,6 +177,7 @@ pub(crate) fn new_layer(group: &str, size: u64) -> LayerRow {
         below: None,
         depth: 1,
         stamp: None,
+        settled: None,
     }
 }
 

@@ -213,6 +213,8 @@ impl Engine {
                 below: below.as_ref().map(|below| below.id.clone()),
                 group: to.row.id.clone(),
                 id,
+                // Its map is of the other group.
+                settled: None,
                 ..layer.clone()
             };
             if !layer.is_users() {

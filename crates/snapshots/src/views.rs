@@ -153,10 +153,8 @@ impl Engine {
     pub(crate) fn close_views(&self) {
         let needed = self.catalog.read(|tx| {
             let targets = TargetRow::all(tx, true)?;
-            Ok(targets
-                .into_iter()
-                .filter(|t| t.process.as_ref().is_some_and(|p| p.ram.is_some()))
-                .map(|t| t.group))
+            // It may have memory mapped from there, or disks open.
+            Ok(targets.into_iter().filter(|t| t.process.is_some()).map(|t| t.group))
         });
         let Ok(needed) = needed else { return };
         let needed: std::collections::HashSet<String> = needed.collect();
