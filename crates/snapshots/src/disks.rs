@@ -314,7 +314,7 @@ impl Engine {
             Err(Error::new(Code::Refused, format!("{disk} of {what} is {} layers deep", chain.len()))
                 .because(why))
         };
-        match snapfs::mount::supported() {
+        match self.can_view() {
             Ok(()) if open <= DEPTH_LIMIT as usize => Ok(()),
             Ok(()) => refused(format!("{open} of them have not settled yet, and {DEPTH_LIMIT} is the most"))
                 .map_err(|error: Error| error.hint("wait a moment: that is done in the background")),

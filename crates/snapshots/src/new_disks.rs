@@ -30,7 +30,7 @@ enum Made {
     /// An empty image.
     Empty,
     /// An overlay over a user's image.
-    Over(LayerRow),
+    Over(Box<LayerRow>),
     /// A copy of a raw image.
     CopyOf(PathBuf),
     /// It is the user's image itself.
@@ -70,7 +70,7 @@ impl Engine {
                 DiskSource::File(path) => {
                     let base = self.base_layer(group, path)?;
                     let top = new_layer(group, base.size);
-                    (LayerRow { below: Some(base.id.clone()), depth: 2, ..top }, Made::Over(base))
+                    (LayerRow { below: Some(base.id.clone()), depth: 2, ..top }, Made::Over(Box::new(base)))
                 }
             };
             Ok(NewDisk { id: disk.id.clone(), top, made })

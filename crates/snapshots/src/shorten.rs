@@ -42,7 +42,7 @@ impl Engine {
             }
             let mut fresh = Vec::new();
             // Before it is too much, somebody has to wait.
-            if layers.len() + 2 > OPEN_LIMIT && snapfs::mount::supported().is_ok() {
+            if layers.len() + 2 > OPEN_LIMIT && self.can_view().is_ok() {
                 self.settle_below(cx, target, &[(disk.clone(), top.clone())])?;
                 fresh = self.catalog.read(|tx| LayerRow::chain(tx, top))?;
                 layers = fresh.iter().filter(open).collect();

@@ -53,6 +53,18 @@ impl Engine {
         self.state().join("views").join(group)
     }
 
+    /// Whether there can be views at all.
+    ///
+    /// # Errors
+    /// What is lacking.
+    pub(crate) fn can_view(&self) -> Result<()> {
+        if self.settings.warden.is_none() {
+            return Err(Error::new(Code::Precondition, "there is no executable to serve views with"));
+        }
+        let lacks = |lacks: snapfs::mount::Lacks| Error::new(Code::Precondition, lacks.to_string());
+        snapfs::mount::supported().map_err(lacks)
+    }
+
     /// The view of a group, which answers.
     ///
     /// # Errors
