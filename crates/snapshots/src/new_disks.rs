@@ -148,7 +148,7 @@ impl Engine {
         let spec = |disk: &NewDisk| {
             let mut chain = Vec::new();
             if let Made::Over(base) = &disk.made {
-                chain.push(base.clone());
+                chain.push(base.as_ref().clone());
             }
             chain.push(disk.top.clone());
             self.disk_spec(&disk.id, &chain)
