@@ -23,6 +23,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::groups::{OpenGroup, file_owner};
 use crate::id::random_number;
+use crate::mount::Listing;
 
 /// The first QEMU that maps a file privately without asking for the right to write to it.
 const QEMU: Version = Version::at(8, 2);
@@ -32,7 +33,7 @@ const AHEAD: u64 = 64 << 20;
 
 /// The views that are open, by group.
 #[derive(Debug, Default)]
-pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>);
+pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>, Mutex<HashMap<String, Listing>>);
 
 /// The memory of a snapshot as a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,11 +46,22 @@ impl Views {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<View>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A group's view, if it is open.
+    pub(crate) fn get(&self, group: &str) -> Option<Arc<View>> {
+        self.lock().get(group).cloned()
+    }
+
+    /// What is listed in a group's view, for whoever lists.
+    pub(crate) fn with_listing<T>(&self, group: &str, list: impl FnOnce(&mut Listing) -> T) -> T {
+        let mut listings = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        list(listings.entry(group.to_owned()).or_default())
+    }
 }
 
 impl Engine {
     /// The folder of a group's view.
-    fn view_folder(&self, group: &str) -> PathBuf {
+    pub(crate) fn view_folder(&self, group: &str) -> PathBuf {
         self.state().join("views").join(group)
     }
 
@@ -94,6 +106,8 @@ impl Engine {
         let view = View::open(&setup, random_number(), &[]).map_err(failed)?;
         tracing::info!(group = group.row.name, mount = %view.mount_point().display(), "a view is open");
         let view = Arc::new(view);
+        // It begins with an empty list.
+        self.views.with_listing(&group.row.id, Listing::clear);
         views.insert(group.row.id.clone(), Arc::clone(&view));
         Ok(view)
     }
@@ -139,7 +153,7 @@ impl Engine {
         let ram =
             |memory: &Memory| memory.blocks.iter().find(|(name, _)| name == RAM_ID).map(|(_, root)| *root);
         let Some(before) = before.and_then(ram) else { return };
-        let view = self.views.lock().get(&target.group).cloned();
+        let view = self.views.get(&target.group);
         let (Ok(store), Some(view)) = (self.store_of(target), view) else { return };
         let path = view.ram(&MapFile::of(root));
         let fetch = move || -> Option<()> {
