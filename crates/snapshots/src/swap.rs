@@ -1,8 +1,11 @@
 //! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
 
 use std::borrow::Cow;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use pages::Store;
@@ -317,7 +320,7 @@ impl Engine {
                 match &snapshot.memory {
                     Some(memory) => {
                         let name = snapshot.full_name();
-                        self.load_memory(cx, &name, store.as_ref(), memory, &new).map_err(|error| {
+                        self.load_memory(cx, row, &name, store.as_ref(), memory, &new).map_err(|error| {
                             let way_out = "brings its disks, without the memory";
                             with_way_out(error, format!("`spinney goto {name} --off` {way_out}"))
                         })
@@ -360,6 +363,7 @@ impl Engine {
     pub(crate) fn load_memory(
         &self,
         cx: &Context,
+        row: &TargetRow,
         name: &str,
         store: &Store,
         memory: &Memory,
@@ -375,7 +379,7 @@ impl Engine {
         let mut store_failed = None;
         let mapped = new.row.ram.is_some();
         cx.phase("loading memory", if mapped { 0 } else { state.blocks.total() });
-        let loaded = load(&new.qmp, version, &mut |socket| {
+        let mut read_in = |socket: &UnixStream| {
             let fed = feed(store, memory, &state, mapped, cx, socket);
             fed.map_err(|error| match error.downcast::<pages::Error>() {
                 Ok(error) => {
@@ -384,7 +388,17 @@ impl Engine {
                 }
                 Err(other) => other,
             })
+        };
+        let (loaded, held) = thread::scope(|scope| {
+            let (loading, over) = channel();
+            let watch = scope.spawn(move || self.end_load_that_is_held(row, new, &over));
+            let loaded = load(&new.qmp, version, &mut read_in);
+            drop(loading);
+            (loaded, watch.join().unwrap_or_default())
         });
+        if let Some(why) = held {
+            return Err(Error::new(Code::Damaged, format!("{name} cannot be loaded")).because(why));
+        }
         if let Some(error) = store_failed {
             return Err(Error::from(error));
         }
