@@ -140,6 +140,10 @@ pub(crate) fn with_way_out(error: Error, way_out: String) -> Error {
     }
 }
 
+fn with_disks_alone(error: Error, name: &str) -> Error {
+    with_way_out(error, format!("`spinney goto {name} --off` brings its disks, without the memory"))
+}
+
 impl Engine {
     /// Loads, keeps, decides, and lets the new guest run: steps 3 to 7. `end` writes the journal's part of the transaction, and gets
     /// the undo point if there is one.
@@ -296,8 +300,13 @@ impl Engine {
             check_host_memory(snapshot.config.memory, 0)?;
         }
         let store = self.store_of(row)?;
-        cx.phase("starting", 0);
         let memory = snapshot.memory.as_ref();
+        if swap.coming != Coming::Back
+            && let Some(memory) = memory
+        {
+            self.check_if_damaged(cx, snapshot, store.as_ref(), memory)?;
+        }
+        cx.phase("starting", 0);
         let launch = || self.launch_for(row, &snapshot.config, &snapshot.machine, &disks, memory);
         // Its old process has ended already.
         let is_last = swap.coming == Coming::Back || swap.plan.brought_back_by.is_some();
@@ -320,10 +329,8 @@ impl Engine {
                 match &snapshot.memory {
                     Some(memory) => {
                         let name = snapshot.full_name();
-                        self.load_memory(cx, row, &name, store.as_ref(), memory, &new).map_err(|error| {
-                            let way_out = "brings its disks, without the memory";
-                            with_way_out(error, format!("`spinney goto {name} --off` {way_out}"))
-                        })
+                        self.load_memory(cx, row, &name, store.as_ref(), memory, &new)
+                            .map_err(|error| with_disks_alone(error, &name))
                     }
                     None => Ok(()),
                 }
@@ -335,6 +342,22 @@ impl Engine {
             return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
         }
         Ok(new)
+    }
+
+    /// What is mapped is not read before the guest touches it. Memory that a repair could not mend is read first: a take may have
+    /// brought what it lacked.
+    fn check_if_damaged(
+        &self,
+        cx: &Context,
+        snapshot: &SnapshotRow,
+        store: &Store,
+        memory: &Memory,
+    ) -> Result<()> {
+        if self.catalog.read(|tx| SnapshotRow::damage(tx, &snapshot.id))?.is_none() {
+            return Ok(());
+        }
+        cx.phase("checking memory", 0);
+        check_readable(store, memory, cx).map_err(|error| with_disks_alone(error, &snapshot.full_name()))
     }
 
     /// Starts a QEMU that is to go on with this memory, mapped if it can be, or that stands still before it boots if there is none.
