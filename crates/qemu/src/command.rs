@@ -147,6 +147,11 @@ impl RunFolder {
         self.0.join("device-state")
     }
 
+    /// Where QEMU leaves a picture of the screen for a moment.
+    pub fn screen(&self) -> PathBuf {
+        self.0.join("screen.png")
+    }
+
     /// The serial console.
     pub fn console(&self) -> PathBuf {
         self.0.join("console")

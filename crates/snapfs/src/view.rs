@@ -112,21 +112,14 @@ impl View {
         Ok(Self { mount: at, folder: folder.clone(), list, report })
     }
 
-    /// Takes away the folder of a set-up that nobody wants any more, with what is mounted in it: whoever has something of it mapped keeps
-    /// that.
-    pub fn clear(folder: &Path) {
+    /// Ends what a set-up may have left that nobody wants any more: whoever has something of it mapped keeps that. False if it stays
+    /// mounted.
+    pub fn clear(folder: &Path) -> bool {
         let at = folder.join("mnt");
-        if is_mounted(&at)
-            && let Err(error) = unmount(&at)
-        {
-            tracing::warn!(mount = %at.display(), %error, "it stays mounted");
-            return;
-        }
-        if let Err(error) = fs::remove_dir_all(folder)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(folder = %folder.display(), %error, "what is left of a view stays");
-        }
+        let unmounted = if is_mounted(&at) { unmount(&at) } else { Ok(()) };
+        unmounted
+            .inspect_err(|error| tracing::warn!(mount = %at.display(), %error, "it stays mounted"))
+            .is_ok()
     }
 
     /// Where it is mounted.

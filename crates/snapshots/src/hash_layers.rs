@@ -21,7 +21,7 @@ use crate::groups::OpenGroup;
 impl Engine {
     /// Names the blocks of all frozen layers of a group that its store does not know yet. `go_on` may wait, and stops it by returning
     /// false.
-    fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
+    pub(crate) fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
         let store = group.store()?;
         let known: HashSet<String> =
             store.images().into_iter().filter(|image| image.whole).map(|image| image.label).collect();
@@ -138,6 +138,7 @@ impl Engine {
                 return false;
             }
         }
+        self.list_changes();
         true
     }
 

@@ -43,6 +43,7 @@ mod leaves;
 mod let_go;
 mod locks;
 mod memory;
+mod mount;
 mod name;
 mod new_disks;
 mod owner;

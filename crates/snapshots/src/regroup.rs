@@ -82,7 +82,8 @@ impl Copies {
         for (name, root) in &memory.blocks {
             blocks.push((name.clone(), at(root)?));
         }
-        Ok(Memory { blocks, state: at(&memory.state)?, state_bytes: memory.state_bytes })
+        let screen = memory.screen.map(|(root, bytes)| Ok::<_, Error>((at(&root)?, bytes))).transpose()?;
+        Ok(Memory { blocks, state: at(&memory.state)?, state_bytes: memory.state_bytes, screen })
     }
 
     fn layer(&self, id: &str) -> Result<&LayerRow> {

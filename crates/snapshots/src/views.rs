@@ -25,6 +25,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::groups::{OpenGroup, file_owner};
 use crate::id::random_number;
+use crate::mount::Listing;
 use crate::running::Running;
 
 /// The first QEMU that maps a file privately without asking for the right to write to it.
@@ -40,7 +41,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The views that are open, by group.
 #[derive(Debug, Default)]
-pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>);
+pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>, Mutex<HashMap<String, Listing>>);
 
 /// The memory of a snapshot as a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,11 +54,22 @@ impl Views {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<View>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A group's view, if it is open.
+    pub(crate) fn get(&self, group: &str) -> Option<Arc<View>> {
+        self.lock().get(group).cloned()
+    }
+
+    /// What is listed in a group's view, for whoever lists.
+    pub(crate) fn with_listing<T>(&self, group: &str, list: impl FnOnce(&mut Listing) -> T) -> T {
+        let mut listings = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        list(listings.entry(group.to_owned()).or_default())
+    }
 }
 
 impl Engine {
     /// The folder of a group's view.
-    fn view_folder(&self, group: &str) -> PathBuf {
+    pub(crate) fn view_folder(&self, group: &str) -> PathBuf {
         self.state().join("views").join(group)
     }
 
@@ -102,6 +114,8 @@ impl Engine {
         let view = View::open(&setup, random_number(), &[]).map_err(failed)?;
         tracing::info!(group = group.row.name, mount = %view.mount_point().display(), "a view is open");
         let view = Arc::new(view);
+        // It begins with an empty list.
+        self.views.with_listing(&group.row.id, Listing::clear);
         views.insert(group.row.id.clone(), Arc::clone(&view));
         Ok(view)
     }
@@ -176,7 +190,7 @@ impl Engine {
         let ram =
             |memory: &Memory| memory.blocks.iter().find(|(name, _)| name == RAM_ID).map(|(_, root)| *root);
         let Some(before) = before.and_then(ram) else { return };
-        let view = self.views.lock().get(&target.group).cloned();
+        let view = self.views.get(&target.group);
         let (Ok(store), Some(view)) = (self.store_of(target), view) else { return };
         let path = view.ram(&MapFile::of(root));
         let fetch = move || -> Option<()> {
@@ -198,21 +212,28 @@ impl Engine {
         let _ = thread::Builder::new().name("fetch-ahead".into()).spawn(fetch);
     }
 
-    /// Ends the view of a group, also one that an earlier daemon has opened.
-    pub(crate) fn end_view(&self, group: &str) {
-        let view = self.views.lock().remove(group);
-        if let Some(Err(error)) = view.map(|view| view.end()) {
-            tracing::warn!(group, %error, "a view stays");
+    /// Ends the view of a group that is gone.
+    pub(crate) fn remove_view(&self, group: &str) {
+        let folder = self.view_folder(group);
+        if self.end_view(group)
+            && let Err(error) = fs::remove_dir_all(&folder)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %folder.display(), %error, "what is left of a view stays");
         }
-        View::clear(&self.view_folder(group));
     }
 
-    /// Ends the views of groups other than these.
-    pub(crate) fn end_views_but(&self, stay: &HashSet<String>) {
-        let mut all: HashSet<String> = self.views.lock().keys().cloned().collect();
-        let found = fs::read_dir(self.state().join("views")).into_iter().flatten().flatten();
-        all.extend(found.filter_map(|entry| entry.file_name().into_string().ok()));
-        all.difference(stay).for_each(|group| self.end_view(group));
+    /// Ends the view of a group, also one that an earlier daemon has opened. False if it stays.
+    fn end_view(&self, group: &str) -> bool {
+        drop(self.views.lock().remove(group));
+        View::clear(&self.view_folder(group))
+    }
+
+    /// Groups whose views have a folder, those apart that are named.
+    pub(crate) fn view_folders_but(&self, these: &HashSet<String>) -> Vec<String> {
+        let all = fs::read_dir(self.state().join("views")).into_iter().flatten().flatten();
+        let names = all.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| !these.contains(name)).collect()
     }
 
     /// The daemon ends in order: views that no machine needs end, too.
@@ -223,7 +244,9 @@ impl Engine {
             Ok(targets.into_iter().filter(|t| t.process.is_some()).map(|t| t.group))
         });
         if let Ok(needed) = needed {
-            self.end_views_but(&needed.collect());
+            for group in self.view_folders_but(&needed.collect()) {
+                self.end_view(&group);
+            }
         }
     }
 }

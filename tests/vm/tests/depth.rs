@@ -163,3 +163,37 @@ fn disks_over_images_of_any_kind_settle() {
     assert_eq!(inside.cmd("cat /b/n-* | sort -n | tail -n 1; ls /b/n-* | wc -l").unwrap().1, "20\n20\n");
     assert!(fs::metadata(&packed).unwrap().len() > 0);
 }
+
+/// The daemon dies while a layer settles, or when a running machine's chain has just been shortened.
+#[test]
+fn a_death_in_the_middle_of_settling_costs_nothing() {
+    let mut spinney = Spinney::new();
+    spinney.create_guest("m", 96).unwrap();
+    spinney.ok("start m").unwrap();
+    let mut inside = guest(&spinney, "m");
+    let mut number = 0;
+    for step in ["settle.stored", "settle.written", "shorten.reopened"] {
+        let marker = spinney.folder().join(step);
+        spinney.set("SPINNEY_CRASH", &format!("{step} kill {}", marker.display()));
+        spinney.kill_daemon();
+        let done = spinney.folder().join(format!("{step}.done"));
+        while !done.exists() {
+            number += 1;
+            assert!(number < 120, "{step} is reached");
+            write(&mut inside, number);
+            // The daemon may be gone in the middle of it.
+            let _ = spinney.run(["take", "m", &format!("t{number}"), "--disk-only"]);
+        }
+        spinney.set("SPINNEY_CRASH", "");
+        check(&mut inside, number);
+        write(&mut inside, number + 1);
+        number += 1;
+        spinney.ok(&format!("take m t{number} --disk-only")).unwrap();
+    }
+    drop(inside);
+    spinney.settle().unwrap();
+    spinney.ok("kill m").unwrap();
+    spinney.ok("start m").unwrap();
+    check(&mut guest(&spinney, "m"), number);
+    assert_eq!(spinney.ok("fsck").unwrap()["damage"], json!([]));
+}
