@@ -372,5 +372,7 @@ fn plan_catalog(
 fn purge(tx: &Transaction<'_>, plan: &CatalogPlan) -> Result<()> {
     plan.snapshots.iter().try_for_each(|id| SnapshotRow::purge(tx, id))?;
     plan.targets.iter().try_for_each(|id| TargetRow::purge(tx, id))?;
+    // Their rows stay until their files go: the pages of their maps are not to stay with them.
+    plan.layers.iter().try_for_each(|layer| LayerRow::set_unsettled(tx, &layer.id))?;
     plan.ends_undo_of.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))
 }

@@ -3,12 +3,14 @@
 //!
 //! Where there can be none (an old kernel, no FUSE, no right to mount) everything works without: memory is loaded before the guest runs.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use pages::{MapRoot, PAGE_SIZE};
 use qemu::binary::Version;
@@ -24,12 +26,18 @@ use crate::error::{Code, Error, Result};
 use crate::groups::{OpenGroup, file_owner};
 use crate::id::random_number;
 use crate::mount::Listing;
+use crate::running::Running;
 
 /// The first QEMU that maps a file privately without asking for the right to write to it.
 const QEMU: Version = Version::at(8, 2);
 
 /// Bytes of a memory that are read before they are touched.
 const AHEAD: u64 = 64 << 20;
+
+/// How long a load may go on while something of the memory cannot be read that it may be waiting for.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// How often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The views that are open, by group.
 #[derive(Debug, Default)]
@@ -135,7 +143,11 @@ impl Engine {
 
     /// What a machine waits for whose memory is mapped, if it waits for something that cannot be read. Nobody is asked who may not answer.
     pub(crate) fn why_held(&self, target: &TargetRow) -> Option<String> {
-        let root = target.process.as_ref()?.ram?;
+        self.why_read_is_held(target, target.process.as_ref()?.ram?)
+    }
+
+    /// What of a memory somebody waits for that cannot be read, if there is something.
+    fn why_read_is_held(&self, target: &TargetRow, root: MapRoot) -> Option<String> {
         let report = File::open(self.view_folder(&target.group).join("held")).ok()?;
         let held: Vec<HeldRead> = read_report(&report);
         let own: Vec<&HeldRead> = held.iter().filter(|read| read.file.root == root).collect();
@@ -145,6 +157,31 @@ impl Engine {
         let first = pages.first()?;
         let more = if pages.len() > 1 { format!(" and {} more", pages.len() - 1) } else { String::new() };
         Some(format!("page {first}{more} of its memory cannot be read: {}", own.first()?.why))
+    }
+
+    /// Ends a QEMU that is being loaded if it waits for a page that cannot be read, and says why: it would wait for a repair, and whoever
+    /// wants it loaded still has what he had before. `over` is closed when it is loaded, or has failed for another reason.
+    pub(crate) fn end_load_that_is_held(
+        &self,
+        target: &TargetRow,
+        new: &Running,
+        over: &Receiver<()>,
+    ) -> Option<String> {
+        let root = new.row.ram?;
+        let mut since = None;
+        while over.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            let Some(why) = self.why_read_is_held(target, root) else {
+                since = None;
+                continue;
+            };
+            // It may be another machine that waits, of the same memory: then this one is loaded at once.
+            if since.get_or_insert_with(Instant::now).elapsed() > LOAD_LIMIT {
+                tracing::error!(target = target.name, why, "a machine that is being loaded waits");
+                new.process.kill();
+                return Some(why);
+            }
+        }
+        None
     }
 
     /// Has what was new in a memory read ahead: it is what the guest worked with last. In a thread of its own, and only as long as that
@@ -175,6 +212,30 @@ impl Engine {
         let _ = thread::Builder::new().name("fetch-ahead".into()).spawn(fetch);
     }
 
+    /// Ends the view of a group that is gone.
+    pub(crate) fn remove_view(&self, group: &str) {
+        let folder = self.view_folder(group);
+        if self.end_view(group)
+            && let Err(error) = fs::remove_dir_all(&folder)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %folder.display(), %error, "what is left of a view stays");
+        }
+    }
+
+    /// Ends the view of a group, also one that an earlier daemon has opened. False if it stays.
+    fn end_view(&self, group: &str) -> bool {
+        drop(self.views.lock().remove(group));
+        View::clear(&self.view_folder(group))
+    }
+
+    /// Groups whose views have a folder, those apart that are named.
+    pub(crate) fn view_folders_but(&self, these: &HashSet<String>) -> Vec<String> {
+        let all = fs::read_dir(self.state().join("views")).into_iter().flatten().flatten();
+        let names = all.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| !these.contains(name)).collect()
+    }
+
     /// The daemon ends in order: views that no machine needs end, too.
     pub(crate) fn close_views(&self) {
         let needed = self.catalog.read(|tx| {
@@ -182,11 +243,9 @@ impl Engine {
             // It may have memory mapped from there, or disks open.
             Ok(targets.into_iter().filter(|t| t.process.is_some()).map(|t| t.group))
         });
-        let Ok(needed) = needed else { return };
-        let needed: std::collections::HashSet<String> = needed.collect();
-        for (group, view) in self.views.lock().drain().filter(|(group, _)| !needed.contains(group)) {
-            if let Err(error) = view.end() {
-                tracing::warn!(group, %error, "a view stays");
+        if let Ok(needed) = needed {
+            for group in self.view_folders_but(&needed.collect()) {
+                self.end_view(&group);
             }
         }
     }

@@ -69,6 +69,29 @@ fn daemon_and_warden_die_at_once() {
     );
 }
 
+/// Nobody notices: of the machine that is there, nor of the one that is on its way.
+#[test]
+fn whoever_serves_memory_dies_and_another_takes_over() {
+    if !Spinney::new().can_map().unwrap() {
+        eprintln!("SKIPPED, and nothing tested: this host maps no memory");
+        return;
+    }
+    only(
+        Victim::View,
+        &[
+            (Act::TakeStopCopy, "take.memory"),
+            (Act::TakePreCopy, "take.memory"),
+            (Act::Goto, "goto.started"),
+            (Act::Goto, "goto.loaded"),
+            (Act::Goto, "goto.still"),
+            (Act::Goto, "goto.decided"),
+            (Act::UndoGoto, "goto.loaded"),
+            (Act::Suspend, "suspend.memory"),
+            (Act::Wake, "wake.loaded"),
+        ],
+    );
+}
+
 fn only(victim: Victim, blows: &[(Act, &str)]) {
     let mut scene = Scene::begin(Spinney::new(), Stage::Guest).unwrap();
     for (act, step) in blows {

@@ -126,6 +126,12 @@ impl LayerRow {
         Ok(())
     }
 
+    /// Nothing needs its map any more.
+    pub(crate) fn set_unsettled(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("UPDATE layers SET settled = NULL WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
     /// It has settled. The map is durable.
     pub(crate) fn set_settled(tx: &Transaction<'_>, id: &str, map: &MapRoot) -> Result<()> {
         tx.execute("UPDATE layers SET settled = ?2 WHERE id = ?1", params![id, to_json(map)?])?;
