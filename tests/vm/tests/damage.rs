@@ -133,7 +133,9 @@ fn a_pack_whose_index_is_gone_is_mended_whole() {
         let problem = does_not_restore(&spinney, "one");
         assert!(problem["hint"].as_str().is_some_and(|hint| hint.contains("fsck")), "{problem}");
         let report = fsck(&spinney, "fsck");
-        assert_eq!(touched(&report), ["m@one", "m@two"], "they share pages: {report}");
+        // Here, too, once its disk has settled.
+        let named: Vec<&str> = touched(&report).into_iter().filter(|name| *name != "m (here)").collect();
+        assert_eq!(named, ["m@one", "m@two"], "they share pages: {report}");
         let name = packs[0].file_name().unwrap().to_string_lossy().into_owned();
         assert!(report.to_string().contains(&name), "{report}");
         let report = fsck(&spinney, "fsck --repair");
@@ -370,12 +372,14 @@ fn a_catalog_that_is_damaged_is_named_and_left_alone_and_a_torn_transaction_is_n
     }
     drop(layers);
 
+    let id = spinney.ok("show m@one").unwrap()["id"].as_str().expect("an id").to_owned();
     spinney.ok("serve --stop").unwrap();
-    let intact = fs::read(&catalog).unwrap();
-    let mut bytes = intact.clone();
-    // A page in the middle, all of it.
-    let middle = bytes.len() / 2 / PAGE * PAGE;
-    bytes[middle..middle + PAGE].fill(0xa5);
+    let mut bytes = fs::read(&catalog).unwrap();
+    // Every page that says something of a snapshot, all of it: one that is free would not be missed.
+    let about = |page: &[u8]| page.windows(id.len()).any(|word| word == id.as_bytes());
+    let pages: Vec<&mut [u8]> = bytes.chunks_mut(PAGE).skip(1).filter(|page| about(page)).collect();
+    assert!(!pages.is_empty());
+    pages.into_iter().for_each(|page| page.fill(0xa5));
     fs::write(&catalog, &bytes).unwrap();
     let ended = spinney.run(["ls"]);
     assert_eq!(ended.code, Some(6), "{}", ended.stderr);
