@@ -164,6 +164,41 @@ fn disks_over_images_of_any_kind_settle() {
     assert!(fs::metadata(&packed).unwrap().len() > 0);
 }
 
+/// What a settled disk needs of the page store counts as needed, is looked at, and is made again from the layers' files.
+#[test]
+fn a_settled_map_that_is_damaged_is_named_and_settles_again() {
+    let spinney = Spinney::new();
+    spinney.create_guest("m", 96).unwrap();
+    spinney.ok("start m").unwrap();
+    let mut inside = guest(&spinney, "m");
+    write(&mut inside, 1);
+    spinney.ok("take m t1 --disk-only").unwrap();
+    spinney.ok("mount").unwrap();
+    let du = spinney.ok("du").unwrap();
+    assert_eq!(du["reclaimable"], json!(0), "maps of settled disks are needed: {du}");
+    spinney.ok("gc --now").unwrap();
+    // Nothing but the nodes of those maps was ever stored.
+    let packs = spinney.packs();
+    assert!(!packs.is_empty());
+    for pack in &packs {
+        let mut bytes = fs::read(pack).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(pack, bytes).unwrap();
+    }
+    let found = spinney.run(["fsck"]);
+    assert_eq!(found.code, Some(6), "{}", found.stderr);
+    let named = found.document["damage"].to_string();
+    assert!(named.contains("m@t1"), "{named}");
+    let mended = spinney.run(["fsck", "--repair"]);
+    assert_eq!((mended.code, &mended.document["damage"]), (Some(0), &json!([])), "{}", mended.stderr);
+    spinney.ok("mount").unwrap();
+    assert_eq!(spinney.ok("fsck").unwrap()["damage"], json!([]));
+    drop(inside);
+    spinney.ok("goto m@t1 --discard --yes --running").unwrap();
+    check(&mut guest(&spinney, "m"), 1);
+}
+
 /// The daemon dies while a layer settles, or when a running machine's chain has just been shortened.
 #[test]
 fn a_death_in_the_middle_of_settling_costs_nothing() {

@@ -138,6 +138,12 @@ impl LayerRow {
         Ok(())
     }
 
+    /// The layers of a group have yet to settle, again: their maps may lack something.
+    pub(crate) fn unsettle(tx: &Transaction<'_>, group: &str) -> Result<()> {
+        tx.execute("UPDATE layers SET settled = NULL WHERE grp = ?1", [group])?;
+        Ok(())
+    }
+
     /// Forgets a layer that nothing refers to any more.
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM layers WHERE id = ?1", [id])?;
