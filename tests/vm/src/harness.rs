@@ -22,6 +22,8 @@ use crate::loop_disk::LoopDisk;
 
 /// How long a command may take. `stop` waits up to a minute by itself.
 const LIMIT: Duration = Duration::from_secs(120);
+/// How long nothing is stored when nothing more will be.
+const QUIET: Duration = Duration::from_millis(900);
 /// How often a process is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -363,7 +365,8 @@ impl Spinney {
         packs
     }
 
-    /// Waits until every layer that nobody writes to any more is known to its group's page store.
+    /// Waits until every layer that nobody writes to any more is known to its group's page store, and has settled: nothing is stored by
+    /// itself for a while.
     ///
     /// # Errors
     /// It takes longer than a minute.
@@ -372,10 +375,14 @@ impl Spinney {
         while Instant::now() < deadline {
             let du = self.ok("du").map_err(|failed| failed.to_string())?;
             let groups = du["groups"].as_array().cloned().unwrap_or_default();
+            let packs = self.pack_files();
+            thread::sleep(Duration::from_millis(100));
             if groups.iter().all(|group| group["frozen_bytes"] == group["known_bytes"]) {
-                return Ok(());
+                thread::sleep(QUIET);
+                if packs == self.pack_files() {
+                    return Ok(());
+                }
             }
-            std::thread::sleep(Duration::from_millis(100));
         }
         Err("layers are not looked through after a minute".into())
     }

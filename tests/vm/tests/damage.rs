@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -45,13 +44,7 @@ fn taken_twice_with(view: &str) -> (Spinney, Vec<PathBuf>) {
 /// The packs, when nothing is done in the background any more that makes some.
 fn quiet_packs(spinney: &Spinney) -> Vec<PathBuf> {
     spinney.settle().unwrap();
-    loop {
-        let packs = spinney.packs();
-        thread::sleep(Duration::from_millis(700));
-        if packs == spinney.packs() {
-            return packs;
-        }
-    }
+    spinney.packs()
 }
 
 fn guest(spinney: &Spinney) -> Guest {
