@@ -22,6 +22,7 @@ mod spinney;
 mod stats;
 mod tool;
 mod warm;
+mod watched;
 
 use std::error::Error as _;
 use std::path::Path;

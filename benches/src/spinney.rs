@@ -9,14 +9,17 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use snapfs::mount::{is_mounted, unmount};
 use tempfile::TempDir;
 
 use crate::error::{Error, Result, system};
 use crate::memory_watch::MemoryWatch;
 use crate::settings::Bench;
 
-/// How long the daemon may take to listen.
+/// How long the daemon may take to listen, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long looking through disk layers may take.
+const LAYERS_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What a command printed, and how long it took from its start to its end as its caller saw it.
 #[derive(Debug)]
@@ -31,6 +34,11 @@ impl Done {
     /// A number of the document.
     pub(crate) fn number(&self, key: &'static str) -> Result<f64> {
         self.document.get(key).and_then(Value::as_f64).ok_or(Error::Lacks(key))
+    }
+
+    /// A word of the document.
+    pub(crate) fn word(&self, key: &'static str) -> Result<&str> {
+        self.document.get(key).and_then(Value::as_str).ok_or(Error::Lacks(key))
     }
 }
 
@@ -50,23 +58,33 @@ impl<'a> Spinney<'a> {
         bench.check()?;
         let made = tempfile::Builder::new().prefix("spinney-bench-").tempdir_in(place);
         let folder = made.map_err(system("make a folder in", place))?;
-        let log = folder.path().join("out");
-        let log = File::create(&log).map_err(system("make", &log))?;
-        let daemon = Command::new(&bench.spinney)
-            .arg("--state")
-            .arg(folder.path())
-            .arg("serve")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().map_err(system("open the log in", folder.path()))?)
-            .stderr(log)
-            // Ctrl-C is for us: what is dropped then ends it.
-            .process_group(0)
-            .spawn()
-            .map_err(system("start", &bench.spinney))?;
+        let daemon = begin(bench, folder.path())?;
         let watch = MemoryWatch::start(daemon.id(), bench.peaks.clone());
         let mut spinney = Self { bench, folder, daemon, watch: Some(watch) };
         spinney.wait()?;
         Ok(spinney)
+    }
+
+    /// Ends the daemon in order, and with it what it served that no machine needs.
+    pub(crate) fn stop_daemon(&mut self) -> Result<()> {
+        self.watch.take();
+        let pid = i32::try_from(self.daemon.id()).ok().and_then(Pid::from_raw);
+        let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
+        let deadline = Instant::now() + PATIENCE;
+        while matches!(self.daemon.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline {
+                return Err(Error::Lacks("end of the daemon"));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Starts the next one after that.
+    pub(crate) fn start_daemon(&mut self) -> Result<()> {
+        self.daemon = begin(self.bench, self.state())?;
+        self.watch = Some(MemoryWatch::start(self.daemon.id(), self.bench.peaks.clone()));
+        self.wait()
     }
 
     fn wait(&mut self) -> Result<()> {
@@ -110,6 +128,33 @@ impl<'a> Spinney<'a> {
         entries.map(|entry| entry.path()).collect()
     }
 
+    /// Where views of the snapshot file system are mounted at this moment.
+    pub(crate) fn views(&self) -> Vec<PathBuf> {
+        let folders = fs::read_dir(self.state().join("views")).into_iter().flatten().flatten();
+        folders.map(|entry| entry.path().join("mnt")).filter(|at| is_mounted(at)).collect()
+    }
+
+    /// Waits until nothing is done about disk layers in the background any more: every one that is frozen is known.
+    pub(crate) fn wait_for_layers(&self) -> Result<()> {
+        let deadline = Instant::now() + LAYERS_PATIENCE;
+        loop {
+            let du = self.run(&["du"])?.document;
+            let groups = du.get("groups").and_then(Value::as_array).ok_or(Error::Lacks("groups"))?;
+            let bytes = |group: &Value, key: &str| group.get(key).and_then(Value::as_u64);
+            let known = |group: &Value| {
+                let frozen = bytes(group, "frozen_bytes");
+                frozen.is_some() && frozen == bytes(group, "known_bytes")
+            };
+            if groups.iter().all(known) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Lacks("disk layers that are known"));
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Bytes that page store and catalog take.
     pub(crate) fn stored(&self) -> Result<u64> {
         crate::disk::settle(self.state())?;
@@ -135,7 +180,28 @@ impl Drop for Spinney<'_> {
         for run in self.run_folders() {
             kill_owner(&run);
         }
+        // Whoever serves ends with it, and the folder can go.
+        for view in self.views() {
+            let _ = unmount(&view);
+        }
     }
+}
+
+/// Starts a daemon for a state folder.
+fn begin(bench: &Bench, state: &Path) -> Result<Child> {
+    let log = state.join("out");
+    let log = File::options().create(true).append(true).open(&log).map_err(system("make", &log))?;
+    Command::new(&bench.spinney)
+        .arg("--state")
+        .arg(state)
+        .arg("serve")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(system("open the log in", state))?)
+        .stderr(log)
+        // Ctrl-C is for us: what is dropped then ends it.
+        .process_group(0)
+        .spawn()
+        .map_err(system("start", &bench.spinney))
 }
 
 /// Kills the QEMU of a run folder: the process that its pid file names, if the folder is on its command line.
