@@ -121,6 +121,21 @@ impl<'a> OwnQemu<'a> {
         save_to(&self.qmp, self.bench.qemu.version, &self.file())
     }
 
+    /// Kills the process: what [`OwnQemu::load`] takes does not have its end in it then.
+    pub(crate) fn end(&self) {
+        self.process.kill();
+    }
+
+    /// What the run works with.
+    pub(crate) fn bench(&self) -> &'a Bench {
+        self.bench
+    }
+
+    /// The folder with what was saved, and its disk.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Kills the process and loads the file into a new one; from the kill to the guest's first answer.
     pub(crate) fn load(&mut self, mib: u64) -> Result<Duration> {
         self.starts += 1;

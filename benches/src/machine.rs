@@ -126,6 +126,13 @@ impl<'a> Machine<'a> {
         Ok((done, running, answered))
     }
 
+    /// Files that its QEMU has open for its disks.
+    pub(crate) fn layers_open(&self) -> Result<usize> {
+        let nodes = self.second_monitor()?.execute("query-named-block-nodes", json!({ "flat": true }))?;
+        let nodes = nodes.as_array().ok_or(Error::Lacks("block nodes"))?;
+        Ok(nodes.iter().filter(|node| node.get("drv").and_then(Value::as_str) == Some("file")).count())
+    }
+
     /// Cuts its power: it is off, and what was taken of it stays.
     pub(crate) fn kill(self) -> Result<()> {
         self.spinney.run(&["kill", self.name]).map(drop)

@@ -134,6 +134,20 @@ impl<'a> Spinney<'a> {
         folders.map(|entry| entry.path().join("mnt")).filter(|at| is_mounted(at)).collect()
     }
 
+    /// The daemon's process, and those of views.
+    pub(crate) fn servers(&self) -> Vec<u32> {
+        let state = self.state().display().to_string();
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let serves = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+            words.iter().any(|word| word == "serve" || word == "view")
+                && words.iter().any(|word| word.starts_with(&state))
+        };
+        pids.filter(serves).collect()
+    }
+
     /// Waits until nothing is done about disk layers in the background any more: every one that is frozen is known.
     pub(crate) fn wait_for_layers(&self) -> Result<()> {
         let deadline = Instant::now() + LAYERS_PATIENCE;
