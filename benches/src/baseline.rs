@@ -181,11 +181,13 @@ fn spawn(
     let run = RunFolder(folder.join(name));
     fs::create_dir(&run.0).map_err(system("make", &run.0))?;
     let layer = |(index, file): (usize, &&str)| match index {
-        0 => Layer { id: "0".into(), file: bench.guest.join(file), format: "raw".into() },
-        n => Layer { id: n.to_string(), file: folder.join(file), format: "qcow2".into() },
+        0 => Layer { id: "0".into(), flat: false, file: bench.guest.join(file), format: "raw".into() },
+        n => Layer { id: n.to_string(), flat: false, file: folder.join(file), format: "qcow2".into() },
     };
     let guest = |file: &str| bench.guest.join(file);
     let spec = MachineSpec {
+        guest_agent: false,
+        memory_image: None,
         name: "baseline".into(),
         machine: bench.qemu.machine.clone(),
         accel: bench.accel,

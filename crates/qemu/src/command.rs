@@ -19,8 +19,10 @@ pub const RAM_ID: &str = "ram0";
 /// One file of a disk's chain.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// Id, at most 24 characters; the node is called `l-ID`.
+    /// Id, at most 24 characters; the node is called `l-ID`, or `v-ID` if it is flat.
     pub id: String,
+    /// It is what a layer and all below it show, in one file that others have in their page cache.
+    pub flat: bool,
     /// The file.
     pub file: PathBuf,
     /// Its format.
@@ -145,6 +147,11 @@ impl RunFolder {
         self.0.join("device-state")
     }
 
+    /// Where QEMU leaves a picture of the screen for a moment.
+    pub fn screen(&self) -> PathBuf {
+        self.0.join("screen.png")
+    }
+
     /// The serial console.
     pub fn console(&self) -> PathBuf {
         self.0.join("console")
@@ -174,13 +181,29 @@ impl RunFolder {
 impl Layer {
     /// Name of its node.
     pub fn node(&self) -> String {
-        format!("l-{}", self.id)
+        let kind = if self.flat { 'v' } else { 'l' };
+        format!("{kind}-{}", self.id)
+    }
+
+    /// Name of the node of its file.
+    fn file_node(&self) -> String {
+        let kind = if self.flat { 'w' } else { 'f' };
+        format!("{kind}-{}", self.id)
+    }
+
+    /// Options for `blockdev-reopen`, which takes all of them again: over `backing` from now on.
+    pub fn reopened(&self, backing: &str, writable: bool, direct: bool) -> Value {
+        let mut node = self.blockdev(Some(backing), writable, direct);
+        if let Some(map) = node.as_object_mut() {
+            map.insert("file".into(), self.file_node().into());
+        }
+        node
     }
 
     /// Options for `-blockdev` and `blockdev-add`. `backing` is the node below, `None` for a layer that is to be put over
     /// one that runs, or that has none.
     pub fn blockdev(&self, backing: Option<&str>, writable: bool, direct: bool) -> Value {
-        let cache = json!({ "direct": direct, "no-flush": false });
+        let cache = json!({ "direct": direct && !self.flat, "no-flush": false });
         let mut node = json!({
             "driver": self.format,
             "node-name": self.node(),
@@ -189,7 +212,7 @@ impl Layer {
             "discard": "unmap",
             "file": {
                 "driver": "file",
-                "node-name": format!("f-{}", self.id),
+                "node-name": self.file_node(),
                 "filename": self.file,
                 "read-only": !writable,
                 "cache": cache,
@@ -407,6 +430,7 @@ mod tests {
     fn spec() -> MachineSpec {
         let layer = |id: &str, format: &str| Layer {
             id: id.into(),
+            flat: false,
             file: format!("/layers/{id}").into(),
             format: format.into(),
         };
@@ -460,7 +484,7 @@ mod tests {
         let mut spec = spec();
         spec.disks.push(Disk {
             id: "disk5".into(),
-            layers: vec![Layer { id: "c".into(), file: "/c.img".into(), format: "raw".into() }],
+            layers: vec![Layer { id: "c".into(), flat: false, file: "/c.img".into(), format: "raw".into() }],
             place: 5,
             read_only: true,
         });

@@ -120,9 +120,32 @@ pub struct DataExtent {
     pub bytes: u64,
 }
 
+/// A stretch of what an image shows, where it does not let what lies below through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Where it begins, in bytes as the guest counts them.
+    pub start: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// What is there.
+    pub content: Content,
+}
+
+/// What an image has in a stretch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros.
+    Zero,
+    /// What lies at this offset of its file.
+    At(u64),
+    /// Something that does not lie in its file as it is: compressed clusters.
+    Packed,
+}
+
 /// What `qemu-img map` says of a stretch of an image.
 #[derive(Deserialize)]
 struct MapEntry {
+    start: u64,
     length: u64,
     depth: u32,
     /// It is anywhere in the chain at all; before QEMU 6.1 nobody said.
@@ -144,6 +167,8 @@ fn yes() -> bool {
 const TEMPLATE_MAX: u64 = 4 << 20;
 /// Templates that are kept: machines have few sizes of disks.
 const TEMPLATES_MAX: usize = 16;
+/// Most bytes that are unpacked in one go.
+const UNPACK_BLOCK: u64 = 64 << 10;
 /// Longer than what `convert -p` writes at a time.
 const PROGRESS_LINE: usize = 64;
 /// What is written at a time, unless it is all zeros.
@@ -195,9 +220,70 @@ impl QemuImg {
         Ok(extents.filter_map(|e| Some(DataExtent { offset: e.offset?, bytes: e.length })).collect())
     }
 
+    /// What an image shows of its own: where it lets what lies below through there is no stretch.
+    ///
+    /// # Errors
+    /// `qemu-img` fails.
+    pub fn layout(&self, image: &Path, format: &str) -> Result<Vec<Stretch>, ImageError> {
+        let own = self.map(image, format)?.into_iter().filter(|entry| entry.depth == 0 && entry.present);
+        let content = |entry: &MapEntry| match entry.offset {
+            _ if entry.zero => Content::Zero,
+            Some(offset) if entry.data && !entry.compressed => Content::At(offset),
+            _ => Content::Packed,
+        };
+        Ok(own.map(|e| Stretch { start: e.start, bytes: e.length, content: content(&e) }).collect())
+    }
+
+    /// What an image shows in a stretch, in the file `out`, which is opened and has no name any more afterwards.
+    ///
+    /// # Errors
+    /// `qemu-img` fails; the disk is full.
+    pub fn unpack(
+        &self,
+        image: &Path,
+        format: &str,
+        start: u64,
+        bytes: u64,
+        out: &Path,
+    ) -> Result<File, ImageError> {
+        let failed = |source| ImageError::Copy { path: out.to_owned(), source };
+        let block = UNPACK_BLOCK.min(1 << start.trailing_zeros().min(31));
+        let number = |name: &str, value: u64| OsString::from(format!("{name}={value}"));
+        let mut input = OsString::from("if=");
+        input.push(image);
+        let mut output = OsString::from("of=");
+        output.push(out);
+        let args = [
+            "-U".into(),
+            "-f".into(),
+            format.into(),
+            "-O".into(),
+            "raw".into(),
+            number("bs", block),
+            number("skip", start / block),
+            number("count", bytes.div_ceil(block)),
+            input,
+            output,
+        ];
+        let done =
+            self.run("dd", image, &args, SLOW).map(drop).and_then(|()| File::open(out).map_err(failed));
+        let _ = fs::remove_file(out);
+        done
+    }
+
+    /// The backing file that the header names is not opened: a chain may be a thousand deep.
     fn map(&self, image: &Path, format: &str) -> Result<Vec<MapEntry>, ImageError> {
-        let mut args: Vec<OsString> = ["--output=json", "-U", "-f", format].map(Into::into).into();
-        args.extend(["--".into(), image.into()]);
+        let args: Vec<OsString> = match (format, image.to_str()) {
+            ("qcow2", Some(name)) => {
+                let file = serde_json::json!({ "driver": "file", "filename": name });
+                let alone = serde_json::json!({ "driver": "qcow2", "backing": null, "file": file });
+                vec!["--output=json".into(), "-U".into(), "--".into(), format!("json:{alone}").into()]
+            }
+            _ => {
+                let words = ["--output=json", "-U", "-f", format, "--"].map(OsString::from);
+                words.into_iter().chain([image.into()]).collect()
+            }
+        };
         let output = self.run("map", image, &args, SLOW)?;
         serde_json::from_str(&output.stdout).map_err(|error| ImageError::Failed {
             act: "map",

@@ -112,14 +112,14 @@ impl View {
         Ok(Self { mount: at, folder: folder.clone(), list, report })
     }
 
-    /// Ends what a set-up may have left that nobody wants any more: whoever has something of it mapped keeps that.
-    pub fn clear(folder: &Path) {
+    /// Ends what a set-up may have left that nobody wants any more: whoever has something of it mapped keeps that. False if it stays
+    /// mounted.
+    pub fn clear(folder: &Path) -> bool {
         let at = folder.join("mnt");
-        if is_mounted(&at)
-            && let Err(error) = unmount(&at)
-        {
-            tracing::warn!(mount = %at.display(), %error, "it stays mounted");
-        }
+        let unmounted = if is_mounted(&at) { unmount(&at) } else { Ok(()) };
+        unmounted
+            .inspect_err(|error| tracing::warn!(mount = %at.display(), %error, "it stays mounted"))
+            .is_ok()
     }
 
     /// Where it is mounted.

@@ -12,6 +12,7 @@ use serde_json::json;
 use warden::Armed;
 
 use crate::catalog::{Facts, Memory, SnapshotRow, TargetRow, now};
+use crate::config::Display;
 use crate::context::Context;
 use crate::disks::{NewOverlay, allocated};
 use crate::engine::Engine;
@@ -22,6 +23,7 @@ use crate::ingest::{Intake, Lead, ingest, store_maps};
 use crate::leaves::BlockLeaves;
 use crate::let_go::{STILL_LIMIT, over, save_error, save_failed, still_limit, unkept};
 use crate::memory::memory_bytes;
+use crate::mount::screen;
 use crate::read_out::read_out;
 use crate::running::Running;
 use crate::saving;
@@ -160,6 +162,9 @@ impl Engine {
     ) -> Result<Captured<'_>> {
         let session = self.store_of(job.target)?.begin_for(&self.purpose(job.target)?)?;
         cx.phase("saving memory", job.target.config.memory);
+        // Before anything stands still: it takes a moment.
+        let has_screen = job.target.config.display == Display::Vnc && !job.stands_still;
+        let picture = has_screen.then(|| screen(running)).flatten();
         let armed = self.arm(running, job.power == Power::Running)?;
         let progress = || armed.renew(STILL_LIMIT);
         if job.stands_still {
@@ -232,7 +237,7 @@ impl Engine {
         let pause_us = saved.pause_us.filter(|_| job.power == Power::Running);
         check_pause(pause_us, job.max_pause)?;
         cx.phase("making it durable", 0);
-        let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state)?;
+        let memory = store_maps(session.as_ref(), &blocks, &saved.finished.state, picture)?;
         drop(blocks);
         row.created = instant.get();
         Ok(Captured { memory: Some(memory), pause_us, saved: session.commit()?, still: None, saving })
@@ -279,7 +284,7 @@ impl Engine {
             let read = self.read_from_outside(cx, job, running, session.as_ref(), &armed, &mut || Ok(()))?;
             if let Some((held, blocks)) = read {
                 let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
-                    let memory = store_maps(session.as_ref(), &blocks, &held.finished.state)?;
+                    let memory = store_maps(session.as_ref(), &blocks, &held.finished.state, None)?;
                     Ok((memory, session.commit()?))
                 })?;
                 step("goto.still");
@@ -302,7 +307,7 @@ impl Engine {
         })?;
         let (memory, saved) = armed.during(STILL_LIMIT, || -> Result<(Memory, Saved)> {
             let whole = || Error::new(Code::Failed, "the machine's state has no end");
-            let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state)?;
+            let memory = store_maps(session.as_ref(), &blocks, &held.state().ok_or_else(whole)?.state, None)?;
             drop(blocks);
             Ok((memory, session.commit()?))
         })?;

@@ -25,6 +25,7 @@ use crate::error::{Code, Error, Result};
 use crate::fault::step;
 use crate::groups::OpenGroup;
 use crate::pins::PinnedLayers;
+use crate::settle::settled_roots;
 use crate::types::{GcReport, GroupGc};
 
 /// Packs that are left alone for so long are compressed ...
@@ -248,8 +249,11 @@ impl Engine {
 
     /// Maps of a group that the catalog refers to at this moment.
     pub(crate) fn live_roots(&self, group: &str) -> Result<Vec<pages::MapRoot>, Error> {
-        self.catalog
-            .read(|tx| Ok(roots_of(&SnapshotRow::of_group(tx, group)?, &TargetRow::of_group(tx, group)?)))
+        self.catalog.read(|tx| {
+            let mut roots = roots_of(&SnapshotRow::of_group(tx, group)?, &TargetRow::of_group(tx, group)?);
+            roots.extend(settled_roots(tx, group)?);
+            Ok(roots)
+        })
     }
 
     fn report(&self, group: &OpenGroup, plan: &CatalogPlan, packs: usize, page_bytes: u64) -> Part {
@@ -354,6 +358,8 @@ fn plan_catalog(
     }
     plan.targets = gone.into_iter().map(|target| target.id).collect();
     plan.roots = roots_of(&kept, &staying);
+    plan.roots
+        .extend(layers.iter().filter(|row| reached.contains(row.id.as_str())).filter_map(|row| row.settled));
     plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
     plan.ends_undo_of = OpRow::undoable(tx)?;
     plan.ends_undo_of.retain(|op| {
@@ -366,5 +372,7 @@ fn plan_catalog(
 fn purge(tx: &Transaction<'_>, plan: &CatalogPlan) -> Result<()> {
     plan.snapshots.iter().try_for_each(|id| SnapshotRow::purge(tx, id))?;
     plan.targets.iter().try_for_each(|id| TargetRow::purge(tx, id))?;
+    // Their rows stay until their files go: the pages of their maps are not to stay with them.
+    plan.layers.iter().try_for_each(|layer| LayerRow::set_unsettled(tx, &layer.id))?;
     plan.ends_undo_of.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use qemu::command::{Disk, Layer};
 use rusqlite::Transaction;
+use snapfs::MapFile;
 
 use crate::catalog::{BaseStamp, LayerRow, SnapshotRow, TargetRow};
 use crate::engine::Engine;
@@ -19,7 +20,13 @@ use crate::fault::{Fault, planted};
 use crate::id::new_id;
 use crate::new_disks::image_error;
 
-/// Deepest chain, for now: every layer is a descriptor, start time and pause of its machine.
+/// Most layers of a disk that a QEMU has open: every one is a descriptor, start time and pause of its machine. Below them is one file, which
+/// is what all others show, once they have settled.
+pub(crate) const OPEN_LIMIT: usize = 32;
+/// Chains of so many layers are opened as they are.
+pub(crate) const SHALLOW: usize = 8;
+
+/// Deepest chain where disks cannot be read through the snapshot file system.
 pub(crate) const DEPTH_LIMIT: u32 = 200;
 
 /// Deepest chain that a goto makes: what was kept at the limit can be gone to.
@@ -49,7 +56,7 @@ impl Engine {
     pub(crate) fn disk_spec(&self, id: &str, chain: &[LayerRow]) -> Disk {
         Disk {
             id: id.to_owned(),
-            layers: chain.iter().map(|row| self.layer_spec(row)).collect(),
+            layers: self.open_specs(chain),
             // UEFI's variables have none.
             place: id.strip_prefix("disk").and_then(|number| number.parse().ok()).unwrap_or(0),
             read_only: chain.last().is_some_and(LayerRow::is_users),
@@ -78,7 +85,30 @@ impl Engine {
     }
 
     pub(crate) fn layer_spec(&self, row: &LayerRow) -> Layer {
-        Layer { id: row.id.clone(), file: self.layer_file(row), format: row.format.clone() }
+        Layer { id: row.id.clone(), flat: false, file: self.layer_file(row), format: row.format.clone() }
+    }
+
+    /// The files of a chain, base first: what has settled of a deep one is one flat file.
+    fn open_specs(&self, chain: &[LayerRow]) -> Vec<Layer> {
+        let flat = match chain.iter().rposition(|row| row.settled.is_some()) {
+            Some(last) if chain.len() > SHALLOW => {
+                chain.get(last).and_then(|row| Some((last, self.flat_spec(row)?)))
+            }
+            _ => None,
+        };
+        let Some((last, flat)) = flat else { return chain.iter().map(|row| self.layer_spec(row)).collect() };
+        let above = chain.iter().skip(last + 1).map(|row| self.layer_spec(row));
+        std::iter::once(flat).chain(above).collect()
+    }
+
+    /// A settled layer with all below it, as a file of the group's view; none if there is no view.
+    pub(crate) fn flat_spec(&self, row: &LayerRow) -> Option<Layer> {
+        let root = row.settled?;
+        let view = self.groups.by_id(&row.group).and_then(|group| self.view_of(&group));
+        let view =
+            view.inspect_err(|error| tracing::debug!(%error, "disks are opened layer by layer")).ok()?;
+        let file = view.disk(&MapFile { root, bytes: row.size });
+        Some(Layer { id: row.id.clone(), flat: true, file, format: "raw".into() })
     }
 
     /// Sees to it that every file of the chains is there and that no user's image changed behind our back.
@@ -89,8 +119,14 @@ impl Engine {
         disks: &[(String, String)],
     ) -> Result<()> {
         for (disk, layer) in disks {
-            for row in LayerRow::chain(tx, layer)? {
-                self.check_layer(machine, disk, &row)?;
+            let chain = LayerRow::chain(tx, layer)?;
+            // What is read through the view is compared with its name, page by page.
+            let settled =
+                chain.iter().rposition(|row| row.settled.is_some()).filter(|_| chain.len() > SHALLOW);
+            for (place, row) in chain.iter().enumerate() {
+                if row.is_users() || settled.is_none_or(|settled| place > settled) {
+                    self.check_layer(machine, disk, row)?;
+                }
             }
         }
         Ok(())
@@ -251,14 +287,7 @@ impl Engine {
                 continue;
             }
             if below.depth >= limit {
-                return Err(Error::new(
-                    Code::Refused,
-                    format!(
-                        "{disk} of {what} is {} layers deep; {DEPTH_LIMIT} is the most for now",
-                        below.depth
-                    ),
-                )
-                .hint("go back to an earlier snapshot and branch from there"));
+                self.check_depth(tx, what, disk, &below)?;
             }
             let id = new_id();
             let row = LayerRow {
@@ -270,10 +299,30 @@ impl Engine {
                 below: Some(below.id.clone()),
                 depth: below.depth + 1,
                 stamp: None,
+                settled: None,
             };
             overlays.push(NewOverlay { disk: disk.clone(), row, below });
         }
         Ok(overlays)
+    }
+
+    /// A chain may be as deep as it likes where what lies deep below is read from one file.
+    fn check_depth(&self, tx: &Transaction<'_>, what: &str, disk: &str, top: &LayerRow) -> Result<()> {
+        let chain = LayerRow::chain(tx, &top.id)?;
+        let open = chain.iter().rev().take_while(|row| row.settled.is_none()).count();
+        let refused = |why: String| {
+            Err(Error::new(Code::Refused, format!("{disk} of {what} is {} layers deep", chain.len()))
+                .because(why))
+        };
+        match self.can_view() {
+            Ok(()) if open <= DEPTH_LIMIT as usize => Ok(()),
+            Ok(()) => refused(format!("{open} of them have not settled yet, and {DEPTH_LIMIT} is the most"))
+                .map_err(|error: Error| error.hint("wait a moment: that is done in the background")),
+            Err(lacks) => {
+                refused(format!("{DEPTH_LIMIT} is the most without the snapshot file system: {lacks}"))
+                    .map_err(|error| error.hint("go back to an earlier snapshot and branch from there"))
+            }
+        }
     }
 
     /// Makes the files of planned overlays, durable. On an error none is left.

@@ -47,6 +47,8 @@ pub(crate) struct Ledger {
     store: Option<Arc<Store>>,
     entries: Vec<Entry>,
     layer_bytes: HashMap<String, u64>,
+    /// The page maps of settled layers, by layer.
+    settled: HashMap<String, MapRoot>,
 }
 
 impl Ledger {
@@ -68,23 +70,36 @@ impl Ledger {
                 }
                 out
             };
+            let settled: HashMap<&str, MapRoot> =
+                layers.iter().filter_map(|l| Some((l.id.as_str(), l.settled?))).collect();
+            // What lies over one that has settled holds its map; the maps below it share nearly all of its pages.
+            let maps = |disks: &[(String, String)]| {
+                let top = |(_, top): &(String, String)| {
+                    let mut chain = std::iter::successors(Some(top.as_str()), |id| below.get(id).copied()?);
+                    chain.find_map(|id| settled.get(id).copied())
+                };
+                disks.iter().filter_map(top).collect::<Vec<_>>()
+            };
             let mut entries = Vec::new();
             for row in SnapshotRow::of_group(tx, id)? {
+                let disks = SnapshotRow::disks(tx, &row.id)?;
+                let memory = row.memory.iter().flat_map(|m| m.roots());
                 entries.push(Entry {
                     target: row.target_name.clone(),
                     name: row.name.clone(),
                     undo_point: row.undo_point,
                     removed: row.removed,
-                    roots: row.memory.iter().flat_map(|m| m.roots()).collect(),
-                    layers: chains(SnapshotRow::disks(tx, &row.id)?),
+                    roots: memory.chain(maps(&disks)).collect(),
+                    layers: chains(disks),
                     saved: row.facts.saved,
                     holder: Holder::Snapshot(row.id),
                 });
             }
             for row in TargetRow::of_group(tx, id)? {
+                let disks = TargetRow::disks(tx, &row.id)?;
                 entries.push(Entry {
-                    layers: chains(TargetRow::disks(tx, &row.id)?),
-                    roots: row.roots().collect(),
+                    roots: row.roots().chain(maps(&disks)).collect(),
+                    layers: chains(disks),
                     holder: Holder::Here(row.id),
                     target: row.name,
                     name: String::new(),
@@ -97,7 +112,8 @@ impl Ledger {
         })?;
         let ours = layers.iter().filter(|l| l.stamp.is_none());
         let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
-        Ok(Self { store: group.store().ok().cloned(), entries, layer_bytes })
+        let settled = layers.iter().filter_map(|l| Some((l.id.clone(), l.settled?))).collect();
+        Ok(Self { store: group.store().ok().cloned(), entries, layer_bytes, settled })
     }
 
     /// Bytes of pages that nothing would need any more if `dropped` went and `kept` stayed.
@@ -249,7 +265,9 @@ impl Engine {
             add(&mut saved, &entry.saved);
         }
         let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
-        let all_roots: Vec<MapRoot> = ledger.entries.iter().flat_map(|e| e.roots.iter().copied()).collect();
+        let maps = ledger.settled.iter().filter(|(id, _)| pinned.contains(id)).map(|(_, root)| *root);
+        let memories = ledger.entries.iter().flat_map(|e| e.roots.iter().copied());
+        let all_roots: Vec<MapRoot> = memories.chain(maps).collect();
         let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
         let (dead, allocated) = match &ledger.store {
             Some(store) => (

@@ -243,6 +243,9 @@ impl Engine {
         std::mem::forget(open);
         self.ended.fetch_add(1, Ordering::Relaxed);
         self.alarm.ring();
+        if result.is_ok() {
+            self.list_changes();
+        }
         if let Err(error) = &result {
             let state = if error.code() == Code::Interrupted { OpState::Cancelled } else { OpState::Failed };
             let words = error.to_string();

@@ -46,6 +46,10 @@ pub(crate) enum Fault {
     CloneOverLive,
     /// The collector does not ask what is being copied.
     NoPins,
+    /// A layer that settles has zeros in the place of its data.
+    UnsettledZero,
+    /// The chains of machines that run get longer and longer.
+    NeverShorten,
     /// What a guest has not written to since it was brought back counts as zero.
     ForgetImage,
     /// The collector does not ask what running machines may still touch.
@@ -74,6 +78,8 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::NoReserve => "no-reserve",
         Fault::CloneOverLive => "clone-over-live",
         Fault::NoPins => "no-pins",
+        Fault::UnsettledZero => "unsettled-zero",
+        Fault::NeverShorten => "never-shorten",
         Fault::ForgetImage => "forget-image",
         Fault::ForgetMapped => "forget-mapped",
     };

@@ -334,7 +334,7 @@ impl Engine {
         let loaded = match &origin.memory {
             Some(memory) => {
                 let store = self.store_of(row);
-                store.and_then(|store| self.load_memory(cx, &origin.name, &store, memory, &running))
+                store.and_then(|store| self.load_memory(cx, row, &origin.name, &store, memory, &running))
             }
             None => Ok(()),
         };

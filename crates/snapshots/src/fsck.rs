@@ -79,6 +79,8 @@ impl Engine {
                 "{} damaged pages or map nodes forgotten: a take that meets them again stores them again",
                 done.lost
             ));
+            // The layers' files are still there, and say what their maps said.
+            self.catalog.write(|tx| LayerRow::unsettle(tx, group))?;
         }
         Ok(said)
     }
@@ -153,13 +155,17 @@ impl Engine {
 
     fn check_group(&self, cx: &Context, group: &OpenGroup, report: &mut FsckReport) -> Result<()> {
         let id = &group.row.id;
-        let (snapshots, targets, layers, users, written) = self.catalog.read(|tx| {
+        let (snapshots, targets, layers, users, written, other_maps) = self.catalog.read(|tx| {
             let snapshots = SnapshotRow::of_group(tx, id)?;
             let layers = LayerRow::of_group(tx, id)?;
             let mut users: HashMap<String, Vec<String>> = HashMap::new();
+            let mut other_maps = Vec::new();
             let mut note = |disks: Vec<(String, String)>, name: &str| {
                 for (_, top) in disks {
-                    for layer in LayerRow::chain(tx, &top).unwrap_or_default() {
+                    let chain = LayerRow::chain(tx, &top).unwrap_or_default();
+                    let map = chain.iter().rev().find_map(|layer| layer.settled);
+                    other_maps.extend(map.map(|map| (map, name.to_owned())));
+                    for layer in chain {
                         users.entry(layer.id).or_default().push(name.to_owned());
                     }
                 }
@@ -175,13 +181,15 @@ impl Engine {
                 }
                 note(TargetRow::disks(tx, &target.id)?, &here(target));
             }
-            Ok((snapshots, targets, layers, users, written))
+            let mapped = |target: &TargetRow| Some((target.process.as_ref()?.ram?, here(target)));
+            other_maps.extend(targets.iter().filter_map(mapped));
+            Ok((snapshots, targets, layers, users, written, other_maps))
         })?;
         let of_snapshots = snapshots.iter().filter_map(|s| Some((label(s), s.memory.as_ref()?)));
         let of_targets = targets.iter().filter_map(|t| Some((here(t), &t.suspended.as_ref()?.memory)));
         let memories: Vec<_> = of_snapshots.chain(of_targets).collect();
         report.snapshots = snapshots.len() as u64;
-        self.check_pages(cx, group, &memories, report)?;
+        self.check_pages(cx, group, &memories, other_maps, report)?;
         cx.phase("checking disk layers", users.len() as u64);
         // From below: what lies over a layer that is damaged cannot be right, and has said so if it cannot be read.
         let (mut bad, mut by_depth) = (HashSet::new(), Vec::from_iter(&layers));
@@ -220,12 +228,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Looks at memories, each with the name of whom it belongs to.
+    /// Looks at memories and at other maps (of settled disks, of memory that a process has mapped), each with the name of whom it belongs to.
     fn check_pages(
         &self,
         cx: &Context,
         group: &OpenGroup,
         memories: &[(String, &Memory)],
+        other_maps: Vec<(pages::MapRoot, String)>,
         report: &mut FsckReport,
     ) -> Result<()> {
         let name = || Some(group.row.name.clone());
@@ -242,7 +251,7 @@ impl Engine {
         let of_memory = |(name, memory): &(String, &Memory)| {
             memory.roots().map(|root| (root, name.clone())).collect::<Vec<_>>()
         };
-        let roots: Vec<_> = memories.iter().flat_map(of_memory).collect();
+        let roots: Vec<_> = memories.iter().flat_map(of_memory).chain(other_maps).collect();
         cx.phase("reading pages", 0);
         let pages = store.fsck(&roots, &|done, total| {
             cx.progress.total.store(total, Ordering::Relaxed);

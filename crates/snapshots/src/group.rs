@@ -182,6 +182,7 @@ impl Engine {
             })?;
             step("group.removed");
             self.groups.remove(&group.row.id);
+            self.remove_view(&group.row.id);
             if let Err(error) = fs::remove_dir_all(&group.folder) {
                 tracing::warn!(%error, folder = %group.folder.display(), "the folder of a group is left to the next start");
             }

@@ -21,7 +21,7 @@ use crate::groups::OpenGroup;
 impl Engine {
     /// Names the blocks of all frozen layers of a group that its store does not know yet. `go_on` may wait, and stops it by returning
     /// false.
-    fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
+    pub(crate) fn hash_layers(&self, group: &OpenGroup, go_on: &dyn Fn() -> bool) -> Result<()> {
         let store = group.store()?;
         let known: HashSet<String> =
             store.images().into_iter().filter(|image| image.whole).map(|image| image.label).collect();
@@ -126,6 +126,7 @@ impl Engine {
             let folded = if store.wants_folding() { store.fold().map_err(Error::from) } else { Ok(()) };
             let tended = folded
                 .and_then(|()| self.hash_layers(&group, &go_on))
+                .and_then(|()| self.settle_layers(&group, &go_on))
                 .and_then(|()| if compress { self.compress_cold(&group, &go_on) } else { Ok(()) });
             match tended {
                 Err(error) if error.code() != Code::Interrupted => {
@@ -137,6 +138,7 @@ impl Engine {
                 return false;
             }
         }
+        self.list_changes();
         true
     }
 
@@ -166,7 +168,7 @@ pub(crate) fn origin(target: &str) -> Origin {
 
 /// The layers of a group that nobody writes to any more: users' images, and what a snapshot has. That something lies over a layer is not
 /// enough: a take that is taken back takes its overlay away, and the guest goes on writing to what was below.
-fn frozen(tx: &Transaction<'_>, group: &str) -> Result<Vec<LayerRow>> {
+pub(crate) fn frozen(tx: &Transaction<'_>, group: &str) -> Result<Vec<LayerRow>> {
     let mut layers = LayerRow::of_group(tx, group)?;
     let below: HashMap<String, Option<String>> =
         layers.iter().map(|layer| (layer.id.clone(), layer.below.clone())).collect();

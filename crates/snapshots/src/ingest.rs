@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use pages::{PAGE_SIZE, PageHash, Session};
+use pages::{MapRoot, PAGE_SIZE, PageHash, Session};
 use qemu::migration::{DeviceState, RamBlock, Sink, SinkError};
 
 use crate::catalog::Memory;
@@ -352,16 +352,22 @@ pub(crate) fn store_maps(
     session: &dyn Session,
     blocks: &[BlockLeaves],
     state: &DeviceState,
+    screen: Option<Vec<u8>>,
 ) -> Result<Memory> {
-    let mut bytes = state.encode();
-    let state_bytes = bytes.len() as u64;
-    bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
-    let mut names = vec![PageHash::ZERO; bytes.len() / PAGE_SIZE];
-    session.put(&bytes, &mut names)?;
-    let state = session.put_map(&names)?;
+    let (state, state_bytes) = store_bytes(session, state.encode())?;
     let blocks = blocks
         .iter()
         .map(|block| Ok((block.name.clone(), block.put_map(session)?)))
         .collect::<Result<_>>()?;
-    Ok(Memory { blocks, state, state_bytes })
+    let screen = screen.map(|picture| store_bytes(session, picture)).transpose()?;
+    Ok(Memory { blocks, state, state_bytes, screen })
+}
+
+/// Stores bytes as an image of their own; its map and their length.
+fn store_bytes(session: &dyn Session, mut bytes: Vec<u8>) -> Result<(MapRoot, u64)> {
+    let length = bytes.len() as u64;
+    bytes.resize(bytes.len().next_multiple_of(PAGE_SIZE), 0);
+    let mut names = vec![PageHash::ZERO; bytes.len() / PAGE_SIZE];
+    session.put(&bytes, &mut names)?;
+    Ok((session.put_map(&names)?, length))
 }

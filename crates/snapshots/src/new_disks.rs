@@ -30,7 +30,7 @@ enum Made {
     /// An empty image.
     Empty,
     /// An overlay over a user's image.
-    Over(LayerRow),
+    Over(Box<LayerRow>),
     /// A copy of a raw image.
     CopyOf(PathBuf),
     /// It is the user's image itself.
@@ -70,7 +70,7 @@ impl Engine {
                 DiskSource::File(path) => {
                     let base = self.base_layer(group, path)?;
                     let top = new_layer(group, base.size);
-                    (LayerRow { below: Some(base.id.clone()), depth: 2, ..top }, Made::Over(base))
+                    (LayerRow { below: Some(base.id.clone()), depth: 2, ..top }, Made::Over(Box::new(base)))
                 }
             };
             Ok(NewDisk { id: disk.id.clone(), top, made })
@@ -148,7 +148,7 @@ impl Engine {
         let spec = |disk: &NewDisk| {
             let mut chain = Vec::new();
             if let Made::Over(base) = &disk.made {
-                chain.push(base.clone());
+                chain.push(base.as_ref().clone());
             }
             chain.push(disk.top.clone());
             self.disk_spec(&disk.id, &chain)
@@ -177,6 +177,7 @@ pub(crate) fn new_layer(group: &str, size: u64) -> LayerRow {
         below: None,
         depth: 1,
         stamp: None,
+        settled: None,
     }
 }
 

@@ -299,6 +299,8 @@ impl Engine {
         let lost = keep.then(|| self.state().join("lost"));
         let known = |name: &str| groups.iter().any(|group| group.row.id == name);
         clear(&self.state().join("groups"), &known, lost.as_deref())?;
+        let there = groups.iter().map(|group| group.row.id.clone()).collect();
+        self.view_folders_but(&there).iter().for_each(|group| self.remove_view(group));
         for run in self.unrecorded_runs(&targets) {
             let _ = fs::remove_dir_all(run);
         }

@@ -82,7 +82,8 @@ impl Copies {
         for (name, root) in &memory.blocks {
             blocks.push((name.clone(), at(root)?));
         }
-        Ok(Memory { blocks, state: at(&memory.state)?, state_bytes: memory.state_bytes })
+        let screen = memory.screen.map(|(root, bytes)| Ok::<_, Error>((at(&root)?, bytes))).transpose()?;
+        Ok(Memory { blocks, state: at(&memory.state)?, state_bytes: memory.state_bytes, screen })
     }
 
     fn layer(&self, id: &str) -> Result<&LayerRow> {
@@ -213,6 +214,8 @@ impl Engine {
                 below: below.as_ref().map(|below| below.id.clone()),
                 group: to.row.id.clone(),
                 id,
+                // Its map is of the other group.
+                settled: None,
                 ..layer.clone()
             };
             if !layer.is_users() {

@@ -105,7 +105,7 @@ impl Engine {
             let still = standby.new.as_ref().map(|new| {
                 let plan = GotoPlan { new: Some(process.clone()), ..GotoPlan::default() };
                 self.catalog.write(|tx| OpRow::set_plan(tx, &cx.id, &json!(plan)))?;
-                self.load_memory(cx, &row.name, store.as_ref(), memory, new).map_err(|error| {
+                self.load_memory(cx, row, &row.name, store.as_ref(), memory, new).map_err(|error| {
                     let off =
                         format!("`spinney kill {}` turns it off: its disks are another matter", row.name);
                     with_way_out(error, off)

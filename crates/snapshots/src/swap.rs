@@ -1,8 +1,11 @@
 //! Here exchanged for a snapshot: the new state is loaded beside the old machine, and one transaction decides.
 
 use std::borrow::Cow;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use pages::Store;
@@ -135,6 +138,10 @@ pub(crate) fn with_way_out(error: Error, way_out: String) -> Error {
         Code::Damaged => error.hint(format!("`spinney fsck --repair` mends what can be mended; {way_out}")),
         _ => error,
     }
+}
+
+fn with_disks_alone(error: Error, name: &str) -> Error {
+    with_way_out(error, format!("`spinney goto {name} --off` brings its disks, without the memory"))
 }
 
 impl Engine {
@@ -293,8 +300,13 @@ impl Engine {
             check_host_memory(snapshot.config.memory, 0)?;
         }
         let store = self.store_of(row)?;
-        cx.phase("starting", 0);
         let memory = snapshot.memory.as_ref();
+        if swap.coming != Coming::Back
+            && let Some(memory) = memory
+        {
+            self.check_if_damaged(cx, snapshot, store.as_ref(), memory)?;
+        }
+        cx.phase("starting", 0);
         let launch = || self.launch_for(row, &snapshot.config, &snapshot.machine, &disks, memory);
         // Its old process has ended already.
         let is_last = swap.coming == Coming::Back || swap.plan.brought_back_by.is_some();
@@ -317,10 +329,8 @@ impl Engine {
                 match &snapshot.memory {
                     Some(memory) => {
                         let name = snapshot.full_name();
-                        self.load_memory(cx, &name, store.as_ref(), memory, &new).map_err(|error| {
-                            let way_out = "brings its disks, without the memory";
-                            with_way_out(error, format!("`spinney goto {name} --off` {way_out}"))
-                        })
+                        self.load_memory(cx, row, &name, store.as_ref(), memory, &new)
+                            .map_err(|error| with_disks_alone(error, &name))
                     }
                     None => Ok(()),
                 }
@@ -332,6 +342,22 @@ impl Engine {
             return Err(if noted { error.hint(format!("QEMU said: {words}")) } else { error });
         }
         Ok(new)
+    }
+
+    /// What is mapped is not read before the guest touches it. Memory that a repair could not mend is read first: a take may have
+    /// brought what it lacked.
+    fn check_if_damaged(
+        &self,
+        cx: &Context,
+        snapshot: &SnapshotRow,
+        store: &Store,
+        memory: &Memory,
+    ) -> Result<()> {
+        if self.catalog.read(|tx| SnapshotRow::damage(tx, &snapshot.id))?.is_none() {
+            return Ok(());
+        }
+        cx.phase("checking memory", 0);
+        check_readable(store, memory, cx).map_err(|error| with_disks_alone(error, &snapshot.full_name()))
     }
 
     /// Starts a QEMU that is to go on with this memory, mapped if it can be, or that stands still before it boots if there is none.
@@ -360,6 +386,7 @@ impl Engine {
     pub(crate) fn load_memory(
         &self,
         cx: &Context,
+        row: &TargetRow,
         name: &str,
         store: &Store,
         memory: &Memory,
@@ -375,7 +402,7 @@ impl Engine {
         let mut store_failed = None;
         let mapped = new.row.ram.is_some();
         cx.phase("loading memory", if mapped { 0 } else { state.blocks.total() });
-        let loaded = load(&new.qmp, version, &mut |socket| {
+        let mut read_in = |socket: &UnixStream| {
             let fed = feed(store, memory, &state, mapped, cx, socket);
             fed.map_err(|error| match error.downcast::<pages::Error>() {
                 Ok(error) => {
@@ -384,7 +411,17 @@ impl Engine {
                 }
                 Err(other) => other,
             })
+        };
+        let (loaded, held) = thread::scope(|scope| {
+            let (loading, over) = channel();
+            let watch = scope.spawn(move || self.end_load_that_is_held(row, new, &over));
+            let loaded = load(&new.qmp, version, &mut read_in);
+            drop(loading);
+            (loaded, watch.join().unwrap_or_default())
         });
+        if let Some(why) = held {
+            return Err(Error::new(Code::Damaged, format!("{name} cannot be loaded")).because(why));
+        }
         if let Some(error) = store_failed {
             return Err(Error::from(error));
         }

@@ -165,6 +165,11 @@ impl Engine {
             Ok((frozen, overlays))
         })?;
         cx.phase("preparing disks", 0);
+        match running {
+            Some(running) => self.shorten(cx, target, running)?,
+            // Whoever starts it next is not to wait for that.
+            None => self.settle_below(cx, target, &frozen)?,
+        }
         let began = Instant::now();
         if running.is_none() {
             // A process that was killed leaves what it wrote in the page cache.
@@ -228,6 +233,7 @@ impl Engine {
             let frozen = TargetRow::disks(tx, &row.id)?;
             self.plan_overlays(tx, &row.name, &frozen, DEPTH_LIMIT)
         })?;
+        self.shorten(cx, row, running)?;
         let began = Instant::now();
         self.make_overlays(&overlays)?;
         self.capture(cx, &job, Some(running), &overlays, began)

@@ -373,6 +373,17 @@ pub struct Forked {
     pub took_us: u64,
 }
 
+/// Result of `mount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Mounted {
+    /// Where the snapshots are: a folder for each machine, with one for each snapshot.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
+    pub path: PathBuf,
+    /// Name of the group that they are of.
+    pub group: String,
+}
+
 /// A target's tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]

@@ -3,12 +3,14 @@
 //!
 //! Where there can be none (an old kernel, no FUSE, no right to mount) everything works without: memory is loaded before the guest runs.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use pages::{MapRoot, PAGE_SIZE};
 use qemu::binary::Version;
@@ -23,6 +25,8 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::groups::{OpenGroup, file_owner};
 use crate::id::random_number;
+use crate::mount::Listing;
+use crate::running::Running;
 
 /// The first QEMU that maps a file privately without asking for the right to write to it.
 const QEMU: Version = Version::at(8, 2);
@@ -30,9 +34,14 @@ const QEMU: Version = Version::at(8, 2);
 /// Bytes of a memory that are read before they are touched.
 const AHEAD: u64 = 64 << 20;
 
+/// How long a load may go on while something of the memory cannot be read that it may be waiting for.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// How often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// The views that are open, by group.
 #[derive(Debug, Default)]
-pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>);
+pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>, Mutex<HashMap<String, Listing>>);
 
 /// The memory of a snapshot as a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +54,35 @@ impl Views {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<View>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A group's view, if it is open.
+    pub(crate) fn get(&self, group: &str) -> Option<Arc<View>> {
+        self.lock().get(group).cloned()
+    }
+
+    /// What is listed in a group's view, for whoever lists.
+    pub(crate) fn with_listing<T>(&self, group: &str, list: impl FnOnce(&mut Listing) -> T) -> T {
+        let mut listings = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        list(listings.entry(group.to_owned()).or_default())
+    }
 }
 
 impl Engine {
     /// The folder of a group's view.
-    fn view_folder(&self, group: &str) -> PathBuf {
+    pub(crate) fn view_folder(&self, group: &str) -> PathBuf {
         self.state().join("views").join(group)
+    }
+
+    /// Whether there can be views at all.
+    ///
+    /// # Errors
+    /// What is lacking.
+    pub(crate) fn can_view(&self) -> Result<()> {
+        if self.settings.warden.is_none() {
+            return Err(Error::new(Code::Precondition, "there is no executable to serve views with"));
+        }
+        let lacks = |lacks: snapfs::mount::Lacks| Error::new(Code::Precondition, lacks.to_string());
+        snapfs::mount::supported().map_err(lacks)
     }
 
     /// The view of a group, which answers.
@@ -82,6 +114,8 @@ impl Engine {
         let view = View::open(&setup, random_number(), &[]).map_err(failed)?;
         tracing::info!(group = group.row.name, mount = %view.mount_point().display(), "a view is open");
         let view = Arc::new(view);
+        // It begins with an empty list.
+        self.views.with_listing(&group.row.id, Listing::clear);
         views.insert(group.row.id.clone(), Arc::clone(&view));
         Ok(view)
     }
@@ -109,7 +143,11 @@ impl Engine {
 
     /// What a machine waits for whose memory is mapped, if it waits for something that cannot be read. Nobody is asked who may not answer.
     pub(crate) fn why_held(&self, target: &TargetRow) -> Option<String> {
-        let root = target.process.as_ref()?.ram?;
+        self.why_read_is_held(target, target.process.as_ref()?.ram?)
+    }
+
+    /// What of a memory somebody waits for that cannot be read, if there is something.
+    fn why_read_is_held(&self, target: &TargetRow, root: MapRoot) -> Option<String> {
         let report = File::open(self.view_folder(&target.group).join("held")).ok()?;
         let held: Vec<HeldRead> = read_report(&report);
         let own: Vec<&HeldRead> = held.iter().filter(|read| read.file.root == root).collect();
@@ -121,13 +159,38 @@ impl Engine {
         Some(format!("page {first}{more} of its memory cannot be read: {}", own.first()?.why))
     }
 
+    /// Ends a QEMU that is being loaded if it waits for a page that cannot be read, and says why: it would wait for a repair, and whoever
+    /// wants it loaded still has what he had before. `over` is closed when it is loaded, or has failed for another reason.
+    pub(crate) fn end_load_that_is_held(
+        &self,
+        target: &TargetRow,
+        new: &Running,
+        over: &Receiver<()>,
+    ) -> Option<String> {
+        let root = new.row.ram?;
+        let mut since = None;
+        while over.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+            let Some(why) = self.why_read_is_held(target, root) else {
+                since = None;
+                continue;
+            };
+            // It may be another machine that waits, of the same memory: then this one is loaded at once.
+            if since.get_or_insert_with(Instant::now).elapsed() > LOAD_LIMIT {
+                tracing::error!(target = target.name, why, "a machine that is being loaded waits");
+                new.process.kill();
+                return Some(why);
+            }
+        }
+        None
+    }
+
     /// Has what was new in a memory read ahead: it is what the guest worked with last. In a thread of its own, and only as long as that
     /// is not much; it is no harm if it is not done.
     pub(crate) fn fetch_ahead(&self, target: &TargetRow, root: MapRoot, before: Option<&Memory>) {
         let ram =
             |memory: &Memory| memory.blocks.iter().find(|(name, _)| name == RAM_ID).map(|(_, root)| *root);
         let Some(before) = before.and_then(ram) else { return };
-        let view = self.views.lock().get(&target.group).cloned();
+        let view = self.views.get(&target.group);
         let (Ok(store), Some(view)) = (self.store_of(target), view) else { return };
         let path = view.ram(&MapFile::of(root));
         let fetch = move || -> Option<()> {
@@ -149,20 +212,40 @@ impl Engine {
         let _ = thread::Builder::new().name("fetch-ahead".into()).spawn(fetch);
     }
 
+    /// Ends the view of a group that is gone.
+    pub(crate) fn remove_view(&self, group: &str) {
+        let folder = self.view_folder(group);
+        if self.end_view(group)
+            && let Err(error) = fs::remove_dir_all(&folder)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %folder.display(), %error, "what is left of a view stays");
+        }
+    }
+
+    /// Ends the view of a group, also one that an earlier daemon has opened. False if it stays.
+    fn end_view(&self, group: &str) -> bool {
+        drop(self.views.lock().remove(group));
+        View::clear(&self.view_folder(group))
+    }
+
+    /// Groups whose views have a folder, those apart that are named.
+    pub(crate) fn view_folders_but(&self, these: &HashSet<String>) -> Vec<String> {
+        let all = fs::read_dir(self.state().join("views")).into_iter().flatten().flatten();
+        let names = all.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| !these.contains(name)).collect()
+    }
+
     /// The daemon ends in order: views that no machine needs end, too.
     pub(crate) fn close_views(&self) {
         let needed = self.catalog.read(|tx| {
             let targets = TargetRow::all(tx, true)?;
-            Ok(targets
-                .into_iter()
-                .filter(|t| t.process.as_ref().is_some_and(|p| p.ram.is_some()))
-                .map(|t| t.group))
+            // It may have memory mapped from there, or disks open.
+            Ok(targets.into_iter().filter(|t| t.process.is_some()).map(|t| t.group))
         });
-        let Ok(needed) = needed else { return };
-        let needed: std::collections::HashSet<String> = needed.collect();
-        for (group, view) in self.views.lock().drain().filter(|(group, _)| !needed.contains(group)) {
-            if let Err(error) = view.end() {
-                tracing::warn!(group, %error, "a view stays");
+        if let Ok(needed) = needed {
+            for group in self.view_folders_but(&needed.collect()) {
+                self.end_view(&group);
             }
         }
     }

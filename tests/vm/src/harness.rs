@@ -131,10 +131,7 @@ impl Spinney {
         let disk = self.disk.as_ref().expect("a disk of its own");
         self.unmount_views();
         disk.cut();
-        // Whoever started somebody else in the last instant did it without a disk.
-        while !self.processes().is_empty() {
-            self.processes().into_iter().for_each(|(pid, _)| kill(pid));
-        }
+        self.kill_all();
         disk.boot();
         self.boots += 1;
         self.set("SPINNEY_BOOT", &format!("boot-{}", self.boots));
@@ -310,6 +307,25 @@ impl Spinney {
         !serving.is_empty()
     }
 
+    /// Whether QEMU has a machine's memory mapped from a view.
+    pub fn is_mapped(&self, name: &str) -> Result<bool, Failed> {
+        let Some(pid) = self.ok(&format!("show {name}"))?["pid"].as_u64() else { return Ok(false) };
+        Ok(fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default().contains("/.ram/"))
+    }
+
+    /// Whether memory can be mapped on this host, and is to be.
+    pub fn can_map(&self) -> Result<bool, Failed> {
+        let doctor = self.ok("doctor")?;
+        let mut checks = doctor["checks"].as_array().into_iter().flatten();
+        Ok(checks.any(|check| check["name"] == "instant restore" && check["level"] == "good"))
+    }
+
+    /// Whether memory that is brought back is mapped from now on, or loaded. The next command starts a daemon that knows it.
+    pub fn set_view(&mut self, mapped: bool) {
+        self.set("SPINNEY_VIEW", if mapped { "on" } else { "off" });
+        self.kill_daemon();
+    }
+
     /// Kills the daemon as a crash would, and waits until it is gone. False if none ran.
     pub fn kill_daemon(&self) -> bool {
         let Some(pid) = self.daemon() else { return false };
@@ -406,6 +422,24 @@ impl Spinney {
 }
 
 impl Spinney {
+    /// Kills everybody, whoever takes over or is started meanwhile.
+    fn kill_all(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let all = self.processes();
+            if all.is_empty() || Instant::now() > deadline {
+                return;
+            }
+            // Stopped first: the death of one has others do something. All at once: a QEMU that waits for a page ends with whoever serves it.
+            for signal in [Signal::STOP, Signal::KILL] {
+                for id in all.iter().filter_map(|(pid, _)| Pid::from_raw(i32::try_from(*pid).ok()?)) {
+                    let _ = kill_process(id, signal);
+                }
+            }
+            all.into_iter().for_each(|(pid, _)| kill(pid));
+        }
+    }
+
     /// Unmounts what the snapshot file system has left, whose processes are gone.
     fn unmount_views(&self) {
         for entry in fs::read_dir(self.state().join("views")).into_iter().flatten().flatten() {
@@ -422,13 +456,7 @@ impl Default for Spinney {
 
 impl Drop for Spinney {
     fn drop(&mut self) {
-        // The daemon first: it would start others. Twice, should one have been between two processes.
-        self.kill_daemon();
-        for _ in 0..2 {
-            for (pid, _) in self.processes() {
-                kill(pid);
-            }
-        }
+        self.kill_all();
         self.unmount_views();
         if thread::panicking() {
             eprintln!("the end of daemon.log:\n{}", self.log());

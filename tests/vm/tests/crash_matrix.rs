@@ -69,6 +69,29 @@ fn daemon_and_warden_die_at_once() {
     );
 }
 
+/// Nobody notices: of the machine that is there, nor of the one that is on its way.
+#[test]
+fn whoever_serves_memory_dies_and_another_takes_over() {
+    if !Spinney::new().can_map().unwrap() {
+        eprintln!("SKIPPED, and nothing tested: this host maps no memory");
+        return;
+    }
+    only(
+        Victim::View,
+        &[
+            (Act::TakeStopCopy, "take.memory"),
+            (Act::TakePreCopy, "take.memory"),
+            (Act::Goto, "goto.started"),
+            (Act::Goto, "goto.loaded"),
+            (Act::Goto, "goto.still"),
+            (Act::Goto, "goto.decided"),
+            (Act::UndoGoto, "goto.loaded"),
+            (Act::Suspend, "suspend.memory"),
+            (Act::Wake, "wake.loaded"),
+        ],
+    );
+}
+
 fn only(victim: Victim, blows: &[(Act, &str)]) {
     let mut scene = Scene::begin(Spinney::new(), Stage::Guest).unwrap();
     for (act, step) in blows {
@@ -146,8 +169,11 @@ fn every_step_is_struck() {
         }
     }
     let rows = ROWS.iter().flat_map(|row| row.steps).chain(RECOVERY.iter().map(|(.., then)| then));
-    // In `damage.rs`, where there is something to mend.
-    let rows = rows.chain(&["fsck.mended"]);
+    // In `damage.rs`, where there is something to mend; in `fork.rs`, where there are several machines; in `depth.rs`, where chains are
+    // deep.
+    let elsewhere = ["fork.origin", "fork.overlays", "fork.started", "fork.written", "fork.runs"];
+    let rows = rows.chain(&["fsck.mended", "throw-away.written"]).chain(&elsewhere);
+    let rows = rows.chain(&["settle.stored", "settle.written", "shorten.reopened"]);
     let struck: BTreeSet<String> = rows.map(|step| (*step).to_owned()).collect();
     assert!(named.len() > 40, "the sources name steps: {named:?}");
     assert_eq!(named, struck, "left: the sources; right: tests/vm/src/crash/table.rs");

@@ -38,17 +38,22 @@ const HELD: Duration = Duration::from_secs(3);
 
 #[test]
 fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_take() {
-    through(TAKE, "stop-copy");
+    through(TAKE, "stop-copy", "on");
 }
 
 #[test]
 fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_live_take() {
-    through(LIVE, "live");
+    through(LIVE, "live", "on");
 }
 
 #[test]
 fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_goto() {
-    through(GOTO, "");
+    through(GOTO, "", "on");
+}
+
+#[test]
+fn no_guest_stands_still_because_the_daemon_was_stopped_in_a_goto_that_loads_memory() {
+    through(GOTO, "", "off");
 }
 
 /// The check itself: without the warden it has to find a guest that stands still.
@@ -93,8 +98,9 @@ fn a_take_waits_for_the_second_monitor() {
     walk.end().unwrap();
 }
 
-fn through(steps: &[&str], mode: &str) {
-    let mut walk = Walk::begin(Spinney::new(), 7, 64).unwrap();
+/// `view` is on, and memory that is brought back is mapped, or off, and it is loaded.
+fn through(steps: &[&str], mode: &str, view: &str) {
+    let mut walk = Walk::begin(Spinney::with(&[("SPINNEY_VIEW", view)]), 7, 64).unwrap();
     for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::Writer, Card::LogRate] {
         walk.play(card).unwrap();
     }

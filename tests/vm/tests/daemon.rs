@@ -73,10 +73,11 @@ fn die_in_takes(mode: &str, card: Card, kills: usize) {
     walk.end().unwrap();
 }
 
+/// Memory is loaded, which has phases of some length: kills in each of them.
 #[test]
 fn a_daemon_that_dies_in_a_goto_leaves_the_machine_where_it_was_or_there() {
     let mut random = Random::new(21);
-    let mut walk = Walk::begin(Spinney::new(), 21, 96).unwrap();
+    let mut walk = Walk::begin(Spinney::with(&[("SPINNEY_VIEW", "off")]), 21, 96).unwrap();
     for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::LogStep, Card::Writer, Card::LogRate]
     {
         walk.play(card).unwrap();
@@ -118,6 +119,50 @@ fn a_daemon_that_dies_in_a_goto_leaves_the_machine_where_it_was_or_there() {
             .unwrap_or_else(|violation| panic!("killed {delay:?} into {phase}: {violation}"));
         there += usize::from(happened);
     }
+    whole_after_gotos(walk, there);
+}
+
+/// Memory is mapped, and it is all over soon: kills at any time.
+#[test]
+fn a_daemon_that_dies_in_a_goto_that_maps_memory_leaves_the_machine_where_it_was_or_there() {
+    let mut random = Random::new(22);
+    let mut walk = Walk::begin(Spinney::new(), 22, 96).unwrap();
+    for card in [Card::LogStep, Card::TakeStopCopy, Card::Mutate, Card::LogStep, Card::Writer, Card::LogRate]
+    {
+        walk.play(card).unwrap();
+    }
+    let words = format!("goto {NAME}@s1");
+    let (mut there, mut whole) = (0, Duration::ZERO);
+    for kill in 0..=GOTO_KILLS {
+        walk.play(Card::Mutate).unwrap();
+        let (first, begun) = (kill == 0, Instant::now());
+        let delay = Duration::from_micros(random.below(whole.as_micros() as u64 + 1));
+        let mut blow = |walk: &Walk, command: &mut Underway, _: &Path| {
+            match first {
+                true => while command.reaches("") {},
+                false => thread::sleep(delay),
+            }
+            whole = whole.max(begun.elapsed());
+            if !first {
+                walk.spinney.kill_daemon();
+            }
+            Ok(())
+        };
+        let (happened, _) = walk
+            .cut_short(&words, Some(0), &mut blow)
+            .unwrap_or_else(|violation| panic!("killed after {delay:?}: {violation}"));
+        assert!(happened || !first);
+        if happened {
+            assert_eq!(walk.spinney.is_mapped(NAME).unwrap(), walk.spinney.can_map().unwrap());
+        }
+        there += usize::from(happened && !first);
+    }
+    println!("a goto takes {whole:?}");
+    whole_after_gotos(walk, there);
+}
+
+/// Some of the gotos were cut short, and with the machine all is well.
+fn whole_after_gotos(mut walk: Walk, there: usize) {
     println!("{}", walk.history.join("\n"));
     assert!(there < GOTO_KILLS, "no goto was cut short");
     println!("of {GOTO_KILLS} gotos {there} had happened when the daemon died");

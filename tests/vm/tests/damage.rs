@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vm_tests::guest::Guest;
@@ -12,22 +13,45 @@ use vm_tests::underway::reached;
 
 /// Bytes of a page, and of a pack before its first one.
 const PAGE: usize = 4096;
+/// More than what a pack has that is of maps alone.
+const MAPS: u64 = 512 << 10;
 
 /// A guest of 96 MiB that has been taken twice, with another word in its memory and on its disk each time.
 fn taken_twice() -> (Spinney, Vec<PathBuf>) {
-    let spinney = Spinney::new();
+    taken_twice_with("on")
+}
+
+/// The same with memory that is mapped when it is brought back (`on`), or loaded (`off`).
+fn taken_twice_with(view: &str) -> (Spinney, Vec<PathBuf>) {
+    let spinney = Spinney::with(&[("SPINNEY_VIEW", view)]);
     spinney.create_guest("m", 96).unwrap();
     spinney.ok("start m").unwrap();
     let mut seen = Vec::new();
     for word in ["one", "two"] {
         say(&spinney, word);
         // The guest runs on, so that one thread stores, into one pack.
+        let before = quiet_packs(&spinney);
         spinney.ok(&format!("take m {word} --mode live")).unwrap();
-        let new: Vec<PathBuf> = spinney.packs().into_iter().filter(|pack| !seen.contains(pack)).collect();
+        let mut new = quiet_packs(&spinney);
+        new.retain(|pack| !before.contains(pack));
+        // Beside it there are the maps of layers that settle.
+        new.retain(|pack| fs::metadata(pack).unwrap().len() > MAPS);
         assert_eq!(new.len(), 1, "a live take makes one pack");
         seen.extend(new);
     }
     (spinney, seen)
+}
+
+/// The packs, when nothing is done in the background any more that makes some.
+fn quiet_packs(spinney: &Spinney) -> Vec<PathBuf> {
+    spinney.settle().unwrap();
+    loop {
+        let packs = spinney.packs();
+        thread::sleep(Duration::from_millis(700));
+        if packs == spinney.packs() {
+            return packs;
+        }
+    }
 }
 
 fn guest(spinney: &Spinney) -> Guest {
@@ -97,7 +121,7 @@ fn again(spinney: &Spinney) {
 #[test]
 fn a_pack_whose_index_is_gone_is_mended_whole() {
     let (spinney, packs) = taken_twice();
-    let intact = fs::read(&packs[0]).unwrap();
+    let (intact, before) = (fs::read(&packs[0]).unwrap(), spinney.packs());
     // Its footer, its header, its end.
     for kind in 0..3 {
         match kind {
@@ -121,7 +145,7 @@ fn a_pack_whose_index_is_gone_is_mended_whole() {
         }
         // As before, for the next kind.
         for path in spinney.packs() {
-            if path != packs[1] {
+            if !before.contains(&path) {
                 fs::remove_file(path).unwrap();
             }
         }
@@ -170,7 +194,8 @@ fn a_disk_that_cannot_be_read_is_named_and_nothing_is_given_up() {
 
 #[test]
 fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
-    let (spinney, packs) = taken_twice();
+    // Memory that is mapped is not read before it is touched: `view.rs`.
+    let (spinney, packs) = taken_twice_with("off");
     // The second pack is of `two` alone; whether the first page of it is read at once does not matter.
     flip(&packs[1], PAGE + 100);
     does_not_restore(&spinney, "two");
@@ -191,6 +216,52 @@ fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
     spinney.ok("take m three --mode stop-copy").unwrap();
     assert_eq!(touched(&fsck(&spinney, "fsck")), ["m@two"]);
     restores(&spinney, "one");
+}
+
+/// Spoils the pages of the guest in a pack. The device state lies behind them.
+fn spoil(pack: &Path) {
+    let mut bytes = fs::read(pack).unwrap();
+    (PAGE..bytes.len() / 2).step_by(PAGE).for_each(|at| bytes[at + 100] ^= 1);
+    fs::write(pack, bytes).unwrap();
+}
+
+/// What QEMU itself touches of a memory that is mapped it misses while it is loaded, beside what is there still.
+#[test]
+fn a_page_that_is_missed_in_loading_ends_that_and_the_machine_is_as_it_was() {
+    let (spinney, packs) = taken_twice();
+    let can_map = spinney.can_map().unwrap();
+    let is_named = |problem: &Value| {
+        assert!(
+            !can_map || problem["cause"].to_string().contains("of its memory cannot be read"),
+            "{problem}"
+        );
+    };
+    spoil(&packs[1]);
+    let began = Instant::now();
+    let problem = does_not_restore(&spinney, "two");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    is_named(&problem);
+    assert!(problem["hint"].as_str().is_some_and(|hint| hint.contains("goto m@two --off")), "{problem}");
+    assert_eq!(spinney.machines().len(), 1, "nothing is left of the other one");
+    restores(&spinney, "one");
+
+    // A memory that is kept is not given up either.
+    spinney.ok("suspend m").unwrap();
+    let spoilt = spinney.packs().into_iter().filter(|pack| *pack != packs[0] && *pack != packs[1]);
+    let spoilt: Vec<PathBuf> = spoilt.collect();
+    spoilt.iter().for_each(|pack| spoil(pack));
+    let ended = spinney.run(["start", "m"]);
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    is_named(&ended.problem());
+    assert_eq!((state_of(&spinney), spinney.machines().len()), ("suspended".into(), 0));
+    // As it was: what is spoilt twice is whole.
+    spoilt.iter().chain([&packs[1]]).for_each(|pack| spoil(pack));
+    spinney.ok("start m").unwrap();
+    assert_eq!(guest(&spinney).cmd("cat /tmp/word").unwrap().1, "one\n");
+}
+
+fn state_of(spinney: &Spinney) -> Value {
+    spinney.ok("show m").unwrap()["power"].clone()
 }
 
 #[test]

@@ -366,3 +366,29 @@ fn ten_forks_come_up_while_their_view_dies() {
         }
     }
 }
+
+/// The daemon dies when a throw-away machine has just been thrown away, or is about to be.
+#[test]
+fn a_peek_is_gone_also_when_the_daemon_dies_over_it() {
+    let mut spinney = Spinney::new();
+    spinney.create_guest("web", 96).unwrap();
+    spinney.ok("start web").unwrap();
+    guest(&spinney, "web").counter().unwrap();
+    spinney.ok("take web x").unwrap();
+    for step in ["kill.ended", "throw-away.written"] {
+        spinney.ok("peek web@x").unwrap();
+        let marker = spinney.folder().join(step);
+        spinney.set("SPINNEY_CRASH", &format!("{step} kill {}", marker.display()));
+        spinney.kill_daemon();
+        spinney.ok("ls").unwrap();
+        let _ = spinney.run(["kill", "web-peek-1"]);
+        spinney.set("SPINNEY_CRASH", "");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while names(&spinney) != ["web"] {
+            assert!(Instant::now() < deadline, "{step}: {:?}", names(&spinney));
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    assert_eq!(spinney.machines().len(), 1);
+    counts(&mut guest(&spinney, "web"));
+}

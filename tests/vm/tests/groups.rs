@@ -213,10 +213,22 @@ fn a_machine_that_was_copied_to_another_group_has_its_memory() {
     spinney.ok("goto m@b --running").unwrap();
     let mut guest = connect(&spinney, "m");
     assert_eq!((guest.nonce().unwrap(), guest.hash().unwrap()), (nonce, hash));
+    assert_eq!(spinney.is_mapped("m").unwrap(), spinney.can_map().unwrap());
     drop(guest);
     spinney.ok("gc --now").unwrap();
+    let views = || fs::read_dir(spinney.state().join("views")).unwrap().flatten().count();
+    let (can_map, before) = (spinney.can_map().unwrap(), (views(), spinney.views().0.len()));
+    assert_eq!(before, if can_map { (2, 2) } else { (0, 0) });
     spinney.ok("group rm work --yes").unwrap();
     is_whole(&spinney);
+    // Its view went with it, and the other one is m's.
+    assert_eq!(views(), usize::from(can_map));
+    let deadline = Instant::now() + SOON;
+    while spinney.views().0.len() > usize::from(can_map) {
+        assert!(Instant::now() < deadline, "nobody is served any more");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(connect(&spinney, "m").hash().unwrap(), hash);
 }
 
 /// A copy that cannot have room is refused before anything is made; with room it is done.
@@ -291,7 +303,9 @@ fn as_root_qemu_runs_as_the_owner_of_the_group() {
         ((0, 0o711), (0, 0o711)),
         "no link of theirs leads root astray"
     );
-    assert_eq!(rights(&own.join("pages/packs")), (0, 0o700));
+    for name in ["pages", "pages/packs", "pages/index"] {
+        assert_eq!(rights(&own.join(name)), (0, 0o711), "{name}");
+    }
     for file in ["catalog.db", "lock", "daemon.log", "spinney.sock"] {
         assert_eq!(rights(&spinney.state().join(file)), (0, 0o600), "{file}");
     }
@@ -334,6 +348,18 @@ fn as_root_qemu_runs_as_the_owner_of_the_group() {
         assert_eq!((guest.nonce().unwrap(), guest.hash().unwrap()), (nonce.clone(), hash), "{name}");
         assert!(guest.log_check().unwrap().ok, "{name}");
         assert_eq!(ids(pid(&spinney.ok("show t").unwrap())).0, "65534 65534 65534 65534");
+        assert_eq!(spinney.is_mapped("t").unwrap(), spinney.can_map().unwrap());
+    }
+    // Whoever serves its memory is its owner too, and reads what is his.
+    let (serving, standing_by) = spinney.views();
+    for pid in serving.into_iter().chain(standing_by) {
+        assert_eq!((ids(pid).0.as_str(), ids(pid).2.as_str()), ("65534 65534 65534 65534", ""));
+    }
+    for folder in ["pages/packs", "pages/index"] {
+        for file in fs::read_dir(own.join(folder)).unwrap().map(|entry| entry.unwrap().path()) {
+            let (uid, mode) = rights(&file);
+            assert_eq!((uid, mode & 0o077), (65_534, 0), "{}", file.display());
+        }
     }
     spinney.kill_daemon();
     connect(&spinney, "t").log_step(1).unwrap();

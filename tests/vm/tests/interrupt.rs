@@ -39,7 +39,8 @@ fn interrupted(
     step: &str,
 ) -> Result<(bool, Ended), Violation> {
     // A step is waited at once for each marker.
-    let marker = walk.spinney.folder().join(format!("{step}-{}", words.replace(' ', "-")));
+    let number = walk.history.len();
+    let marker = walk.spinney.folder().join(format!("{step}-{number}-{}", words.replace(' ', "-")));
     walk.spinney.set("SPINNEY_CRASH", &format!("{step} wait {}", marker.display()));
     // The next command starts one that knows the step.
     walk.spinney.kill_daemon();
@@ -107,7 +108,11 @@ fn a_take_or_goto_that_is_interrupted_leaves_everything_as_it_was() {
     ] {
         interrupt(&mut walk, &format!("take {NAME} live --mode live"), None, step);
     }
-    interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
+    for mapped in [false, true] {
+        walk.spinney.set_view(mapped);
+        // In the middle of what is loaded: all of the memory, or what cannot be mapped.
+        interrupt(&mut walk, &format!("goto {NAME}@s1"), Some(0), "goto.memory");
+    }
     too_late(&mut walk, "live");
     too_late(&mut walk, "stop-copy");
     walk.spinney.set("SPINNEY_CRASH", "");

@@ -30,8 +30,8 @@ fn a_random_walk_finds_every_state_as_it_was() {
 }
 
 /// A fixed walk: two snapshots with much between them, then to each of them.
-fn short_walk(fault: &str) -> Result<(), Violation> {
-    let spinney = if fault.is_empty() { Spinney::new() } else { Spinney::with(&[("SPINNEY_FAULT", fault)]) };
+fn short_walk(fault: &str, view: &str) -> Result<(), Violation> {
+    let spinney = Spinney::with(&[("SPINNEY_FAULT", fault), ("SPINNEY_VIEW", view)]);
     // Much memory is filled, so that a page that is lost is one that is looked at.
     let mut walk = Walk::begin(spinney, 7, 128).expect("a machine");
     walk.set_patience(Duration::from_secs(15));
@@ -47,12 +47,23 @@ fn short_walk(fault: &str) -> Result<(), Violation> {
 
 #[test]
 fn the_short_walk_is_whole_without_a_fault() {
-    short_walk("").unwrap();
+    short_walk("", "on").unwrap();
+}
+
+/// As where there is no FUSE.
+#[test]
+fn the_short_walk_is_whole_with_memory_that_is_loaded() {
+    short_walk("", "off").unwrap();
 }
 
 /// Runs the short walk with a fault and returns what was found.
 fn found(fault: &str) -> String {
-    let violation = short_walk(fault)
+    found_with(fault, "on")
+}
+
+/// The same with memory that is mapped (`on`) or loaded (`off`).
+fn found_with(fault: &str, view: &str) -> String {
+    let violation = short_walk(fault, view)
         .expect_err("the checks do not see the fault; has the executable the feature `faults`?")
         .to_string();
     println!("{fault}: {violation}");
@@ -83,20 +94,20 @@ fn a_guest_that_runs_on_before_its_memory_is_protected_is_found() {
 
 #[test]
 fn a_page_that_is_lost_is_found() {
-    let violation = found("skip-page");
-    assert!(violation.contains("memory is not what it was"), "{violation}");
+    for view in ["on", "off"] {
+        let violation = found_with("skip-page", view);
+        assert!(violation.contains("memory is not what it was"), "{violation}");
+    }
 }
 
 #[test]
 fn the_device_state_of_another_snapshot_is_found() {
     // Devices compare their own state with what lies in memory, so QEMU itself may notice and refuse to load.
-    let violation = found("other-device-state");
-    assert!(
-        violation.contains("being loaded")
-            || violation.contains("could not be loaded")
-            || violation.contains("did not answer"),
-        "{violation}"
-    );
+    for view in ["on", "off"] {
+        let violation = found_with("other-device-state", view);
+        let seen = ["being loaded", "could not be loaded", "did not answer"];
+        assert!(seen.iter().any(|words| violation.contains(words)), "{violation}");
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `demo`: the main job on a real guest, as a person would type it.
+//! `demo`: the main job on a real guest, as a person would type it; then forks of it.
 
 use std::cell::Cell;
 use std::io::{BufRead, BufReader, Write};
@@ -12,10 +12,10 @@ use server::snapshots::Code;
 
 use crate::session::Session;
 
-/// Show the main job on a real guest: take, break, go back, branch
+/// Show the main job on a real guest: take, break, go back, branch, fork
 ///
 /// Boots a small Linux guest in a state folder of its own, takes snapshots of it while it runs, breaks it, brings it back,
-/// branches, and removes everything again. `make demo` builds the guest first.
+/// branches, forks it five times as it runs, and removes everything again. `make demo` builds the guest first.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -34,6 +34,10 @@ pub(crate) struct Args {
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long a command inside the guest may take.
 const GUEST_LIMIT: Duration = Duration::from_secs(20);
+/// The demo's machine.
+const LAB: &str = "lab";
+/// Forks of it, named `lab-1` and so on.
+const FORKS: usize = 5;
 
 pub(crate) fn run(_session: &Session, args: &Args) -> Result<(), Problem> {
     let guest = guest_folder(args.guest.as_deref())?;
@@ -45,7 +49,7 @@ pub(crate) fn run(_session: &Session, args: &Args) -> Result<(), Problem> {
     demo.say("A machine with 256 MiB. Its disk image is never written to: an overlay goes over it.");
     demo.spinney(&[
         "create",
-        "lab",
+        LAB,
         "--memory",
         "256M",
         "--disk",
@@ -90,8 +94,13 @@ pub(crate) fn run(_session: &Session, args: &Args) -> Result<(), Problem> {
     demo.say("Equal pages are stored once, whichever snapshot had them first.");
     demo.spinney(&["du", "lab"])?;
     demo.spinney(&["fsck"])?;
+    demo.forks()?;
     demo.say("That was it. `spinney --help` lists the verbs.");
     Ok(())
+}
+
+fn fork_names() -> Vec<String> {
+    (1..=FORKS).map(|n| format!("{LAB}-{n}")).collect()
 }
 
 fn guest_folder(given: Option<&Path>) -> Result<PathBuf, Problem> {
@@ -151,11 +160,27 @@ impl Demo {
         }
     }
 
-    fn console(&self) -> Result<UnixStream, Problem> {
-        let output = self.command(&["--json", "show", "lab"]).stderr(Stdio::null()).output();
+    /// Forks the machine as it runs, and shows that each is a machine of its own.
+    fn forks(&self) -> Result<(), Problem> {
+        self.say(
+            "Five running copies of it, while it runs on. They share its memory until they write to it.",
+        );
+        self.spinney(&["fork", LAB, "-n", &FORKS.to_string()])?;
+        self.say("Each draws its own random numbers, and has a disk of its own that began as the machine's.");
+        for fork in fork_names() {
+            self.typed_at(&fork, &format!("echo 'chapter three, by {fork}' >> /data/thesis; sync"))?;
+            self.typed_at(&fork, "head -c 8 /dev/urandom | od -An -tx1; tail -n 2 /data/thesis")?;
+        }
+        self.say("The machine they came from has seen nothing of it.");
+        self.guest("cat /data/thesis")?;
+        self.spinney(&["ls"])
+    }
+
+    fn console(&self, machine: &str) -> Result<UnixStream, Problem> {
+        let output = self.command(&["--json", "show", machine]).stderr(Stdio::null()).output();
         let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
         let document: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        let path = find(&document, "console").ok_or_else(|| problem("the machine has no console".into()))?;
+        let path = find(&document, "console").ok_or_else(|| problem(format!("{machine} has no console")))?;
         let socket = UnixStream::connect(path).map_err(|e| problem(format!("{path}: {e}")))?;
         let limit = socket.set_read_timeout(Some(Duration::from_millis(500)));
         limit.map_err(|e| problem(format!("{path}: {e}")))?;
@@ -165,7 +190,7 @@ impl Demo {
     fn wait_for_guest(&self) -> Result<(), Problem> {
         let deadline = Instant::now() + BOOT_LIMIT;
         while Instant::now() < deadline {
-            if let Ok(lines) = self.ask("echo ready", Duration::from_secs(1))
+            if let Ok(lines) = self.ask(LAB, "echo ready", Duration::from_secs(1))
                 && lines.iter().any(|line| line == "ready")
             {
                 return Ok(());
@@ -176,16 +201,20 @@ impl Demo {
 
     /// Types a command at the guest's serial console and prints it with what it answers.
     fn guest(&self, command: &str) -> Result<(), Problem> {
-        println!("guest# {command}");
-        for line in self.ask(command, GUEST_LIMIT)? {
+        self.typed_at(LAB, command)
+    }
+
+    fn typed_at(&self, machine: &str, command: &str) -> Result<(), Problem> {
+        println!("{}# {command}", if machine == LAB { "guest" } else { machine });
+        for line in self.ask(machine, command, GUEST_LIMIT)? {
             println!("{line}");
         }
         Ok(())
     }
 
-    fn ask(&self, command: &str, limit: Duration) -> Result<Vec<String>, Problem> {
-        let io = |e: std::io::Error| problem(format!("the guest's console: {e}"));
-        let mut console = self.console()?;
+    fn ask(&self, machine: &str, command: &str, limit: Duration) -> Result<Vec<String>, Problem> {
+        let io = |e: std::io::Error| problem(format!("the console of {machine}: {e}"));
+        let mut console = self.console(machine)?;
         // What was typed while the guest booted is answered later, all at once: each answer is known by its number. The console echoes
         // what is typed, so the words are such as only the shell makes of it.
         let number = self.asked.replace(self.asked.get() + 1);
@@ -222,9 +251,13 @@ impl Drop for Demo {
             println!("\nleft behind: spinney --state {} tree", self.state.display());
             return;
         }
-        for args in [&["kill", "lab"][..], &["serve", "--stop"]] {
+        let quietly = |args: &[&str]| {
             let _ = self.command(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        };
+        for machine in fork_names().iter().map(String::as_str).chain([LAB]) {
+            quietly(&["kill", machine]);
         }
+        quietly(&["serve", "--stop"]);
         let _ = std::fs::remove_dir_all(&self.state);
     }
 }

@@ -18,6 +18,7 @@ mod group;
 mod kill;
 mod ls;
 mod man;
+mod mount;
 mod op;
 mod pause;
 mod peek;
@@ -120,6 +121,7 @@ pub(crate) enum Command {
     Rm(rm::Args),
     Undo(undo::Args),
     Op(op::Args),
+    Mount(mount::Args),
     Du(du::Args),
     Gc(gc::Args),
     Fsck(fsck::Args),
@@ -169,6 +171,7 @@ pub(crate) fn run(command: Command, session: &Session) -> Result<(), Problem> {
         Command::Rm(args) => rm::run(session, &args),
         Command::Undo(args) => undo::run(session, args),
         Command::Op(args) => op::run(session, args),
+        Command::Mount(args) => mount::run(session, args),
         Command::Du(args) => du::run(session, &args),
         Command::Gc(args) => gc::run(session, &args),
         Command::Fsck(args) => fsck::run(session, &args),

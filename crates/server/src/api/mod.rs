@@ -36,7 +36,7 @@ use crate::{Problem, problem};
 pub use daemon::Version;
 pub use events::EVENT_OPERATION;
 pub use groups::CreateGroupRequest;
-pub use store::{FsckRequest, GcRequest, UndoRequest};
+pub use store::{FsckRequest, GcRequest, MountRequest, UndoRequest};
 pub use targets::{CreateRequest, DiscardPlan, GotoRequest, PowerOffRequest, StopRequest};
 
 /// Largest request body in bytes.
@@ -184,6 +184,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(store::du))
         .routes(routes!(store::gc))
         .routes(routes!(store::fsck))
+        .routes(routes!(store::mount))
         .routes(routes!(store::undo))
         .routes(routes!(operations::list))
         .routes(routes!(operations::show, operations::cancel))

@@ -1,6 +1,6 @@
 //! Space, garbage, damage, and taking operations back.
 
-use ::snapshots::{Du, FsckReport, GcReport, Undone};
+use ::snapshots::{Du, FsckReport, GcReport, Mounted, Undone};
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,14 @@ pub struct GcRequest {
     pub now: bool,
     /// Only say what would be freed.
     pub dry_run: bool,
+}
+
+/// Body of `mount`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MountRequest {
+    /// Name of a group; the default one if none.
+    pub group: Option<String>,
 }
 
 /// Body of `fsck`.
@@ -75,6 +83,20 @@ pub(super) async fn gc(
     let GcRequest { now, dry_run } = body;
     app.run("gc", "", key, body, move |engine, cx| -> ::snapshots::Result<GcReport> {
         engine.gc(cx, now, dry_run)
+    })
+}
+
+/// Show the snapshots of a group as folders of plain files; the operation's result is a `Mounted`
+#[utoipa::path(post, path = "/v1/mount", tag = "store", operation_id = "mount", request_body = MountRequest,
+    responses((status = 202, description = "Started; the result is a `Mounted`", body = OperationView)))]
+pub(super) async fn mount(
+    State(app): Shared,
+    key: Key,
+    Body(body): Body<MountRequest>,
+) -> Result<Accepted, Problem> {
+    let group = body.group.clone();
+    app.run("mount", "", key, body, move |engine, cx| -> ::snapshots::Result<Mounted> {
+        engine.mount(cx, group.as_deref())
     })
 }
 

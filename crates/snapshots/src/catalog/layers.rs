@@ -1,5 +1,6 @@
 //! Rows of disk layers. Who lies over whom is only known here.
 
+use pages::MapRoot;
 use rusqlite::{Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,8 @@ pub(crate) struct LayerRow {
     /// Layers in the chain, itself included.
     pub(crate) depth: u32,
     pub(crate) stamp: Option<BaseStamp>,
+    /// What a disk shows through it and all below, once that is in the page store.
+    pub(crate) settled: Option<MapRoot>,
 }
 
 impl LayerRow {
@@ -40,6 +43,7 @@ impl LayerRow {
             below: row.get("below")?,
             depth: row.get("depth")?,
             stamp: optional_json(row, "stamp")?,
+            settled: optional_json(row, "settled")?,
         })
     }
 
@@ -110,9 +114,33 @@ impl LayerRow {
         Ok(rows)
     }
 
-    /// Writes what a user's image looks like now.
+    /// Writes what a user's image looks like now. What was settled over it may not be what it was.
     pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
         tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;
+        tx.execute(
+            "WITH RECURSIVE above (id) AS (
+                 SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
+             ) UPDATE layers SET settled = NULL WHERE id IN (SELECT id FROM above)",
+            [id],
+        )?;
+        Ok(())
+    }
+
+    /// Nothing needs its map any more.
+    pub(crate) fn set_unsettled(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("UPDATE layers SET settled = NULL WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    /// It has settled. The map is durable.
+    pub(crate) fn set_settled(tx: &Transaction<'_>, id: &str, map: &MapRoot) -> Result<()> {
+        tx.execute("UPDATE layers SET settled = ?2 WHERE id = ?1", params![id, to_json(map)?])?;
+        Ok(())
+    }
+
+    /// The layers of a group have yet to settle, again: their maps may lack something.
+    pub(crate) fn unsettle(tx: &Transaction<'_>, group: &str) -> Result<()> {
+        tx.execute("UPDATE layers SET settled = NULL WHERE grp = ?1", [group])?;
         Ok(())
     }
 

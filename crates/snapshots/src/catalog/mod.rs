@@ -40,9 +40,10 @@ use reserve::Reserve;
 
 const SCHEMA: &str = include_str!("schema.sql");
 /// `PRAGMA user_version` of this schema. A catalog with a higher one was written by a later Spinney, and is refused.
-const VERSION: i64 = 2;
+const VERSION: i64 = 3;
 /// What makes a catalog of each earlier version, from 1 on, one of the next.
-const UPGRADES: [&str; 1] = ["ALTER TABLE targets ADD COLUMN suspended TEXT"];
+const UPGRADES: [&str; 2] =
+    ["ALTER TABLE targets ADD COLUMN suspended TEXT", "ALTER TABLE layers ADD COLUMN settled TEXT"];
 /// `PRAGMA application_id` of a copy.
 const IS_COPY: i64 = 0x5350_4350;
 
@@ -344,6 +345,7 @@ mod tests {
 
     /// The first version's tables, as far as the upgrades touch them.
     const FIRST: &str = "CREATE TABLE targets (id TEXT PRIMARY KEY, power TEXT NOT NULL) STRICT;
+        CREATE TABLE layers (id TEXT PRIMARY KEY) STRICT;
         INSERT INTO targets VALUES ('a', '\"off\"'); PRAGMA user_version = 1;";
 
     #[test]

@@ -1,4 +1,4 @@
--- The catalog, version 2. What each table means is in docs/formats/catalog.md.
+-- The catalog, version 3. What each table means is in docs/formats/catalog.md.
 
 CREATE TABLE groups (
     id      TEXT PRIMARY KEY,
@@ -34,7 +34,8 @@ CREATE TABLE layers (
     size   INTEGER NOT NULL,
     below  TEXT REFERENCES layers (id),
     depth  INTEGER NOT NULL,
-    stamp  TEXT
+    stamp  TEXT,
+    settled TEXT
 ) STRICT;
 CREATE INDEX layers_below ON layers (below);
 

@@ -19,12 +19,16 @@ pub(crate) struct Memory {
     pub(crate) state: MapRoot,
     /// Its length in bytes.
     pub(crate) state_bytes: u64,
+    /// A picture of the screen (PNG) and its length in bytes, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) screen: Option<(MapRoot, u64)>,
 }
 
 impl Memory {
     /// Every map that must live for this memory to live.
     pub(crate) fn roots(&self) -> impl Iterator<Item = MapRoot> + '_ {
-        self.blocks.iter().map(|(_, root)| *root).chain([self.state])
+        let screen = self.screen.iter().map(|(root, _)| *root);
+        self.blocks.iter().map(|(_, root)| *root).chain([self.state]).chain(screen)
     }
 }
 

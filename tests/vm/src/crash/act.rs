@@ -22,7 +22,9 @@ pub enum Act {
     TakeCancelled,
     /// `goto` from a running guest to a running one.
     Goto,
-    /// The same, with nothing kept.
+    /// The same, with memory that is loaded, not mapped, on both sides.
+    GotoLoaded,
+    /// `goto` with nothing kept.
     GotoDiscard,
     /// `goto --off` from a running guest.
     GotoToOff,
@@ -30,6 +32,8 @@ pub enum Act {
     GotoFromOff,
     /// `goto` where the two cannot be there at once.
     GotoInPlace,
+    /// The same, with memory that is loaded, not mapped.
+    GotoInPlaceLoaded,
     /// `undo` of a goto.
     UndoGoto,
     /// `gc --now` with layers and packs to remove and a pack to rewrite.
@@ -108,7 +112,7 @@ impl Act {
     /// Where it is played.
     pub fn stage(self) -> Stage {
         match self {
-            Act::GotoInPlace => Stage::GuestWithPort,
+            Act::GotoInPlace | Act::GotoInPlaceLoaded => Stage::GuestWithPort,
             _ if self < Act::TakeOff => Stage::Guest,
             _ => Stage::Cold,
         }
@@ -124,13 +128,25 @@ impl Act {
         matches!(
             self,
             Act::Goto
+                | Act::GotoLoaded
                 | Act::GotoDiscard
                 | Act::GotoToOff
                 | Act::GotoFromOff
                 | Act::GotoInPlace
+                | Act::GotoInPlaceLoaded
                 | Act::UndoGoto
                 | Act::StopBack
         )
+    }
+
+    /// It is about a machine whose memory was loaded: only that can be taken while it runs on.
+    pub(super) fn loads(self) -> bool {
+        matches!(self, Act::TakeLive | Act::GotoLoaded | Act::GotoInPlaceLoaded)
+    }
+
+    /// The old machine ends before the new one is there.
+    pub(super) fn is_in_place(self) -> bool {
+        matches!(self, Act::GotoInPlace | Act::GotoInPlaceLoaded)
     }
 
     /// Another machine is made of it.
@@ -194,7 +210,7 @@ impl Act {
             Act::TakeDiskOnly => take(" --disk-only"),
             Act::TakeOff => take(""),
             Act::TakeCancelled => (format!("take {m} {fresh} --mode pre-copy"), "take", was()),
-            Act::Goto | Act::GotoInPlace | Act::GotoFromOff => {
+            Act::Goto | Act::GotoLoaded | Act::GotoInPlace | Act::GotoInPlaceLoaded | Act::GotoFromOff => {
                 (format!("goto {m}@{BASE}"), "goto", point(BASE))
             }
             Act::GotoDiscard => (format!("goto {m}@{BASE} --discard --yes"), "goto", was().at(BASE)),

@@ -112,6 +112,9 @@ impl Scene {
         if victim == Victim::Room && !matches!(ended.code, Some(0 | 7)) {
             return wrong(format!("it should have had no room: {:?} {}", ended.code, ended.stderr));
         }
+        if victim == Victim::View && ended.code != Some(0) {
+            return wrong(format!("somebody else took over, and yet: {:?} {}", ended.code, ended.stderr));
+        }
         if victim.spares_the_daemon() && ended.code != Some(0) {
             let other = matches!(victim, Victim::Warden | Victim::Room) || problem["code"] == "interrupted";
             let about_qemu = other || problem.to_string().contains("QEMU");
@@ -165,7 +168,7 @@ impl Scene {
         let left: Vec<_> = after.iter().filter(|layer| !before.contains(layer)).collect();
         let gone: Vec<_> = before.iter().filter(|layer| !after.contains(layer)).collect();
         let may_stay =
-            usize::from(act.takes() || matches!(act, Act::TakeCancelled | Act::GotoInPlace | Act::Clone));
+            usize::from(act.takes() || act.is_in_place() || matches!(act, Act::TakeCancelled | Act::Clone));
         if left.len() > may_stay || !gone.is_empty() && act != Act::Gc {
             return wrong(format!("what was taken back took {gone:?} away and left {left:?}"));
         }

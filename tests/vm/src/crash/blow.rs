@@ -42,6 +42,8 @@ pub enum Victim {
     Qemu,
     /// The new QEMU of a goto.
     Incoming,
+    /// Whoever serves the memory that is mapped, as often as somebody takes over.
+    View,
     /// All of them, and what was not synced.
     Power,
     /// Nobody: the disk has no room from then on, until the command has ended.
@@ -59,6 +61,7 @@ impl Victim {
             // Nothing has no room that is taken back for another reason, or whose command is done before.
             Victim::Room => act != Act::TakeCancelled && !act.is_due(),
             Victim::Successor(_) | Victim::RoomThenDaemon => false,
+            Victim::View => guest && !act.loads(),
             // No guest stands still there.
             Victim::Warden | Victim::Stopped | Victim::Both | Victim::WardenThenDaemon if act.is_due() => {
                 false
@@ -92,7 +95,7 @@ impl Victim {
                     "goto.held",
                     "goto.decided",
                 ];
-                let goes = matches!(act, Act::Goto | Act::GotoDiscard | Act::UndoGoto);
+                let goes = matches!(act, Act::Goto | Act::GotoLoaded | Act::GotoDiscard | Act::UndoGoto);
                 goes && both.contains(&step) || step == "wake.loaded"
             }
         }
@@ -100,7 +103,7 @@ impl Victim {
 
     /// The daemon lives on, and answers for the act itself.
     pub(super) fn spares_the_daemon(self) -> bool {
-        matches!(self, Victim::Warden | Victim::Qemu | Victim::Incoming | Victim::Room)
+        matches!(self, Victim::Warden | Victim::Qemu | Victim::Incoming | Victim::View | Victim::Room)
     }
 
     /// The machine may be off afterwards.
@@ -228,6 +231,19 @@ impl Scene {
             Victim::Incoming => {
                 let new = self.spinney.machines().into_iter().filter(|pid| !old.contains(pid));
                 new.for_each(kill);
+                self.release(marker)?;
+            }
+            Victim::View => {
+                for _ in 0..3 {
+                    if !self.spinney.kill_views() {
+                        return Err(Violation::Wrong("nobody serves".to_owned()));
+                    }
+                    // Nobody can do anything about the death of both.
+                    let deadline = Instant::now() + DEAD;
+                    while self.spinney.views().1.is_empty() && Instant::now() < deadline {
+                        thread::sleep(Duration::from_millis(2));
+                    }
+                }
                 self.release(marker)?;
             }
             Victim::Power => self.spinney.cut_power(),

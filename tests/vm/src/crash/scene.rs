@@ -55,6 +55,10 @@ pub struct Scene {
     pub(super) kept: Option<String>,
     /// The tree between two acts.
     pub(super) canon: View,
+    /// Memory that is brought back is mapped, not loaded ...
+    mapped: bool,
+    /// ... if this host can do that.
+    can_map: bool,
 }
 
 impl Scene {
@@ -81,7 +85,13 @@ impl Scene {
             known: HashMap::new(),
             kept: None,
             canon: View::default(),
+            mapped: true,
+            can_map: false,
         };
+        scene.can_map = scene.spinney.can_map()?;
+        if !scene.can_map {
+            eprintln!("memory is loaded: this host maps none");
+        }
         match stage {
             Stage::Cold => scene.make_cold()?,
             Stage::Guest => scene.make_guest(&[])?,
@@ -125,7 +135,7 @@ impl Scene {
 
     /// Does one act, kills somebody at one of its steps, and checks everything. The error names the three.
     pub fn strike(&mut self, act: Act, step: &str, victim: Victim) -> Result<(), Violation> {
-        let struck = self.reset().and_then(|()| {
+        let struck = self.reset(!act.loads()).and_then(|()| {
             let plan = act.prepare(self)?;
             self.blow_and_check(act, &plan, step, victim)
         });
@@ -138,7 +148,7 @@ impl Scene {
 
     /// Everything is whole, and nothing is left when the machine is removed.
     pub fn end(&mut self) -> Result<(), Violation> {
-        self.reset()?;
+        self.reset(true)?;
         let m = self.machine();
         if self.stage != Stage::Cold {
             // As after any power cut: it boots, and its disk has what it had.
@@ -196,16 +206,24 @@ impl Scene {
         Ok(())
     }
 
-    /// The state that every act begins with: nothing in the tree but what belongs there, the guest changed since.
-    fn reset(&mut self) -> Result<(), Violation> {
+    /// The state that every act begins with: nothing in the tree but what belongs there, the guest changed since, its memory `mapped` or
+    /// loaded.
+    fn reset(&mut self, mapped: bool) -> Result<(), Violation> {
         if self.stage == Stage::Cold {
             if View::read(&self.spinney)?.0 != self.canon {
                 self.make_cold()?;
             }
             return Ok(());
         }
+        if self.mapped != mapped {
+            self.spinney.set_view(mapped);
+            self.mapped = mapped;
+        }
         let m = self.machine();
         self.ok(&format!("goto {m}@{BASE} --discard --yes"))?;
+        if self.spinney.is_mapped(&m)? != (mapped && self.can_map) {
+            return Err(Violation::Wrong(format!("its memory is to be mapped: {mapped}")));
+        }
         let (view, points) = View::read(&self.spinney)?;
         for name in
             view.names().into_iter().filter(|name| *name != BASE).chain(points.iter().map(String::as_str))

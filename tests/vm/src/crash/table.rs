@@ -63,7 +63,6 @@ pub const ROWS: &[Row] = &[
             "goto.overlays",
             "goto.started",
             "goto.noted",
-            "goto.memory",
             "goto.loaded",
             "goto.still",
             "goto.held",
@@ -72,7 +71,12 @@ pub const ROWS: &[Row] = &[
             "goto.runs",
             "goto.trimmed",
         ],
-        &["journal.begun", "pack.sealed", "pack.named"],
+        &["journal.begun", "goto.memory", "pack.sealed", "pack.named"],
+    ),
+    row(
+        Act::GotoLoaded,
+        &["goto.memory", "goto.loaded", "goto.still", "goto.decided"],
+        &["goto.overlays", "goto.started", "goto.noted", "goto.held", "goto.ended", "goto.runs"],
     ),
     row(
         Act::GotoDiscard,
@@ -108,6 +112,11 @@ pub const ROWS: &[Row] = &[
         &["in-place.overlays", "in-place.kept", "goto.alone", "goto.loaded", "goto.decided"],
         &["goto.still", "goto.noted", "goto.memory", "goto.held", "goto.runs", "goto.trimmed"],
     ),
+    row(
+        Act::GotoInPlaceLoaded,
+        &["goto.memory", "goto.decided"],
+        &["goto.alone", "goto.loaded", "goto.held", "goto.runs"],
+    ),
     row(Act::TakeOff, &["journal.begun", "take.overlays", "take.written"], &["take.stored"]),
     row(Act::Rm, &["journal.begun", "rm.written"], &[]),
     row(Act::Expire, &["expire.written"], &[]),
@@ -136,6 +145,7 @@ pub const RECOVERY: &[(Act, &str, &str)] = &[
     (Act::Regroup, "regroup.copied", "recover.cleared"),
     (Act::CloneTo, "clone.copied", "recover.cleared"),
     (Act::GotoInPlace, "goto.alone", "in-place.back"),
+    (Act::GotoInPlaceLoaded, "goto.memory", "in-place.back"),
     (Act::GotoInPlace, "goto.alone", "recover.closed"),
     (Act::GotoInPlace, "in-place.kept", "goto.loaded"),
 ];

@@ -92,6 +92,10 @@ pub enum Card {
     Undo,
     /// The daemon is killed; the next command starts it.
     KillDaemon,
+    /// Whoever serves the memory that is mapped is killed; somebody else takes over.
+    KillView,
+    /// Memory that is brought back is loaded from now on, or mapped again.
+    View,
     /// The power is cut.
     Cut,
     /// Entries are added to the log on the disk.
@@ -151,6 +155,9 @@ const DECK: &[Card] = &[
     Card::Undo,
     Card::KillDaemon,
     Card::KillDaemon,
+    Card::KillView,
+    Card::View,
+    Card::View,
     Card::Cut,
     Card::LogStep,
     Card::LogRate,
@@ -199,6 +206,8 @@ pub struct Walk {
     marks: u64,
     /// The machine belongs to another group than the default one.
     elsewhere: bool,
+    /// Memory that is brought back is mapped.
+    mapped: bool,
     /// The guest's memory came from a snapshot, and was not looked at since.
     loaded: bool,
 }
@@ -220,6 +229,7 @@ impl Walk {
             number: 0,
             marks: 0,
             elsewhere: false,
+            mapped: true,
             loaded: false,
         };
         walk.need(Power::Running)?;
@@ -249,6 +259,17 @@ impl Walk {
 
     /// Plays one card, with the checks after it.
     pub fn play(&mut self, card: Card) -> Result<(), Violation> {
+        self.play_it(card).map_err(|violation| {
+            // A guest that waits for a page that cannot be read does not answer.
+            let shown = self.spinney.ok(&format!("show {}", self.name)).unwrap_or_default();
+            match shown["held_because"].as_str() {
+                Some(why) => Violation::Wrong(format!("{violation}; it is held: {why}")),
+                None => violation,
+            }
+        })
+    }
+
+    fn play_it(&mut self, card: Card) -> Result<(), Violation> {
         let begun = Instant::now();
         self.history.push(format!("{card:?}"));
         self.step(card)?;

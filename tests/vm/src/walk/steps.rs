@@ -17,7 +17,11 @@ impl Walk {
         match card {
             Card::TakeStopCopy => self.take_running(" --mode stop-copy", "stop-copy"),
             Card::TakePreCopy => self.take_running(" --mode pre-copy", "pre-copy"),
-            Card::TakeLive => self.take_running(" --mode live", "live"),
+            Card::TakeLive => {
+                self.need(Power::Running)?;
+                let mode = self.live_or_other()?;
+                self.take(&format!(" --mode {mode}"), mode)
+            }
             Card::TakeDiskOnly => self.take_running(" --disk-only", "disk-only"),
             Card::TakePaused => {
                 self.need(Power::Paused)?;
@@ -55,6 +59,19 @@ impl Walk {
                 self.spinney.kill_daemon();
                 Ok(())
             }
+            Card::KillView => {
+                // Nobody can do anything about the death of both.
+                if !self.spinney.views().1.is_empty() {
+                    self.spinney.kill_views();
+                }
+                Ok(())
+            }
+            Card::View => {
+                self.mapped = !self.mapped;
+                self.spinney.set_view(self.mapped);
+                self.say(if self.mapped { " on" } else { " off" });
+                Ok(())
+            }
             Card::Cut => {
                 self.need(Power::Running)?;
                 self.spinney.ok(&format!("kill {}", self.name))?;
@@ -70,7 +87,7 @@ impl Walk {
                 }
                 // Clean in the page cache at the snapshot, another on the disk afterwards.
                 rewrite_scratch(&mut self.guest()?, 0)?;
-                let mode = if self.random.below(2) == 0 { "live" } else { "pre-copy" };
+                let mode = if self.random.below(2) == 0 { self.live_or_other()? } else { "pre-copy" };
                 self.take(&format!(" --mode {mode}"), mode)?;
                 rewrite_scratch(&mut self.guest()?, 8)?;
                 self.touch()?;
@@ -118,6 +135,21 @@ impl Walk {
     fn take_running(&mut self, words: &str, mode: &str) -> Result<(), Violation> {
         self.need(Power::Running)?;
         self.take(words, mode)
+    }
+
+    /// `live`, or the mode of a guest that cannot be taken so: that of one whose memory is mapped is refused.
+    fn live_or_other(&mut self) -> Result<&'static str, Violation> {
+        let mapped = self.spinney.is_mapped(&self.name)?;
+        if mapped {
+            self.refused(&format!("take {} x --mode live", self.name), 5, "is mapped from the snapshot")?;
+        }
+        let mode = match (mapped, self.random.below(2)) {
+            (false, _) => "live",
+            (true, 0) => "stop-copy",
+            (true, _) => "pre-copy",
+        };
+        self.say(&format!(" {mode}"));
+        Ok(mode)
     }
 
     /// Takes here as it is. `mode` is what the result must name, if that is certain.
