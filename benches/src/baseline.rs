@@ -186,8 +186,6 @@ fn spawn(
     };
     let guest = |file: &str| bench.guest.join(file);
     let spec = MachineSpec {
-        guest_agent: false,
-        memory_image: None,
         name: "baseline".into(),
         machine: bench.qemu.machine.clone(),
         accel: bench.accel,

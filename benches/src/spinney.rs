@@ -18,8 +18,10 @@ use crate::settings::Bench;
 
 /// How long the daemon may take to listen, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How long looking through disk layers may take.
-const LAYERS_PATIENCE: Duration = Duration::from_secs(600);
+/// How long what is done in the background may take.
+const BACKGROUND_PATIENCE: Duration = Duration::from_secs(600);
+/// For so long a daemon is looked at that may be at rest: longer than it waits before it begins something.
+const AT_REST: Duration = Duration::from_millis(600);
 
 /// What a command printed, and how long it took from its start to its end as its caller saw it.
 #[derive(Debug)]
@@ -148,25 +150,37 @@ impl<'a> Spinney<'a> {
         pids.filter(serves).collect()
     }
 
-    /// Waits until nothing is done about disk layers in the background any more: every one that is frozen is known.
-    pub(crate) fn wait_for_layers(&self) -> Result<()> {
-        let deadline = Instant::now() + LAYERS_PATIENCE;
-        loop {
-            let du = self.run(&["du"])?.document;
-            let groups = du.get("groups").and_then(Value::as_array).ok_or(Error::Lacks("groups"))?;
-            let bytes = |group: &Value, key: &str| group.get(key).and_then(Value::as_u64);
-            let known = |group: &Value| {
-                let frozen = bytes(group, "frozen_bytes");
-                frozen.is_some() && frozen == bytes(group, "known_bytes")
-            };
-            if groups.iter().all(known) {
-                return Ok(());
-            }
+    /// Waits until nothing is done in the background any more: every disk layer that is frozen is known, and the daemon is at rest, who
+    /// settles layers and puts its index into files after that.
+    pub(crate) fn wait_for_background(&self) -> Result<()> {
+        let deadline = Instant::now() + BACKGROUND_PATIENCE;
+        while !(self.layers_are_known()? && self.is_at_rest()?) {
             if Instant::now() >= deadline {
-                return Err(Error::Lacks("disk layers that are known"));
+                return Err(Error::Lacks("daemon that comes to rest"));
             }
-            thread::sleep(Duration::from_millis(200));
+            thread::sleep(Duration::from_millis(100));
         }
+        Ok(())
+    }
+
+    fn layers_are_known(&self) -> Result<bool> {
+        let du = self.run(&["du"])?.document;
+        let groups = du.get("groups").and_then(Value::as_array).ok_or(Error::Lacks("groups"))?;
+        let bytes = |group: &Value, key: &str| group.get(key).and_then(Value::as_u64);
+        Ok(groups.iter().all(|group| {
+            let frozen = bytes(group, "frozen_bytes");
+            frozen.is_some() && frozen == bytes(group, "known_bytes")
+        }))
+    }
+
+    /// Whether the daemon does next to nothing for a moment, and not for want of a processor, which others get before its background.
+    fn is_at_rest(&self) -> Result<bool> {
+        let before = processor_time(self.daemon.id())?;
+        thread::sleep(AT_REST);
+        let after = processor_time(self.daemon.id())?;
+        let (had, waited) =
+            (after.had.saturating_sub(before.had), after.waited.saturating_sub(before.waited));
+        Ok(had < AT_REST / 50 && waited < AT_REST / 2)
     }
 
     /// Bytes that page store and catalog take.
@@ -199,6 +213,29 @@ impl Drop for Spinney<'_> {
             let _ = unmount(&view);
         }
     }
+}
+
+/// Time of a process's threads.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ProcessorTime {
+    /// On a processor.
+    pub(crate) had: Duration,
+    /// For want of one.
+    pub(crate) waited: Duration,
+}
+
+/// What the threads of a process that work have had of the processors so far.
+pub(crate) fn processor_time(pid: u32) -> Result<ProcessorTime> {
+    let folder = PathBuf::from(format!("/proc/{pid}/task"));
+    let mut sum = ProcessorTime::default();
+    for task in fs::read_dir(&folder).map_err(system("list", &folder))?.flatten() {
+        // One that has just ended counts no more.
+        let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+        let mut numbers = text.split(' ').map(|word| Duration::from_nanos(word.parse().unwrap_or(0)));
+        sum.had += numbers.next().unwrap_or_default();
+        sum.waited += numbers.next().unwrap_or_default();
+    }
+    Ok(sum)
 }
 
 /// Starts a daemon for a state folder.

@@ -59,7 +59,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
         ])?;
         let cloned = done.wall.as_secs_f64();
         // Before it is gone: what has been opened is read to its end.
-        spinney.wait_for_layers()?;
+        spinney.wait_for_background()?;
         spinney.run(&["rm", &name, "--yes"])?;
         let file = folder.path().join(format!("{name}-disk0.qcow2"));
         fs::remove_file(&file).map_err(system("remove", &file))?;
@@ -74,7 +74,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
 
 /// Waits until nothing is done in the background, nor written back.
 fn quiet(spinney: &Spinney<'_>) -> Result<()> {
-    spinney.wait_for_layers()?;
+    spinney.wait_for_background()?;
     disk::settle(spinney.state())
 }
 

@@ -50,7 +50,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
         }
         depth += 1;
     }
-    spinney.wait_for_layers()?;
+    spinney.wait_for_background()?;
     let (mut restores, mut reads) = (Vec::new(), Vec::new());
     for round in 0..=bench.count(ROUNDS, 3) {
         let before = if round % 2 == 0 { Some(restore(&mut machine, "first")?) } else { None };

@@ -100,7 +100,7 @@ pub(super) fn snapshot(spinney: &Spinney<'_>, mib: u64) -> Result<()> {
     machine.take_named("base")?;
     machine.kill()?;
     // Nothing is done in the background to what is forked.
-    spinney.wait_for_layers()
+    spinney.wait_for_background()
 }
 
 /// What a fork took, in milliseconds.

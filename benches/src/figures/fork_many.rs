@@ -41,7 +41,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     machine.fill(FILLED_MIB, mixed(1))?;
     machine.take_named("base")?;
     machine.kill()?;
-    spinney.wait_for_layers()?;
+    spinney.wait_for_background()?;
     let (mut extra, mut times) = (Vec::new(), Vec::new());
     for _ in 0..bench.count(ROUNDS, 1) {
         let done = spinney.run(&["fork", "vm@base", "fork", "-n", &count.to_string()])?;

@@ -26,7 +26,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     machine.fill(FILLED_MIB, mixed(1))?;
     // Most of its memory is known then, as it is of a machine that is worked with.
     machine.take_named("base")?;
-    spinney.wait_for_layers()?;
+    spinney.wait_for_background()?;
     let idle = forked(&mut machine)?;
     make_busy(&mut machine)?;
     let busy = forked(&mut machine)?;

@@ -24,7 +24,7 @@ use crate::forks;
 use crate::machine::{LARGE_MIB, Machine, mixed};
 use crate::report::{Better, Figure, Run};
 use crate::settings::Bench;
-use crate::spinney::Spinney;
+use crate::spinney::{Spinney, processor_time};
 use crate::stats::Summary::Median;
 
 /// 300 MB.
@@ -52,7 +52,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     booted.fill(FILLED_MIB, mixed(1))?;
     spinney.run(&["take", "vm", "base", "--mode", "stop-copy"])?;
     let mut fork = forks::watched(&spinney, "vm@base", "fork")?;
-    spinney.wait_for_layers()?;
+    spinney.wait_for_background()?;
     spinney.run(&["pause", "vm"])?;
     spinney.run(&["pause", "fork"])?;
     let mut sides = [
@@ -125,22 +125,10 @@ impl Side<'_> {
                 took
             }
         };
-        let processor = processor_time(self.pid)?.saturating_sub(before);
+        let processor = processor_time(self.pid)?.had.saturating_sub(before.had);
         spinney.run(&["pause", self.name])?;
         Ok(Took { wall, processor })
     }
-}
-
-/// What a process's threads have had of the processors.
-fn processor_time(pid: u32) -> Result<Duration> {
-    let folder = PathBuf::from(format!("/proc/{pid}/task"));
-    let mut sum = 0;
-    for task in std::fs::read_dir(&folder).map_err(system("list", &folder))?.flatten() {
-        // One that has just ended counts no more: those of QEMU that work stay.
-        let text = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-        sum += text.split(' ').next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(Duration::from_nanos(sum))
 }
 
 /// Megabytes of a process's own memory that are in huge pages.
