@@ -12,7 +12,7 @@ allowed() {
         spinney-server) echo spinney-snapshots ;;
         spinney) echo spinney-server spinney-snapfs spinney-warden ;;
         spinney-vm-tests) echo ;;
-        spinney-bench) echo spinney-vm-tests spinney-pages spinney-qemu ;;
+        spinney-bench) echo spinney-vm-tests spinney-pages spinney-qemu spinney-snapfs ;;
         *) return 1 ;;
     esac
 }

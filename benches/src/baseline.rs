@@ -121,6 +121,21 @@ impl<'a> OwnQemu<'a> {
         save_to(&self.qmp, self.bench.qemu.version, &self.file())
     }
 
+    /// Kills the process: what [`OwnQemu::load`] takes does not have its end in it then.
+    pub(crate) fn end(&self) {
+        self.process.kill();
+    }
+
+    /// What the run works with.
+    pub(crate) fn bench(&self) -> &'a Bench {
+        self.bench
+    }
+
+    /// The folder with what was saved, and its disk.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Kills the process and loads the file into a new one; from the kill to the guest's first answer.
     pub(crate) fn load(&mut self, mib: u64) -> Result<Duration> {
         self.starts += 1;
@@ -171,12 +186,11 @@ fn spawn(
     };
     let guest = |file: &str| bench.guest.join(file);
     let spec = MachineSpec {
-        guest_agent: false,
-        memory_image: None,
         name: "baseline".into(),
         machine: bench.qemu.machine.clone(),
         accel: bench.accel,
         memory: mib << 20,
+        memory_image: None,
         cpus: 1,
         uuid: "5914e700-0000-4000-8000-00000000000b".into(),
         generation: "5914e700-0000-4000-8000-00000000000c".into(),
@@ -191,6 +205,7 @@ fn spawn(
         uefi: None,
         vnc: false,
         cards: Vec::new(),
+        guest_agent: false,
         kernel: Some((guest("vmlinuz"), Some(guest("initrd.img")), Some(bench.cmdline()?))),
         only_migratable: true,
         direct: true,

@@ -3,10 +3,7 @@
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
-
-use serde_json::Value;
 
 use crate::error::{Error, Result, system};
 use crate::machine::{monitor, monitor_args, run_folder, write_memory};
@@ -65,21 +62,6 @@ impl<'a> DebianMachine<'a> {
     pub(crate) fn memory_to(&self, path: &Path) -> Result<()> {
         self.spinney.run(&["pause", NAME])?;
         write_memory(&monitor(&run_folder(self.spinney, NAME)?)?, path, MIB)
-    }
-
-    /// Waits until nothing is done about the machine's disk in the background any more.
-    pub(crate) fn wait_for_layers(&self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let du = self.spinney.run(&["du", NAME])?.document;
-            let bytes = |key: &str| du.pointer(&format!("/groups/0/{key}")).and_then(Value::as_u64);
-            match (bytes("frozen_bytes"), bytes("known_bytes")) {
-                (Some(frozen), Some(known)) if frozen > 0 && frozen == known => return Ok(()),
-                (Some(_), Some(_)) if Instant::now() < deadline => thread::sleep(Duration::from_millis(200)),
-                _ => return Err(Error::Lacks("a disk whose blocks are known")),
-            }
-            self.spinney.bench.check()?;
-        }
     }
 }
 

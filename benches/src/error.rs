@@ -46,6 +46,14 @@ pub(crate) enum Error {
     /// An answer lacks what is needed of it.
     #[error("the answer has no {0}")]
     Lacks(&'static str),
+    /// Files that should not be in the page cache are.
+    #[error("{resident} of {bytes} bytes that should be cold are in the page cache")]
+    Warm {
+        /// Bytes of them that are there.
+        resident: u64,
+        /// Bytes that they take.
+        bytes: u64,
+    },
     /// A file, a folder, a process.
     #[error("cannot {act} {}", path.display())]
     System {

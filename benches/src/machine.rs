@@ -1,7 +1,7 @@
 //! A machine with the test guest, driven through `spinney` and the guest's port.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qemu::qmp::Qmp;
 use serde_json::{Value, json};
@@ -9,6 +9,7 @@ use vm_tests::guest::{Guest, Mix, guest_port_args};
 
 use crate::error::{Error, Result};
 use crate::spinney::{Done, Spinney};
+use crate::watched::{self, Watched};
 
 /// How long a guest may take to boot or to answer: an emulated one on two busy cores is slow.
 pub(crate) const SOON: Duration = Duration::from_secs(120);
@@ -18,7 +19,7 @@ pub(crate) const LARGE_MIB: u64 = 1024;
 pub(crate) const FILLED_MIB: u64 = 572;
 
 /// Our monitor's socket in a machine's run folder.
-const MONITOR: &str = "bench";
+pub(crate) const MONITOR: &str = "bench";
 
 /// The mix of the figures: 40 % unique, 20 % there eight times, 40 % copies of blocks of the guest's disk.
 pub(crate) fn mixed(seed: u64) -> Mix {
@@ -110,41 +111,32 @@ impl<'a> Machine<'a> {
         Ok(done)
     }
 
-    /// Goes to a snapshot without an undo point; how long the new guest took to answer once its CPUs ran.
+    /// Goes to a snapshot without an undo point, watched from outside; how long the new guest took to answer once its CPUs ran.
     pub(crate) fn goto_watched(&mut self, snapshot: &str) -> Result<(Done, Duration)> {
-        let before = self.spinney.run_folders();
-        let address = format!("{}@{snapshot}", self.name);
-        let spinney = self.spinney;
-        std::thread::scope(|scope| {
-            let watch = scope.spawn(|| answer_after_resume(spinney, &before));
-            let done = spinney.run(&["goto", &address, "--discard", "--yes"]);
-            let answered = watch.join().map_err(|_| Error::Lacks("watcher of the new guest"))?;
-            let (done, (guest, took)) = (done?, answered?);
-            self.guest = guest;
-            Ok((done, took))
-        })
+        let (done, running, answered) = self.goto_timed(snapshot)?;
+        Ok((done, answered.saturating_sub(running)))
     }
-}
 
-/// Waits for a new run folder, for its guest's CPUs to run, and for the guest's first answer.
-fn answer_after_resume(spinney: &Spinney<'_>, before: &[PathBuf]) -> Result<(Guest, Duration)> {
-    let deadline = Instant::now() + SOON;
-    let new = loop {
-        let folders = spinney.run_folders();
-        if let Some(new) = folders.into_iter().find(|run| !before.contains(run) && run.join(MONITOR).exists())
-        {
-            break new;
-        }
-        if Instant::now() >= deadline {
-            return Err(Error::Lacks("new process"));
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    };
-    let monitor = Qmp::connect(&new.join(MONITOR), false, Duration::from_secs(5))?;
-    monitor.wait_event(0, SOON, |event| event.name == "RESUME")?;
-    let resumed = Instant::now();
-    let guest = Guest::connect(&new.join("port"), SOON)?;
-    Ok((guest, resumed.elapsed()))
+    /// The same; from the command's start until the new guest's CPUs ran, and until it answered.
+    pub(crate) fn goto_timed(&mut self, snapshot: &str) -> Result<(Done, Duration, Duration)> {
+        let address = format!("{}@{snapshot}", self.name);
+        let Watched { done, running, answered, guest, .. } =
+            watched::run(self.spinney, &["goto", &address, "--discard", "--yes"])?;
+        self.guest = guest;
+        Ok((done, running, answered))
+    }
+
+    /// Files that its QEMU has open for its disks.
+    pub(crate) fn layers_open(&self) -> Result<usize> {
+        let nodes = self.second_monitor()?.execute("query-named-block-nodes", json!({ "flat": true }))?;
+        let nodes = nodes.as_array().ok_or(Error::Lacks("block nodes"))?;
+        Ok(nodes.iter().filter(|node| node.get("drv").and_then(Value::as_str) == Some("file")).count())
+    }
+
+    /// Cuts its power: it is off, and what was taken of it stays.
+    pub(crate) fn kill(self) -> Result<()> {
+        self.spinney.run(&["kill", self.name]).map(drop)
+    }
 }
 
 /// Arguments of `create` for a monitor of our own: of Spinney's two the daemon has one, and the warden needs the other.

@@ -8,10 +8,13 @@
 //! what a whole run writes to files.
 
 mod baseline;
+mod cold;
 mod debian;
 mod disk;
+mod empty;
 mod error;
 mod figures;
+mod forks;
 mod machine;
 mod memory_images;
 mod memory_watch;
@@ -22,6 +25,7 @@ mod spinney;
 mod stats;
 mod tool;
 mod warm;
+mod watched;
 
 use std::error::Error as _;
 use std::path::Path;

@@ -33,6 +33,12 @@ impl Run {
         Self { value: rounded(value), beside: Map::new() }
     }
 
+    /// Adds how it came about.
+    pub(crate) fn noted(mut self, name: &str, word: &str) -> Self {
+        self.beside.insert(name.to_owned(), word.into());
+        self
+    }
+
     /// Adds what was measured beside it, under a name that ends in its unit.
     pub(crate) fn beside(mut self, name: &str, value: f64) -> Self {
         self.beside.insert(name.to_owned(), rounded(value).into());

@@ -95,6 +95,20 @@ impl Bench {
         Ok(std::fs::metadata(&path).map_err(system("read", &path))?.len())
     }
 
+    /// Fails if the host has less than so much memory to give.
+    pub(crate) fn needs_memory(&self, mib: u64) -> Result<()> {
+        let path = Path::new("/proc/meminfo");
+        let text = std::fs::read_to_string(path).map_err(system("read", path))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        match kib.ok_or(Error::Lacks("available memory"))? >> 10 {
+            available if available < mib => Err(Error::Unavailable(format!(
+                "it takes {mib} MiB of memory, and this host has {available} MiB to give"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Fails once the run was told to end; what unwinds ends its machines.
     pub(crate) fn check(&self) -> Result<()> {
         if self.interrupted.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }

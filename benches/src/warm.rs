@@ -250,7 +250,7 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Has the system forget what it has of the files below a folder: the next one reads from the disk. They are synced first, and nobody
+/// Has the system forget what it has of a file, or of the files below a folder: the next one reads from the disk. They are synced first, and nobody
 /// else's files are touched.
 pub(crate) fn forget_files(folder: &Path) -> Result<()> {
     each_file(folder, &mut |path| {
@@ -278,10 +278,17 @@ pub(crate) fn read_files(folder: &Path) -> Result<(u64, Duration)> {
     Ok((bytes, began.elapsed()))
 }
 
-fn each_file(folder: &Path, act: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+/// Does something with a file, or with each file below a folder.
+pub(crate) fn each_file(folder: &Path, act: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+    if folder.is_file() {
+        return act(folder);
+    }
     for entry in fs::read_dir(folder).map_err(system("list", folder))? {
         let path = entry.map_err(system("list", folder))?.path();
-        if path.is_dir() { each_file(&path, act)? } else { act(&path)? }
+        // Sockets are none.
+        if path.is_dir() || path.is_file() {
+            each_file(&path, act)?;
+        }
     }
     Ok(())
 }

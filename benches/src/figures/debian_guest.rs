@@ -29,7 +29,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
 fn round(bench: &Bench) -> Result<(Run, Run)> {
     let spinney = Spinney::start(bench, &bench.disk)?;
     let machine = DebianMachine::boot(&spinney)?;
-    machine.wait_for_layers()?;
+    spinney.wait_for_background()?;
     let done = machine.take()?;
     let taken = taken(&done)?.beside("boot_s", machine.boot.as_secs_f64());
     let memory = spinney.state().join("memory");

@@ -56,7 +56,7 @@ pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
 }
 
 /// A machine of the same shape with the same memory, saved as mapped-ram.
-fn own_qemu(bench: &Bench) -> Result<OwnQemu<'_>> {
+pub(super) fn own_qemu(bench: &Bench) -> Result<OwnQemu<'_>> {
     let mut qemu = OwnQemu::boot(bench, LARGE_MIB, &bench.disk)?;
     qemu.guest.set_timeout(crate::machine::SOON);
     qemu.guest.fill(FILLED_MIB, mixed(1))?;

@@ -1,5 +1,8 @@
 //! How long does a guest stand still in a live take, and how long does it seem so to the guest?
 //!
+//! A machine that was gone back to has its memory mapped, and QEMU takes none of that live: there it is the default take that is measured,
+//! whatever that is, and each run says which mode it was.
+//!
 //! The pause is QEMU's own, from STOP to RESUME. The gap is the longest between two stamps that the guest sends every millisecond,
 //! timed on the host from the command to durable: it finds a guest that QEMU calls running and that waits. Beside it stands the same
 //! gap while nothing is taken.
@@ -25,7 +28,7 @@ const TAKES_AFTER_GOTO: u64 = 2;
 /// Longest pause, milliseconds; the largest of all may be twice as long, and so may the guest's gaps.
 const TARGET: f64 = 70.0;
 /// For so long the guest is looked at while nothing is taken.
-const QUIET: Duration = Duration::from_secs(3);
+pub(super) const QUIET: Duration = Duration::from_secs(3);
 /// Stamps are collected in portions of this.
 const PORTION: Duration = Duration::from_millis(50);
 
@@ -48,7 +51,7 @@ pub(super) fn after_goto(bench: &Bench) -> Result<Vec<Figure>> {
     let mut runs = Vec::new();
     for _ in 0..bench.count(GOTOS, 2) {
         machine.goto("base", true)?;
-        runs.extend(takes(&mut machine, TAKES_AFTER_GOTO)?);
+        runs.extend(takes(&mut machine, &["take", "vm"], TAKES_AFTER_GOTO)?);
     }
     figures("take.live.after_goto", &runs)
 }
@@ -60,7 +63,7 @@ fn fresh_guests(bench: &Bench, prepare: impl Fn(&mut Machine<'_>) -> Result<()>)
         let mut machine = Machine::boot(&spinney, LARGE_MIB)?;
         machine.fill(FILLED_MIB, mixed(seed))?;
         prepare(&mut machine)?;
-        runs.extend(takes(&mut machine, bench.count(TAKES, 4))?);
+        runs.extend(takes(&mut machine, &["take", "vm", "--mode", "live"], bench.count(TAKES, 4))?);
     }
     Ok(runs)
 }
@@ -71,37 +74,40 @@ struct Take {
     took: f64,
     gap: f64,
     quiet_gap: f64,
+    mode: String,
 }
 
-fn takes(machine: &mut Machine<'_>, count: u64) -> Result<Vec<Take>> {
+fn takes(machine: &mut Machine<'_>, command: &[&str], count: u64) -> Result<Vec<Take>> {
     machine.guest.stamp(Duration::from_millis(1))?;
     let quiet = machine.guest.stamps(QUIET)?;
     let quiet_gap = longest_gap(quiet.iter().map(|stamp| stamp.received))?;
     let take = |_| {
-        let (done, gap) = watched_take(machine)?;
+        let (done, gap) = watched(machine, command)?;
         let number = |key| done.number(key).map(|us| us / 1e3);
-        Ok(Take { pause: number("pause_us")?, took: number("took_us")?, gap, quiet_gap })
+        let mode = done.word("mode")?.to_owned();
+        Ok(Take { pause: number("pause_us")?, took: number("took_us")?, gap, quiet_gap, mode })
     };
     let runs = (0..count).map(take).collect();
     machine.guest.stamp(Duration::ZERO)?;
     runs
 }
 
-/// Takes live, and says what the longest gap between the guest's stamps was meanwhile.
-fn watched_take(machine: &mut Machine<'_>) -> Result<(Done, f64)> {
+/// Runs a command, and says what the longest gap between the guest's stamps was meanwhile.
+pub(super) fn watched(machine: &mut Machine<'_>, command: &[&str]) -> Result<(Done, f64)> {
     let Machine { guest, spinney, .. } = machine;
     let mut received = Vec::new();
     let done = thread::scope(|scope| {
-        let take = scope.spawn(|| spinney.run(&["take", "vm", "--mode", "live"]));
-        while !take.is_finished() {
+        let running = scope.spawn(|| spinney.run(command));
+        while !running.is_finished() {
             received.extend(guest.stamps(PORTION)?.iter().map(|stamp| stamp.received));
         }
-        take.join().map_err(|_| Error::Lacks("end of a take"))?
+        running.join().map_err(|_| Error::Lacks("end of a command"))?
     })?;
     Ok((done, longest_gap(received.into_iter())?))
 }
 
-fn longest_gap(received: impl Iterator<Item = std::time::Instant>) -> Result<f64> {
+/// The longest time between two stamps, in milliseconds.
+pub(super) fn longest_gap(received: impl Iterator<Item = std::time::Instant>) -> Result<f64> {
     let received: Vec<_> = received.collect();
     let gaps = received.iter().zip(received.iter().skip(1)).map(|(a, b)| b.duration_since(*a));
     gaps.max().map(ms).ok_or(Error::Lacks("stamps of the guest"))
@@ -109,7 +115,7 @@ fn longest_gap(received: impl Iterator<Item = std::time::Instant>) -> Result<f64
 
 fn figures(id: &str, takes: &[Take]) -> Result<Vec<Figure>> {
     let pauses = || {
-        let run = |take: &Take| Run::new(take.pause).beside("took_ms", take.took);
+        let run = |take: &Take| Run::new(take.pause).beside("took_ms", take.took).noted("mode", &take.mode);
         takes.iter().map(run).collect()
     };
     let gaps =

@@ -3,6 +3,12 @@
 mod clone;
 mod daemon;
 mod debian_guest;
+mod depth;
+mod fork;
+mod fork_cold;
+mod fork_many;
+mod fork_running;
+mod fork_steady;
 mod goto;
 mod index;
 mod large;
@@ -22,7 +28,7 @@ use crate::settings::Bench;
 type Measure = fn(&Bench) -> Result<Vec<Figure>>;
 
 /// All questions in the order in which they are asked. What the daemon needs is known last.
-pub(crate) const ALL: [(&str, Measure); 23] = [
+pub(crate) const ALL: [(&str, Measure); 30] = [
     ("stop-copy of a mix against QEMU's own", stop_copy::mix),
     ("stop-copy of unique memory against QEMU's own", stop_copy::unique),
     ("what a second take adds", second_take::measure),
@@ -34,6 +40,13 @@ pub(crate) const ALL: [(&str, Measure); 23] = [
     ("a machine of 4 GiB", large::measure),
     ("a tree of a thousand", tree::measure),
     ("clones", clone::measure),
+    ("forks of a snapshot", fork::stored),
+    ("forks of a machine of 8 GiB", fork::large),
+    ("a cold fork against QEMU's own", fork_cold::measure),
+    ("forks of a running machine", fork_running::measure),
+    ("memory of thirty forks", fork_many::measure),
+    ("a warm fork at work", fork_steady::measure),
+    ("restoring from the depth of a tree", depth::measure),
     ("first take of a Debian guest", debian_guest::measure),
     ("equal pages that are stored twice", size::duplicates),
     ("stored size against restic and borg", size::rivals),

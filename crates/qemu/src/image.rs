@@ -350,7 +350,9 @@ impl QemuImg {
         }
         // Past the page cache where that can be: nobody reads it again soon, and writing it back would take as long again.
         let cache = if takes_direct_io(to) { "none" } else { "unsafe" };
-        let words = ["convert", "-p", "-t", cache, "-f", format, "-O", "qcow2"];
+        // Pieces are written as they come, and no more at once than a disk has use for: in order it takes a fifth longer. A file that is
+        // made so is in as many pieces as another.
+        let words = ["convert", "-p", "-W", "-m", "4", "-t", cache, "-f", format, "-O", "qcow2"];
         command.args(words).args(["-o", "lazy_refcounts=off,compat=1.1", "--"]);
         command.arg(image).arg(to);
         let (mut percent, mut line) = (0, Vec::new());

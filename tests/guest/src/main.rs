@@ -29,6 +29,7 @@
 //! | `hash` | `hash` over all filled memory, read afresh; `pages`, `ms` |
 //! | `pages FIRST N` | `hashes`, one for each 4 KiB page, with commas; at most 4096 |
 //! | `mutate SEED N` | rewrites N pages; `pages` |
+//! | `walk SEED STEPS [write]` | looks at STEPS words anywhere in filled memory, each found by the last, and changes them; `end`, `us` |
 //! | `writer start RATE [pages=1024]`, `writer stop` | dirties RATE pages a second in an area of its own |
 //! | `writer check` | `steps`, `bad` (pages that are not what that number of steps leaves), `first_bad` or `-` |
 //! | `log start RATE`, `log step N`, `log stop` | synced lines to `/data/log`; `step` replies `mem` |

@@ -7,6 +7,9 @@ use std::path::Path;
 
 use crate::page::{self, Page, ZERO, hash, mix, randomise};
 
+/// Words of a page.
+const WORDS: u64 = (page::SIZE / 8) as u64;
+
 /// What part of the pages is of which kind, in percent, and the seed of the random ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mix {
@@ -101,6 +104,28 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// Looks at `steps` words, one after the other, that lie anywhere: where the next one is depends on what the last one was, so nothing
+    /// can be fetched before it is its turn. With `write` each is changed. Returns what the last one came to.
+    pub(crate) fn walk(&mut self, seed: u64, steps: u64, write: bool) -> u64 {
+        let words = self.pages.len() as u64 * WORDS;
+        let mut state = mix(seed, words);
+        for _ in 0..steps {
+            // The upper half of the product: as even as a remainder, and cheaper.
+            let place = ((u128::from(state) * u128::from(words)) >> 64) as u64;
+            let page = self.pages.get_mut((place / WORDS) as usize);
+            let at = (place % WORDS) as usize * 8;
+            let Some(bytes) = page.and_then(|page| page.0.get_mut(at..at + 8)) else { break };
+            let word = bytes.as_ref().try_into().map_or(0, u64::from_le_bytes);
+            state = (state ^ word).wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+            if write {
+                bytes.copy_from_slice(&state.to_le_bytes());
+            }
+        }
+        state
+    }
+}
+
 /// The file of known content on the disk.
 struct Known {
     file: File,
@@ -173,6 +198,22 @@ mod tests {
         assert_ne!(a.hash(), b.hash());
         b.mutate(9, 40);
         assert_eq!(a.hash(), b.hash());
+    }
+
+    #[test]
+    fn a_walk_depends_on_what_it_finds_and_writes_only_if_it_is_to() {
+        let (mut a, mut b) = (filled(NO_DISK), filled(NO_DISK));
+        let before = a.hash();
+        let end = a.walk(4, 1000, false);
+        assert_eq!((a.hash(), b.walk(4, 1000, false)), (before, end));
+        assert_ne!(a.walk(5, 1000, false), end);
+        b.mutate(9, 640);
+        assert_ne!(b.walk(4, 1000, false), end);
+        let pages = a.hashes(0, usize::MAX).collect::<Vec<_>>();
+        a.walk(4, 1000, true);
+        let changed = a.hashes(0, usize::MAX).zip(pages).filter(|(now, then)| now != then).count();
+        assert!(changed > 600, "of 1280 pages {changed} were found by 1000 steps");
+        assert_eq!(Memory::default().walk(4, 1000, true), mix(4, 0), "nothing is there");
     }
 
     #[test]

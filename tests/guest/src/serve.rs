@@ -124,6 +124,20 @@ impl State {
                 let (seed, count) = (number(&mut words, "SEED")?, number(&mut words, "N")?);
                 Ok(format!("pages={}", self.memory.mutate(seed, count)))
             }
+            "walk" => {
+                let (seed, steps) = (number(&mut words, "SEED")?, number(&mut words, "STEPS")?);
+                let write = match words.pop_front() {
+                    None => false,
+                    Some("write") => true,
+                    Some(other) => return Err(format!("walk cannot {other}")),
+                };
+                if self.memory.count() == 0 {
+                    return Err("no memory is filled".to_owned());
+                }
+                let begun = Instant::now();
+                let end = self.memory.walk(seed, steps, write);
+                Ok(format!("end={end:016x} us={}", begun.elapsed().as_micros()))
+            }
             "writer" => self.writer(words),
             "log" => self.log(words),
             "diskwrite" => {

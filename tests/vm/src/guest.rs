@@ -251,6 +251,13 @@ impl Guest {
         self.ask(&format!("mutate {seed} {count}")).map(drop)
     }
 
+    /// Looks at `steps` words anywhere in filled memory, each of which says where the next one is, and changes them if it is to `write`.
+    /// How long it took by the guest's own clock.
+    pub fn walk(&mut self, seed: u64, steps: u64, write: bool) -> Result<Duration, GuestError> {
+        let reply = self.ask(&format!("walk {seed} {steps}{}", if write { " write" } else { "" }))?;
+        Ok(Duration::from_micros(reply.number("us")?))
+    }
+
     /// Begins to rewrite `rate` pages a second in an area of `pages` pages of its own.
     pub fn writer_start(&mut self, rate: u64, pages: u64) -> Result<(), GuestError> {
         self.ask(&format!("writer start {rate} pages={pages}")).map(drop)
