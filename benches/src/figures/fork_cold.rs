@@ -2,10 +2,12 @@
 //!
 //! The same machine with the same memory on both sides, by turns. Before each measurement that side's files (page store and disk layers
 //! here, the file and its layers there, and the image below both) are synced and forgotten, one by one, and `mincore` (`fincore`) says how
-//! much of them is still there; more than half a percent is no measurement. Ours begins with a daemon that has just been started, and no
-//! view mounted, so that it is mounted anew. The kernel that QEMU is given, the executables and the catalog are warm on both sides.
+//! much of them is still there; more than half a percent is no measurement. Ours begins with no view mounted, so that it is mounted
+//! anew. For that the daemon is started anew each time; what it does but once, asking QEMU for its version and its machines, it does for
+//! another machine first: QEMU is not asked on the other side either. The kernel that QEMU is given, the executables and the catalog are
+//! warm on both sides.
 //!
-//! From the start of `spinney fork`, or of QEMU (whose overlay is made beforehand), to the guest's first answer.
+//! From the start of `spinney fork`, which makes an overlay, or of QEMU, whose overlay is made beforehand, to the guest's first answer.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,11 +25,15 @@ use crate::spinney::Spinney;
 use crate::stats::Summary::Median;
 
 const ROUNDS: u64 = 11;
+/// The other machine.
+const OTHER: &str = "other";
 
 /// `fork.cold.first_answer.vs_mapped_ram`.
 pub(super) fn measure(bench: &Bench) -> Result<Vec<Figure>> {
     let mut spinney = Spinney::start(bench, &bench.disk)?;
     fork::snapshot(&spinney, LARGE_MIB)?;
+    let disk = base(bench).display().to_string();
+    spinney.run(&["create", OTHER, "--memory", "64M", "--network", "none", "--disk", &disk])?;
     let mut qemu = own_qemu(bench)?;
     qemu.end();
     let mut runs = Vec::new();
@@ -77,7 +83,9 @@ fn ours(spinney: &mut Spinney<'_>) -> Result<Round> {
     // Once while nobody has anything of it mapped, and once more for what the daemon has read at its start.
     cold::forget(&places)?;
     spinney.start_daemon()?;
-    spinney.run(&["ls"])?;
+    spinney.run(&["start", OTHER])?;
+    spinney.run(&["kill", OTHER])?;
+    spinney.wait_for_background()?;
     let before = cold::forget(&places)?;
     if !spinney.views().is_empty() {
         return Err(Error::Lacks("end of a view"));

@@ -12,6 +12,7 @@ use rustix::fs::{Advice, StatVfs};
 
 use crate::fault::syncs;
 use crate::index::Mapping;
+use crate::reader::{HostUser, let_read};
 
 /// Operations on names. None is durable before [`Disk::sync_folder`].
 pub(crate) trait Disk: Send + Sync {
@@ -51,25 +52,16 @@ pub(crate) trait DiskFile: Send + Sync {
 /// The host's file system.
 #[derive(Debug, Default)]
 pub(crate) struct HostDisk {
-    /// Whom files are given to that are made: someone else than us, who may read them.
-    pub(crate) owner: Option<FileOwner>,
-}
-
-/// A user of the host, by the numbers of user and group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileOwner {
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
+    /// Someone else than us who may read the files that are made.
+    pub(crate) reader: Option<HostUser>,
 }
 
 impl Disk for HostDisk {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
-        if let Some(FileOwner { uid, gid }) = self.owner {
-            std::os::unix::fs::fchown(&file, Some(uid), Some(gid))?;
+        if let Some(reader) = self.reader {
+            let_read(&file, reader)?;
         }
         Ok(Arc::new(file))
     }

@@ -44,6 +44,7 @@ mod map;
 mod pack;
 mod planted;
 mod read;
+mod reader;
 mod repair;
 mod segments;
 mod session;
@@ -65,13 +66,14 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use disk::{FileOwner, left_to_others};
+pub use disk::left_to_others;
 pub use error::{Error, Kind, Problem, Result};
 pub use fsck::{Damage, Report};
 pub use gc::{Cold, GcDone, GcPlan, GcRequest, PackPlan};
 pub use group::GroupKey;
 pub use hold::Hold;
 pub use images::{Extent, ImageInfo, NewImage};
+pub use reader::{HostUser, let_read};
 pub use repair::{Repaired, Salvaged};
 pub use store::{Allocated, Store};
 pub use usage::Usage;

@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, FileOwner, HostDisk};
+use crate::disk::{Disk, HostDisk};
 use crate::error::{Error, Problem, Result};
 use crate::group::{GroupKey, Names};
 use crate::hold::{Clock, Hold};
@@ -15,6 +15,7 @@ use crate::index::{Index, Runs};
 use crate::map::{NodeCache, differences};
 use crate::pack::{Entry, Pack, PackId, Packs, Place, Refused, read_footer, read_layout};
 use crate::planted::{Mistake, is_made};
+use crate::reader::HostUser;
 use crate::session::Writer;
 use crate::sync::{Mutex, Ordering, RwLock};
 use crate::{Fingerprint, MapRoot, PageHash, PageStore, Purpose, Session};
@@ -65,7 +66,17 @@ pub(crate) struct Inner {
     /// Another process has the store: held by whoever looks what it has done.
     pub(crate) visit: Option<Mutex<()>>,
     /// Keeps other processes out.
-    _lock: Option<File>,
+    _lock: Option<Lock>,
+}
+
+/// A file's lock, which ends with this. A child that a thread of ours has forked has the descriptor too until it runs its program, and
+/// would keep the lock that long if it were not given up by name.
+pub(crate) struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
 }
 
 /// Bytes that the files of a store take on the disk.
@@ -90,6 +101,11 @@ impl Store {
     /// Makes the folder and puts the key into its file `key`. Fails with [`Error::Exists`] if a store with another key is
     /// there.
     pub fn create(dir: impl AsRef<Path>, key: GroupKey) -> Result<Self> {
+        Self::create_for(dir, key, None)
+    }
+
+    /// The same, for somebody else to read: [`Store::open_for`].
+    pub fn create_for(dir: impl AsRef<Path>, key: GroupKey, reader: Option<HostUser>) -> Result<Self> {
         let dir = dir.as_ref();
         let packs = dir.join("packs");
         DirBuilder::new().recursive(true).mode(0o700).create(&packs).map_err(Error::io("create", &packs))?;
@@ -102,7 +118,7 @@ impl Store {
         for folder in [Some(dir), dir.parent()].into_iter().flatten().filter(|f| !f.as_os_str().is_empty()) {
             HostDisk::default().sync_folder(folder).map_err(Error::io("sync", folder))?;
         }
-        Self::open(dir, key)
+        Self::open_for(dir, key, reader)
     }
 
     /// Opens an existing store: removes what unfinished sessions left and reads the packs' footers. A damaged pack is set
@@ -112,8 +128,9 @@ impl Store {
         Self::open_for(dir, key, None)
     }
 
-    /// The same. Files that are made are given to `owner`, so that a [`crate::Visitor`] of his can read them; the folders stay ours.
-    pub fn open_for(dir: impl AsRef<Path>, key: GroupKey, owner: Option<FileOwner>) -> Result<Self> {
+    /// The same. `reader` may read the files that are made, so that a [`crate::Visitor`] of his can: [`crate::let_read`]. He must be let
+    /// through the folders, which he cannot list.
+    pub fn open_for(dir: impl AsRef<Path>, key: GroupKey, reader: Option<HostUser>) -> Result<Self> {
         let path = dir.as_ref().join("lock");
         let mut options = OpenOptions::new();
         let lock = options.create(true).truncate(false).write(true).open(&path);
@@ -125,11 +142,11 @@ impl Store {
         let index = dir.as_ref().join("index");
         DirBuilder::new().recursive(true).mode(0o700).create(&index).map_err(Error::io("create", &index))?;
         Self::open_on(
-            Arc::new(HostDisk { owner }),
+            Arc::new(HostDisk { reader }),
             dir.as_ref().to_owned(),
             &key,
             Limits::default(),
-            Some(lock),
+            Some(Lock(lock)),
         )
     }
 
@@ -139,7 +156,7 @@ impl Store {
         home: PathBuf,
         key: &GroupKey,
         limits: Limits,
-        lock: Option<File>,
+        lock: Option<Lock>,
     ) -> Result<Self> {
         let inner = Inner::new(disk, home, key, limits, lock, None);
         inner.load()?;
@@ -252,7 +269,7 @@ impl Inner {
         home: PathBuf,
         key: &GroupKey,
         limits: Limits,
-        lock: Option<File>,
+        lock: Option<Lock>,
         visit: Option<Mutex<()>>,
     ) -> Self {
         let (names, packs) = (Names::new(key), Arc::new(Packs::new(disk.clone())));
@@ -438,3 +455,22 @@ impl Drop for Inner {
 
 /// Names put into the index at once.
 const PIECE: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_ends_with_its_store_though_a_forked_child_has_the_descriptor_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || File::create(dir.path().join("lock")).unwrap();
+        let file = open();
+        let of_the_child = file.try_clone().unwrap();
+        file.try_lock().unwrap();
+        let lock = Lock(file);
+        assert!(open().try_lock().is_err());
+        drop(lock);
+        open().try_lock().unwrap();
+        drop(of_the_child);
+    }
+}

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use pages::{FileOwner, OpenFolders};
+use pages::{HostUser, OpenFolders};
 
 use crate::MapFile;
 use crate::handover::{Descriptors, Start, send_start};
@@ -64,7 +64,7 @@ pub struct Setup {
     /// Folder of the page store.
     pub store: PathBuf,
     /// Who it is for, if that is not whoever runs us. Only root can act for others.
-    pub owner: Option<FileOwner>,
+    pub owner: Option<HostUser>,
 }
 
 /// A view that is served.
@@ -213,7 +213,7 @@ fn open_file(setup: &Setup, name: &str) -> Result<File, ViewError> {
         options.append(true);
     }
     let file = options.open(&path).map_err(io_error("open", &path))?;
-    if let Some(FileOwner { uid, gid }) = setup.owner {
+    if let Some(HostUser { uid, gid }) = setup.owner {
         fchown(&file, Some(uid), Some(gid)).map_err(io_error("give away", &path))?;
     }
     Ok(file)
@@ -250,7 +250,7 @@ fn start(setup: &Setup, at: &Path, list: File, report: &File) -> Result<(), View
 fn spawn(
     executable: &Path,
     folder: &Path,
-    owner: Option<FileOwner>,
+    owner: Option<HostUser>,
     descriptors: &Descriptors,
     store: &Path,
 ) -> io::Result<()> {
@@ -266,7 +266,7 @@ fn spawn(
         .stderr(log)
         .current_dir("/")
         .process_group(0);
-    if let Some(FileOwner { uid, gid }) = owner {
+    if let Some(HostUser { uid, gid }) = owner {
         // With a user id std gives up all other groups, if we are root.
         command.gid(gid).uid(uid);
     }

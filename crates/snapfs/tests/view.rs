@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pages::{FileOwner, GroupKey, MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
+use pages::{GroupKey, HostUser, MapRoot, PAGE_SIZE, PageHash, PageStore, Store};
 use snapfs::MapFile;
 use snapfs::list::{Content, Listed, ListedFile};
 use snapfs::view::{Setup, View};
@@ -25,12 +25,12 @@ fn executable() -> PathBuf {
     test.parent().and_then(Path::parent).unwrap().join("examples/view")
 }
 
-fn setup(dir: &Path, owner: Option<FileOwner>) -> Setup {
+fn setup(dir: &Path, owner: Option<HostUser>) -> Setup {
     Setup { executable: executable(), folder: dir.join("view"), at: None, store: dir.join("store"), owner }
 }
 
 /// None where there can be none.
-fn scene(owner: Option<FileOwner>) -> Option<Scene> {
+fn scene(owner: Option<HostUser>) -> Option<Scene> {
     if let Err(lacks) = snapfs::mount::supported() {
         eprintln!("not tested: {lacks}");
         return None;
@@ -368,7 +368,7 @@ fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
     if !rustix::process::geteuid().is_root() {
         return;
     }
-    let owner = FileOwner { uid: 12_345, gid: 12_346 };
+    let owner = HostUser { uid: 12_345, gid: 12_346 };
     if let Err(lacks) = snapfs::mount::supported() {
         eprintln!("not tested: {lacks}");
         return;
@@ -405,6 +405,19 @@ fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
     };
     assert!(reads_as(owner.uid) == pages(&[3, 4]));
     assert!(reads_as(owner.uid + 1).is_empty());
+    // The store's files are not his: they are mapped into our memory.
+    scene.store.fold().unwrap();
+    for folder in ["packs", "index"] {
+        let file = fs::read_dir(store_dir.join(folder)).unwrap().next().unwrap().unwrap().path();
+        assert_eq!(file.metadata().unwrap().uid(), 0, "{file:?}");
+        let may = |what: &str, uid: u32| {
+            let mut test = std::process::Command::new("test");
+            test.arg(what).arg(&file).uid(uid).gid(owner.gid).current_dir("/");
+            test.status().unwrap().success()
+        };
+        assert!(may("-r", owner.uid) && !may("-w", owner.uid), "{file:?}");
+        assert!(!may("-r", owner.uid + 1), "{file:?}");
+    }
     assert!(fs::read(&path).unwrap() == pages(&[3, 4]), "root may");
     kill(serving(scene.dir.path()));
     assert!(reads_as(owner.uid) == pages(&[3, 4]));

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use pages::{FileOwner, GroupKey, Store};
+use pages::{GroupKey, HostUser, Store};
 
 use crate::catalog::{GroupRow, TargetRow, no_group};
 use crate::engine::Engine;
@@ -35,7 +35,7 @@ impl OpenGroup {
     /// Opens what is there. The default group's store is made if it is not; no other ever is.
     fn open(groups: &Path, row: GroupRow) -> Self {
         let folder = groups.join(&row.id);
-        let store = open_store(&folder, row.is_default(), file_owner(row.owner)).map(Arc::new);
+        let store = open_store(&folder, row.is_default(), host_user(row.owner)).map(Arc::new);
         if let Err(unusable) = &store {
             tracing::error!(group = row.name, why = unusable.why, "a group cannot be used");
         }
@@ -53,10 +53,8 @@ impl OpenGroup {
         let made = make_folder(&folder)
             .and_then(|()| make_folder(&layers_of(&folder)))
             .and_then(|()| {
-                let (pages, key) = (folder.join("pages"), GroupKey::generate()?);
-                drop(Store::create(&pages, key)?);
-                let key = GroupKey::load(&pages.join("key"))?;
-                Ok(Store::open_for(&pages, key, file_owner(row.owner))?)
+                let key = GroupKey::generate()?;
+                Ok(Store::create_for(folder.join("pages"), key, host_user(row.owner))?)
             })
             .and_then(|store| {
                 let group = Self { row, folder: folder.clone(), store: Ok(Arc::new(store)) };
@@ -96,7 +94,7 @@ impl OpenGroup {
         self.runs_as().map_or(Ok(()), |owner| owner.owns_alone(file))
     }
 
-    /// The key is its owner's; what only passes by gets no further than to what is his.
+    /// The key is its owner's, and the pages are his to read; what only passes by gets no further than to what is his.
     fn give_to_owner(&self) -> Result<()> {
         let Some(owner) = self.runs_as() else { return Ok(()) };
         owner.gets_through(&self.folder)?;
@@ -105,7 +103,7 @@ impl OpenGroup {
         for folder in ["pages/packs", "pages/index"].map(|name| self.folder.join(name)) {
             owner.gets_through(&folder)?;
             for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-                owner.owns(&entry.path())?;
+                owner.reads(&entry.path())?;
             }
         }
         owner.owns_alone(&self.folder.join("pages/key"))
@@ -188,12 +186,12 @@ fn layers_of(folder: &Path) -> PathBuf {
     folder.join("layers")
 }
 
-/// Whom a group's pages are given to, if he is not whoever runs us: his view reads them.
-pub(crate) fn file_owner(owner: u32) -> Option<FileOwner> {
-    User::other_than_us(owner).map(|user| FileOwner { uid: user.uid, gid: user.gid })
+/// Who reads a group's pages, if he is not whoever runs us: his view does.
+pub(crate) fn host_user(owner: u32) -> Option<HostUser> {
+    User::other_than_us(owner).map(|user| HostUser { uid: user.uid, gid: user.gid })
 }
 
-fn open_store(folder: &Path, make: bool, owner: Option<FileOwner>) -> Result<Store, Unusable> {
+fn open_store(folder: &Path, make: bool, reader: Option<HostUser>) -> Result<Store, Unusable> {
     let pages = folder.join("pages");
     let unusable = |error: pages::Error| {
         let mut why = error.to_string();
@@ -219,9 +217,11 @@ fn open_store(folder: &Path, make: bool, owner: Option<FileOwner>) -> Result<Sto
     let key = pages.join("key");
     match (key.exists(), make && !has_packs) {
         (true, _) => {
-            GroupKey::load(&key).and_then(|key| Store::open_for(&pages, key, owner)).map_err(unusable)
+            GroupKey::load(&key).and_then(|key| Store::open_for(&pages, key, reader)).map_err(unusable)
         }
-        (false, true) => GroupKey::generate().and_then(|key| Store::create(&pages, key)).map_err(unusable),
+        (false, true) => {
+            GroupKey::generate().and_then(|key| Store::create_for(&pages, key, reader)).map_err(unusable)
+        }
         (false, false) => Err(Unusable {
             code: Code::Damaged,
             why: format!("its key is gone: {}", key.display()),

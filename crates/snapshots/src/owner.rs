@@ -1,7 +1,8 @@
 //! Who owns what: groups belong to users. As root, QEMU runs as the owner of its machine's group, and finds what it needs.
 //!
 //! Folders that we write to stay ours, whoever's group it is: in a folder of his own a user could put a link in a file's place, and
-//! root would follow it. He is let through, no more (0711), to the files that are his (0600).
+//! root would follow it. He is let through, no more (0711), to the files that are his (0600), and to those of the page store, which he
+//! may read.
 
 use std::fs;
 use std::io::Read;
@@ -10,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use pages::HostUser;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::geteuid;
 
@@ -69,6 +71,17 @@ impl User {
         lchown(path, Some(self.uid), Some(self.gid)).map_err(|error| {
             Error::new(Code::NotPermitted, format!("{} cannot be given to {}", path.display(), self.label()))
                 .because(error)
+        })
+    }
+
+    /// Lets him read a file of the page store, which stays ours.
+    pub(crate) fn reads(&self, file: &Path) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(file, flags, Mode::empty()).map_err(std::io::Error::from);
+        let reader = HostUser { uid: self.uid, gid: self.gid };
+        opened.and_then(|opened| pages::let_read(&fs::File::from(opened), reader)).map_err(|error| {
+            let (file, who) = (file.display(), self.label());
+            Error::new(Code::NotPermitted, format!("{who} cannot be let read {file}")).because(error)
         })
     }
 

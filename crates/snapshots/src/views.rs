@@ -23,7 +23,7 @@ use snapfs::view::{Setup, View};
 use crate::catalog::{Memory, TargetRow};
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::groups::{OpenGroup, file_owner};
+use crate::groups::{OpenGroup, host_user};
 use crate::id::random_number;
 use crate::mount::Listing;
 use crate::running::Running;
@@ -108,7 +108,7 @@ impl Engine {
             folder: self.view_folder(&group.row.id),
             at: None,
             store: group.folder.join("pages"),
-            owner: file_owner(group.row.owner),
+            owner: host_user(group.row.owner),
         };
         group.store()?;
         let view = View::open(&setup, random_number(), &[]).map_err(failed)?;
