@@ -96,7 +96,7 @@ impl Engine {
         let (forks, from, source_pause_us, took_us) =
             self.journaled(cx, "fork", &subject, first, &json!({}), || {
                 let origin = match stored {
-                    Some(snapshot) => self.origin_snapshot(&row, snapshot)?,
+                    Some(snapshot) => self.origin_snapshot(cx, &row, snapshot)?,
                     None => self.origin_here(cx, &row)?,
                 };
                 step("fork.origin");
@@ -174,7 +174,11 @@ impl Engine {
     }
 
     /// Step 2 of a snapshot.
-    fn origin_snapshot(&self, row: &TargetRow, snapshot: SnapshotRow) -> Result<Origin<'_>> {
+    fn origin_snapshot(&self, cx: &Context, row: &TargetRow, snapshot: SnapshotRow) -> Result<Origin<'_>> {
+        if let Some(memory) = &snapshot.memory {
+            let checked = self.check_if_damaged(cx, &snapshot, &*self.store_of(row)?, memory);
+            checked.map_err(|error| with_its_disks(error, &snapshot.full_name()))?;
+        }
         let (disks, pins) = self.catalog.read(|tx| {
             let disks = SnapshotRow::disks(tx, &snapshot.id)?;
             self.check_chains(tx, &row.name, &disks)?;
@@ -342,8 +346,7 @@ impl Engine {
             Ok(()) => Ok(running),
             Err(error) => {
                 running.give_up();
-                let way_out = format!("`spinney clone {} NEW` makes a machine of its disks", origin.name);
-                Err(with_way_out(error, way_out))
+                Err(with_its_disks(error, &origin.name))
             }
         }
     }
@@ -432,6 +435,10 @@ impl Engine {
         }
         Ok(out)
     }
+}
+
+fn with_its_disks(error: Error, origin: &str) -> Error {
+    with_way_out(error, format!("`spinney clone {origin} NEW` makes a machine of its disks"))
 }
 
 /// A fork's rows.

@@ -304,7 +304,8 @@ impl Engine {
         if swap.coming != Coming::Back
             && let Some(memory) = memory
         {
-            self.check_if_damaged(cx, snapshot, store.as_ref(), memory)?;
+            let checked = self.check_if_damaged(cx, snapshot, store.as_ref(), memory);
+            checked.map_err(|error| with_disks_alone(error, &snapshot.full_name()))?;
         }
         cx.phase("starting", 0);
         let launch = || self.launch_for(row, &snapshot.config, &snapshot.machine, &disks, memory);
@@ -346,7 +347,7 @@ impl Engine {
 
     /// What is mapped is not read before the guest touches it. Memory that a repair could not mend is read first: a take may have
     /// brought what it lacked.
-    fn check_if_damaged(
+    pub(crate) fn check_if_damaged(
         &self,
         cx: &Context,
         snapshot: &SnapshotRow,
@@ -357,7 +358,7 @@ impl Engine {
             return Ok(());
         }
         cx.phase("checking memory", 0);
-        check_readable(store, memory, cx).map_err(|error| with_disks_alone(error, &snapshot.full_name()))
+        check_readable(store, memory, cx)
     }
 
     /// Starts a QEMU that is to go on with this memory, mapped if it can be, or that stands still before it boots if there is none.

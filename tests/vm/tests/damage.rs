@@ -190,7 +190,7 @@ fn a_disk_that_cannot_be_read_is_named_and_nothing_is_given_up() {
 #[test]
 fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
     // Memory that is mapped is not read before it is touched: `view.rs`.
-    let (spinney, packs) = taken_twice_with("off");
+    let (mut spinney, packs) = taken_twice_with("off");
     // The second pack is of `two` alone; whether the first page of it is read at once does not matter.
     flip(&packs[1], PAGE + 100);
     does_not_restore(&spinney, "two");
@@ -203,6 +203,19 @@ fn a_page_that_is_lost_costs_its_snapshots_and_no_others() {
     let (tree, _) = spinney.plain(&["tree", "m"]);
     assert!(tree.lines().any(|line| line.contains("two") && line.contains("damaged")), "{tree}");
     does_not_restore(&spinney, "two");
+    // Nor is it forked, though what is mapped is not missed before it is touched.
+    spinney.set("SPINNEY_VIEW", "on");
+    again(&spinney);
+    let forked = spinney.run(["fork", "m@two"]);
+    assert_eq!(forked.code, Some(6), "{}", forked.stderr);
+    assert!(
+        forked.problem()["hint"].as_str().is_some_and(|hint| hint.contains("clone m@two")),
+        "{}",
+        forked.stderr
+    );
+    assert_eq!(spinney.machines().len(), 1);
+    spinney.set("SPINNEY_VIEW", "off");
+    again(&spinney);
     restores(&spinney, "one");
     // Its disk is whole.
     spinney.ok("goto m@two --off --discard --yes").unwrap();
