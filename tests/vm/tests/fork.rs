@@ -186,6 +186,16 @@ fn what_cannot_be_is_refused_before_anything_is() {
     refused("fork web@x a/b", 2, &["a/b"]);
     // More than this host has memory for, with the arithmetic.
     refused("fork web@x many -n 1000", 5, &["1000 forks", "room for", "QEMU"]);
+    // A hundred with room for about twenty: one that is off shares nothing. Beside its memory each takes 64 MiB.
+    let room = available_mib() / 20 - 64;
+    spinney.ok(&format!("create big --memory {room}M --network none --no-memory --disk 1M")).unwrap();
+    let ended = spinney.run(["fork", "big", "-n", "100"]);
+    assert_eq!(ended.code, Some(5), "{}", ended.stderr);
+    let error = ended.problem()["detail"].to_string();
+    let said =
+        error.split_once("room for ").and_then(|(_, rest)| rest.split('"').next()?.parse::<u32>().ok());
+    assert!(error.contains("100 forks") && said.is_some_and(|room| (17..=23).contains(&room)), "{error}");
+    assert!(!names(&spinney).contains(&"big-1".to_owned()));
     // A machine whose memory is not to be had.
     spinney.ok("create bare --memory 64M --network none --no-memory --disk 1M").unwrap();
     spinney.ok("start bare").unwrap();
@@ -193,6 +203,13 @@ fn what_cannot_be_is_refused_before_anything_is() {
     assert_eq!(ended.code, Some(5), "{}", ended.stderr);
     assert!(ended.problem().to_string().contains("--no-memory"), "{}", ended.stderr);
     assert!(!names(&spinney).contains(&"bare-1".to_owned()));
+}
+
+/// What the host has left for processes that are new.
+fn available_mib() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() >> 10
 }
 
 /// Called off, or cut short, in the middle: nothing is left of any.

@@ -54,6 +54,10 @@ pub enum Act {
     Regroup,
     /// `clone` of a guest that runs.
     Clone,
+    /// `fork` of a guest that runs.
+    Fork,
+    /// A disk settles, in the background, after a `take --disk-only` of a running guest.
+    Settle,
     /// `take` of a machine that is off.
     TakeOff,
     /// `rm` of a snapshot in the middle.
@@ -120,7 +124,12 @@ impl Act {
 
     /// A snapshot of a guest that runs is made of here.
     pub(super) fn takes(self) -> bool {
-        matches!(self, Act::TakeStopCopy | Act::TakePreCopy | Act::TakeLive | Act::TakeDiskOnly)
+        matches!(self, Act::TakeStopCopy | Act::TakePreCopy | Act::TakeLive | Act::TakeDiskOnly | Act::Settle)
+    }
+
+    /// Only the disks are taken.
+    pub(super) fn leaves_memory_out(self) -> bool {
+        matches!(self, Act::TakeDiskOnly | Act::Settle)
     }
 
     /// Here becomes another state.
@@ -151,12 +160,12 @@ impl Act {
 
     /// Another machine is made of it.
     pub(super) fn clones(self) -> bool {
-        matches!(self, Act::Clone | Act::CloneFull | Act::CloneTo)
+        matches!(self, Act::Clone | Act::Fork | Act::CloneFull | Act::CloneTo)
     }
 
     /// It happens after the command, by itself.
     pub(super) fn comes_later(self) -> bool {
-        self == Act::Expire
+        matches!(self, Act::Expire | Act::Settle)
     }
 
     /// What it comes to is done without it too, by the next daemon.
@@ -207,7 +216,7 @@ impl Act {
             Act::TakeStopCopy => take(" --mode stop-copy"),
             Act::TakePreCopy => take(" --mode pre-copy"),
             Act::TakeLive => take(" --mode live"),
-            Act::TakeDiskOnly => take(" --disk-only"),
+            Act::TakeDiskOnly | Act::Settle => take(" --disk-only"),
             Act::TakeOff => take(""),
             Act::TakeCancelled => (format!("take {m} {fresh} --mode pre-copy"), "take", was()),
             Act::Goto | Act::GotoLoaded | Act::GotoInPlace | Act::GotoInPlaceLoaded | Act::GotoFromOff => {
@@ -231,6 +240,7 @@ impl Act {
             Act::Wake => (format!("start {m}"), "start", was()),
             Act::Regroup | Act::RegroupOff => (format!("edit {m} --group g{number}"), "edit", was()),
             Act::Clone => (format!("clone {m} {CLONE}"), "clone", was().with_clone(CLONE)),
+            Act::Fork => (format!("fork {m} {CLONE}"), "fork", was().with_clone(CLONE)),
             Act::CloneFull => (format!("clone {m} {CLONE} --full"), "clone", was().with_clone(CLONE)),
             Act::CloneTo => {
                 let dir = scene.clones_folder();

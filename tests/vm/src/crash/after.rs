@@ -49,7 +49,7 @@ impl Scene {
             return wrong(format!("fsck found {}", fsck["damage"]));
         }
         if act.clones() {
-            self.check_clone(act, happened, taken)?;
+            self.check_clone(act, victim, happened, taken)?;
         }
         if self.stage == Stage::Cold {
             self.check_cold(&view)?;
@@ -65,7 +65,7 @@ impl Scene {
         for name in view.names().into_iter().map(str::to_owned).chain(points) {
             let known = self.known.get(&name).cloned();
             let moment = match act.takes() {
-                true => Moment { running: act != Act::TakeDiskOnly, ..taken.clone() },
+                true => Moment { running: !act.leaves_memory_out(), ..taken.clone() },
                 // It was off when that was kept.
                 false => Moment { running: act != Act::StopBack && self.here.running, ..self.here.clone() },
             };
@@ -167,16 +167,18 @@ impl Scene {
         let after = self.spinney.layers();
         let left: Vec<_> = after.iter().filter(|layer| !before.contains(layer)).collect();
         let gone: Vec<_> = before.iter().filter(|layer| !after.contains(layer)).collect();
-        let may_stay =
-            usize::from(act.takes() || act.is_in_place() || matches!(act, Act::TakeCancelled | Act::Clone));
+        let may_stay = usize::from(
+            act.takes() || act.is_in_place() || matches!(act, Act::TakeCancelled | Act::Clone | Act::Fork),
+        );
         if left.len() > may_stay || !gone.is_empty() && act != Act::Gc {
             return wrong(format!("what was taken back took {gone:?} away and left {left:?}"));
         }
         Ok(())
     }
 
-    /// A clone has what was synced; one that was not made left nothing. It goes again, for the next act.
-    fn check_clone(&self, act: Act, happened: bool, taken: &Moment) -> Result<(), Violation> {
+    /// A clone has what was synced, a fork runs with the memory of the other; one that was not made left nothing. It goes again, for the
+    /// next act.
+    fn check_clone(&self, act: Act, victim: Victim, happened: bool, taken: &Moment) -> Result<(), Violation> {
         let folder = self.clones_folder();
         let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
         let files: Vec<PathBuf> = files.collect();
@@ -192,6 +194,9 @@ impl Scene {
         if !happened {
             return Ok(());
         }
+        if act == Act::Fork {
+            self.check_fork(victim, taken)?;
+        }
         if self.stage != Stage::Cold {
             let found = log_on_disk(&self.spinney, CLONE)?;
             if found < taken.log {
@@ -204,13 +209,29 @@ impl Scene {
         std::fs::create_dir_all(&folder).map_err(|error| Violation::Wrong(format!("{folder}: {error}")))
     }
 
+    /// A fork runs, and knows what the other knew; with the power it has lost its memory. It is off afterwards.
+    fn check_fork(&self, victim: Victim, taken: &Moment) -> Result<(), Violation> {
+        let power = self.ok(&format!("show {CLONE}"))?["power"].clone();
+        if power == "running" {
+            self.check_guest_of(CLONE, taken)?;
+            self.ok(&format!("kill {CLONE}")).map(drop)?;
+        } else if victim != Victim::Power {
+            return wrong(format!("the fork is {power}"));
+        }
+        Ok(())
+    }
+
     /// A guest that runs, is the one that it should be, and has its memory and its disk.
     pub(super) fn check_guest(&self, expected: &Moment) -> Result<(), Violation> {
-        let found = self.moment()?;
+        self.check_guest_of(&self.machine(), expected)
+    }
+
+    fn check_guest_of(&self, machine: &str, expected: &Moment) -> Result<(), Violation> {
+        let found = self.moment_of(machine)?;
         if found.nonce != expected.nonce || found.hash != expected.hash || found.log < expected.log {
             return wrong(format!("the guest is {found:?}, not {expected:?}"));
         }
-        let mut guest = self.guest()?;
+        let mut guest = self.guest_of(machine)?;
         let deadline = Instant::now() + SOON;
         let first = guest.counter()?;
         while guest.counter()? <= first {

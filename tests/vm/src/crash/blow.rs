@@ -71,7 +71,7 @@ impl Victim {
             Victim::WardenThenDaemon => {
                 let held = matches!(step, "take.read" | "take.switched" | "goto.still" | "goto.held");
                 // Where nothing of the guest's memory is taken nobody waits.
-                held && guest && act != Act::TakeDiskOnly
+                held && guest && !act.leaves_memory_out()
             }
             // Where there is one.
             Victim::Qemu => {
@@ -96,7 +96,7 @@ impl Victim {
                     "goto.decided",
                 ];
                 let goes = matches!(act, Act::Goto | Act::GotoLoaded | Act::GotoDiscard | Act::UndoGoto);
-                goes && both.contains(&step) || step == "wake.loaded"
+                goes && both.contains(&step) || matches!(step, "wake.loaded" | "fork.started")
             }
         }
     }

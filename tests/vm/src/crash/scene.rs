@@ -181,14 +181,22 @@ impl Scene {
 
     /// A connection to the guest.
     pub(super) fn guest(&self) -> Result<Guest, Violation> {
-        let port = self.spinney.port(&self.machine())?;
-        let port = port.ok_or_else(|| Violation::Wrong("the machine should have a process".to_owned()))?;
+        self.guest_of(&self.machine())
+    }
+
+    pub(super) fn guest_of(&self, machine: &str) -> Result<Guest, Violation> {
+        let port = self.spinney.port(machine)?;
+        let port = port.ok_or_else(|| Violation::Wrong(format!("{machine} should have a process")))?;
         Ok(Guest::connect(&port, PATIENCE)?)
     }
 
     /// What the guest says of itself.
     pub(super) fn moment(&self) -> Result<Moment, Violation> {
-        let mut guest = self.guest()?;
+        self.moment_of(&self.machine())
+    }
+
+    pub(super) fn moment_of(&self, machine: &str) -> Result<Moment, Violation> {
+        let mut guest = self.guest_of(machine)?;
         let (nonce, hash, log) = (guest.nonce()?, guest.hash()?, guest.log_check()?);
         if !log.ok {
             return Err(Violation::Wrong(format!("memory and disk are of two instants: {log:?}")));

@@ -108,6 +108,12 @@ pub const ROWS: &[Row] = &[
     ),
     row(Act::Clone, &["clone.overlays", "clone.switched", "clone.made", "clone.written"], &["journal.begun"]),
     row(
+        Act::Fork,
+        &["fork.overlays", "fork.started", "fork.written", "fork.runs"],
+        &["journal.begun", "fork.origin"],
+    ),
+    row(Act::Settle, &["settle.stored", "settle.written"], &[]),
+    row(
         Act::GotoInPlace,
         &["in-place.overlays", "in-place.kept", "goto.alone", "goto.loaded", "goto.decided"],
         &["goto.still", "goto.noted", "goto.memory", "goto.held", "goto.runs", "goto.trimmed"],
