@@ -8,7 +8,7 @@ use vm_tests::harness::Spinney;
 use vm_tests::walk::{Card, FILL, Violation, Walk};
 
 /// Cards played: one deck and a bit of another.
-const STEPS: usize = 50;
+const STEPS: usize = 54;
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;

@@ -66,6 +66,8 @@ pub enum Card {
     Back,
     /// `goto`, something done there, `take`.
     Branch,
+    /// `fork` of a snapshot, and `undo` of that.
+    Fork,
     /// `rm` of a snapshot.
     Rm,
     /// `rm --tree` of a snapshot with what is below it.
@@ -136,6 +138,8 @@ const DECK: &[Card] = &[
     Card::Back,
     Card::Branch,
     Card::Branch,
+    Card::Fork,
+    Card::Fork,
     Card::Rm,
     Card::Rm,
     Card::RmTree,

@@ -11,6 +11,8 @@ use crate::guest::Mix;
 
 /// MiB a second that the disk's writer writes.
 const DISK_RATE: u64 = 16;
+/// Name of a fork.
+const FORK: &str = "fork";
 
 impl Walk {
     pub(super) fn step(&mut self, card: Card) -> Result<(), Violation> {
@@ -39,6 +41,7 @@ impl Walk {
                 self.touch()?;
                 self.take("", "")
             }
+            Card::Fork => self.fork(),
             Card::Rm => self.rm(),
             Card::RmTree => self.rm_tree(),
             Card::RmMachine => self.rm_machine(),
@@ -187,6 +190,28 @@ impl Walk {
             return self.take("", "");
         };
         self.goto(to, words)
+    }
+
+    /// A fork is what was taken, and runs beside the machine.
+    fn fork(&mut self) -> Result<(), Violation> {
+        let Some(&of) = self.random.pick(&self.model.named(false)) else {
+            return self.take("", "");
+        };
+        let name = self.model.nodes[of].name.clone();
+        self.say(&format!(" of {name}"));
+        let begun = Instant::now();
+        self.spinney.ok(&format!("fork {}@{name} {FORK}", self.name))?;
+        let log = self.spinney.ok("op log -n 1")?;
+        let own =
+            (self.name.clone(), self.model.here.clone(), self.model.parent, self.model.since, self.loaded);
+        FORK.clone_into(&mut self.name);
+        self.stand_at(of, Power::Running, begun);
+        let checked = self.check_guest();
+        (self.name, self.model.here, self.model.parent, self.model.since, self.loaded) = own;
+        checked?;
+        self.spinney.ok(&format!("kill {FORK}"))?;
+        self.spinney.ok(&format!("undo {}", log["operations"][0]["id"].as_str().unwrap_or_default()))?;
+        Ok(())
     }
 
     pub(super) fn back(&mut self) -> Result<(), Violation> {
