@@ -73,6 +73,8 @@ struct CatalogPlan {
     ends_undo_of: Vec<OpRow>,
     /// Maps that stay needed.
     roots: Vec<pages::MapRoot>,
+    /// Layers whose retired maps nobody reads any more.
+    unused: Vec<String>,
 }
 
 impl Engine {
@@ -311,6 +313,21 @@ fn roots_of(snapshots: &[SnapshotRow], targets: &[TargetRow]) -> Vec<pages::MapR
     of_snapshots.chain(targets.iter().flat_map(TargetRow::roots)).collect()
 }
 
+/// Adds the layers of these disks to those that were reached. `below` says what a layer lies over.
+fn reach<'a>(
+    below: &HashMap<&'a str, Option<&'a str>>,
+    reached: &mut HashSet<&'a str>,
+    disks: Vec<(String, String)>,
+) {
+    for (_, top) in disks {
+        let mut at = below.get_key_value(top.as_str());
+        // What lies below a layer that was reached was reached with it.
+        while let Some((_, next)) = at.filter(|(id, _)| reached.insert(id)) {
+            at = next.and_then(|next| below.get_key_value(next));
+        }
+    }
+}
+
 fn plan_catalog(
     tx: &Transaction<'_>,
     group: &str,
@@ -334,19 +351,15 @@ fn plan_catalog(
     let layers = LayerRow::of_group(tx, group)?;
     let below: HashMap<&str, Option<&str>> =
         layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
-    let mut reached: HashSet<&str> = HashSet::new();
-    let mut reach = |disks: Vec<(String, String)>| {
-        for (_, top) in disks {
-            let mut at = below.get_key_value(top.as_str());
-            // What lies below a layer that was reached was reached with it.
-            while let Some((_, next)) = at.filter(|(id, _)| reached.insert(id)) {
-                at = next.and_then(|next| below.get_key_value(next));
-            }
-        }
-    };
-    reach(pins.all().into_iter().map(|layer| (String::new(), layer)).collect());
+    // What a process may have open.
+    let mut in_use: HashSet<&str> = HashSet::new();
+    reach(&below, &mut in_use, pins.all().into_iter().map(|layer| (String::new(), layer)).collect());
+    for target in targets.iter().filter(|target| target.process.is_some() || busy(&target.id)) {
+        reach(&below, &mut in_use, TargetRow::disks(tx, &target.id)?);
+    }
+    let mut reached = in_use.clone();
     for snapshot in &kept {
-        reach(SnapshotRow::disks(tx, &snapshot.id)?);
+        reach(&below, &mut reached, SnapshotRow::disks(tx, &snapshot.id)?);
     }
     // A machine goes only after its snapshots, so that no snapshot is ever without its machine.
     let goes = |target: &TargetRow| {
@@ -354,12 +367,16 @@ fn plan_catalog(
     };
     let (gone, staying): (Vec<TargetRow>, Vec<TargetRow>) = targets.into_iter().partition(goes);
     for target in &staying {
-        reach(TargetRow::disks(tx, &target.id)?);
+        reach(&below, &mut reached, TargetRow::disks(tx, &target.id)?);
     }
     plan.targets = gone.into_iter().map(|target| target.id).collect();
     plan.roots = roots_of(&kept, &staying);
     plan.roots
         .extend(layers.iter().filter(|row| reached.contains(row.id.as_str())).filter_map(|row| row.settled));
+    let (retired, unused): (Vec<&LayerRow>, _) =
+        layers.iter().filter(|row| !row.retired.is_empty()).partition(|row| in_use.contains(row.id.as_str()));
+    plan.roots.extend(retired.iter().flat_map(|row| &row.retired));
+    plan.unused = unused.into_iter().map(|row| row.id.clone()).collect();
     plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
     plan.ends_undo_of = OpRow::undoable(tx)?;
     plan.ends_undo_of.retain(|op| {
@@ -373,6 +390,67 @@ fn purge(tx: &Transaction<'_>, plan: &CatalogPlan) -> Result<()> {
     plan.snapshots.iter().try_for_each(|id| SnapshotRow::purge(tx, id))?;
     plan.targets.iter().try_for_each(|id| TargetRow::purge(tx, id))?;
     // Their rows stay until their files go: the pages of their maps are not to stay with them.
+    plan.unused.iter().try_for_each(|layer| LayerRow::forget_retired(tx, layer))?;
     plan.layers.iter().try_for_each(|layer| LayerRow::set_unsettled(tx, &layer.id))?;
     plan.ends_undo_of.iter().try_for_each(|op| OpRow::forget_undo(tx, &op.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use pages::{MapRoot, PageHash};
+
+    use super::*;
+    use crate::catalog::{Catalog, DEFAULT_GROUP, ProcessRow};
+    use crate::config::MachineConfig;
+    use crate::new_disks::new_layer;
+    use crate::types::Power;
+
+    #[test]
+    fn what_a_process_may_have_open_stays_though_its_layer_settles_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&folder.path().join("catalog.db")).unwrap();
+        let group = catalog.groups("0", 0).unwrap().remove(0).id;
+        let machine =
+            TargetRow::new("m".into(), "m", (&group, DEFAULT_GROUP), "pc", MachineConfig::bare(64 << 20));
+        let lower = new_layer(&group, 1 << 20);
+        let upper = LayerRow { below: Some(lower.id.clone()), depth: 2, ..new_layer(&group, 1 << 20) };
+        let map = |number| MapRoot { node: PageHash([number; 32]), pages: 256 };
+        let process = ProcessRow {
+            id: qemu::process::ProcessId { pid: 1, start_ticks: 1 },
+            run: "run".into(),
+            accel: "tcg".into(),
+            version: "10".into(),
+            boot: "boot".into(),
+            ram: None,
+        };
+        catalog
+            .write(|tx| {
+                machine.insert(tx)?;
+                lower.insert(tx)?;
+                upper.insert(tx)?;
+                TargetRow::set_disk(tx, "m", "disk0", &upper.id)?;
+                TargetRow::set_process(tx, "m", Power::Running, Some(&process))?;
+                for number in [1, 2] {
+                    LayerRow::set_settled(tx, &lower.id, &map(number))?;
+                    LayerRow::unsettle(tx, &group)?;
+                }
+                LayerRow::set_settled(tx, &lower.id, &map(3))
+            })
+            .unwrap();
+        let collected = || {
+            let pins = PinnedLayers::default();
+            catalog
+                .write(|tx| {
+                    let plan = plan_catalog(tx, &group, Timestamp::now(), &pins, &|_| false)?;
+                    purge(tx, &plan)?;
+                    Ok((plan.roots, settled_roots(tx, &group)?))
+                })
+                .unwrap()
+        };
+        let (planned, live) = collected();
+        assert!([1, 2, 3].iter().all(|number| planned.contains(&map(*number))), "{planned:?}");
+        assert_eq!(live, [map(1), map(2), map(3)]);
+        catalog.write(|tx| TargetRow::set_process(tx, "m", Power::Off, None)).unwrap();
+        assert_eq!(collected(), (vec![map(3)], vec![map(3)]));
+    }
 }

@@ -300,6 +300,7 @@ impl Engine {
                 depth: below.depth + 1,
                 stamp: None,
                 settled: None,
+                retired: Vec::new(),
             };
             overlays.push(NewOverlay { disk: disk.clone(), row, below });
         }

@@ -178,6 +178,7 @@ pub(crate) fn new_layer(group: &str, size: u64) -> LayerRow {
         depth: 1,
         stamp: None,
         settled: None,
+        retired: Vec::new(),
     }
 }
 

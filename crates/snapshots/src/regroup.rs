@@ -216,6 +216,7 @@ impl Engine {
                 id,
                 // Its map is of the other group.
                 settled: None,
+                retired: Vec::new(),
                 ..layer.clone()
             };
             if !layer.is_users() {

@@ -272,5 +272,6 @@ fn read(file: &File, offset: u64, bytes: u64) -> std::io::Result<Vec<u8>> {
 
 /// The page maps of a group's settled layers.
 pub(crate) fn settled_roots(tx: &Transaction<'_>, group: &str) -> Result<Vec<MapRoot>> {
-    Ok(LayerRow::of_group(tx, group)?.into_iter().filter_map(|layer| layer.settled).collect())
+    let layers = LayerRow::of_group(tx, group)?;
+    Ok(layers.into_iter().flat_map(|layer| layer.retired.into_iter().chain(layer.settled)).collect())
 }

@@ -30,7 +30,13 @@ pub(crate) struct LayerRow {
     pub(crate) stamp: Option<BaseStamp>,
     /// What a disk shows through it and all below, once that is in the page store.
     pub(crate) settled: Option<MapRoot>,
+    /// What it had settled into before. A process that runs may read it still.
+    pub(crate) retired: Vec<MapRoot>,
 }
+
+/// What had settled so far is retired.
+const RETIRE: &str = "UPDATE layers SET settled = NULL,
+    retired = CASE WHEN settled IS NULL THEN retired ELSE json_insert(coalesce(retired, '[]'), '$[#]', json(settled)) END";
 
 impl LayerRow {
     fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -44,6 +50,7 @@ impl LayerRow {
             depth: row.get("depth")?,
             stamp: optional_json(row, "stamp")?,
             settled: optional_json(row, "settled")?,
+            retired: optional_json(row, "retired")?.unwrap_or_default(),
         })
     }
 
@@ -118,17 +125,25 @@ impl LayerRow {
     pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
         tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;
         tx.execute(
-            "WITH RECURSIVE above (id) AS (
-                 SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
-             ) UPDATE layers SET settled = NULL WHERE id IN (SELECT id FROM above)",
+            &format!(
+                "WITH RECURSIVE above (id) AS (
+                     SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
+                 ) {RETIRE} WHERE id IN (SELECT id FROM above)"
+            ),
             [id],
         )?;
         Ok(())
     }
 
-    /// Nothing needs its map any more.
+    /// Nothing needs its map any more, nor one that it had.
     pub(crate) fn set_unsettled(tx: &Transaction<'_>, id: &str) -> Result<()> {
-        tx.execute("UPDATE layers SET settled = NULL WHERE id = ?1", [id])?;
+        tx.execute("UPDATE layers SET settled = NULL, retired = NULL WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    /// Nobody reads what it had settled into before.
+    pub(crate) fn forget_retired(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("UPDATE layers SET retired = NULL WHERE id = ?1", [id])?;
         Ok(())
     }
 
@@ -140,7 +155,7 @@ impl LayerRow {
 
     /// The layers of a group have yet to settle, again: their maps may lack something.
     pub(crate) fn unsettle(tx: &Transaction<'_>, group: &str) -> Result<()> {
-        tx.execute("UPDATE layers SET settled = NULL WHERE grp = ?1", [group])?;
+        tx.execute(&format!("{RETIRE} WHERE grp = ?1"), [group])?;
         Ok(())
     }
 

@@ -42,8 +42,10 @@ const SCHEMA: &str = include_str!("schema.sql");
 /// `PRAGMA user_version` of this schema. A catalog with a higher one was written by a later Spinney, and is refused.
 const VERSION: i64 = 3;
 /// What makes a catalog of each earlier version, from 1 on, one of the next.
-const UPGRADES: [&str; 2] =
-    ["ALTER TABLE targets ADD COLUMN suspended TEXT", "ALTER TABLE layers ADD COLUMN settled TEXT"];
+const UPGRADES: [&str; 2] = [
+    "ALTER TABLE targets ADD COLUMN suspended TEXT",
+    "ALTER TABLE layers ADD COLUMN settled TEXT; ALTER TABLE layers ADD COLUMN retired TEXT",
+];
 /// `PRAGMA application_id` of a copy.
 const IS_COPY: i64 = 0x5350_4350;
 

@@ -35,7 +35,8 @@ CREATE TABLE layers (
     below  TEXT REFERENCES layers (id),
     depth  INTEGER NOT NULL,
     stamp  TEXT,
-    settled TEXT
+    settled TEXT,
+    retired TEXT
 ) STRICT;
 CREATE INDEX layers_below ON layers (below);
 
