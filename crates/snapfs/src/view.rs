@@ -1,5 +1,6 @@
 //! The daemon's side of a view: it mounts and starts one, finds one again that outlived its daemon, lists what there is, and ends it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -87,11 +88,17 @@ impl View {
         make_folder(folder).map_err(io_error("make", folder))?;
         let at = setup.at.clone().unwrap_or_else(|| folder.join("mnt"));
         let found = is_mounted(&at);
-        let answers = found && answers(&at);
-        if found && !answers {
-            tracing::warn!(mount = %at.display(), "nobody serves what is mounted here");
-            unmount(&at).map_err(io_error("unmount", &at))?;
-        }
+        let answers = match found.then(|| ask(&at)) {
+            None => false,
+            Some(Answer::Given) => true,
+            // Whoever has something of it mapped goes on being served, and is shown.
+            Some(Answer::None) => return Err(ViewError::Silent { path: at }),
+            Some(Answer::Nobody) => {
+                tracing::warn!(mount = %at.display(), "nobody serves what is mounted here");
+                unmount(&at).map_err(io_error("unmount", &at))?;
+                false
+            }
+        };
         if !answers {
             // Those of a view that was unmounted are still its own, if somebody has something of it mapped.
             for name in ["list", "held", "known"] {
@@ -180,7 +187,7 @@ impl View {
 
     /// True if it answers, within some seconds.
     pub fn answers(&self) -> bool {
-        is_mounted(&self.mount) && answers(&self.mount)
+        is_mounted(&self.mount) && ask(&self.mount) == Answer::Given
     }
 
     /// Unmounts it. Whoever has something of it mapped keeps that, and whoever serves it stays until nobody has.
@@ -237,9 +244,9 @@ fn start(setup: &Setup, at: &Path, list: File, report: &File) -> Result<(), View
         spawn(executable, folder, *owner, &descriptors, store).map_err(io_error("start", executable));
     // From here on those who serve have the only descriptors: if they end, so does what is mounted.
     drop(descriptors);
-    let serving = started.and_then(|()| match answers(at) {
-        true => Ok(()),
-        false => Err(ViewError::Silent { path: at.to_owned() }),
+    let serving = started.and_then(|()| match ask(at) {
+        Answer::Given => Ok(()),
+        Answer::None | Answer::Nobody => Err(ViewError::Silent { path: at.to_owned() }),
     });
     if serving.is_err() {
         let _ = unmount(at);
@@ -280,14 +287,44 @@ fn spawn(
     sent
 }
 
-/// True if what is mounted there answers within some seconds. Asked in a thread of its own: a question that nobody answers cannot be taken
-/// back.
-fn answers(at: &Path) -> bool {
+/// What came of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Given,
+    /// None in time.
+    None,
+    /// Nobody is there any more who could give one.
+    Nobody,
+}
+
+/// Mount points where a question has not been answered yet.
+static ASKED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn asked() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks what is mounted there, and waits some seconds for an answer. In a thread of its own: a question that nobody answers cannot be taken
+/// back, and so there is no second one while the first waits.
+fn ask(at: &Path) -> Answer {
+    if !asked().insert(at.to_owned()) {
+        return Answer::None;
+    }
     let (tell, told) = channel();
-    let path = at.join(".ram");
-    let ask = move || {
-        let _ = tell.send(fs::symlink_metadata(path).is_ok());
+    let place = at.to_owned();
+    let question = move || {
+        let said = fs::symlink_metadata(place.join(".ram"));
+        asked().remove(&place);
+        let _ = tell.send(said.map(drop));
     };
-    thread::Builder::new().name("ask-view".into()).spawn(ask).is_ok()
-        && told.recv_timeout(ANSWER_LIMIT).unwrap_or(false)
+    if thread::Builder::new().name("ask-view".into()).spawn(question).is_err() {
+        asked().remove(at);
+        return Answer::None;
+    }
+    match told.recv_timeout(ANSWER_LIMIT) {
+        Ok(Ok(())) => Answer::Given,
+        // The connection to the kernel has ended.
+        Ok(Err(_)) => Answer::Nobody,
+        Err(_) => Answer::None,
+    }
 }

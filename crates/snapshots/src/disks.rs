@@ -47,41 +47,52 @@ impl Engine {
         self.layers_folder(&row.group).join(&row.file)
     }
 
-    /// What QEMU is told of a machine's disks.
-    pub(crate) fn disk_specs(&self, tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<Disk>> {
-        disks.iter().map(|(disk, layer)| Ok(self.disk_spec(disk, &LayerRow::chain(tx, layer)?))).collect()
+    /// What QEMU is told of a machine's disks, by their chains. The view is asked, which may take its time: not within a transaction.
+    pub(crate) fn disk_specs(&self, machine: &str, chains: &[(String, Vec<LayerRow>)]) -> Result<Vec<Disk>> {
+        let spec = |(disk, chain): &(String, Vec<LayerRow>)| {
+            let layers = self.open_specs(machine, disk, chain)?;
+            Ok(Disk { layers, ..self.disk_spec(disk, chain) })
+        };
+        chains.iter().map(spec).collect()
     }
 
-    /// A disk by its chain, base first.
+    /// The chains of disks, base first.
+    pub(crate) fn chains_of(
+        tx: &Transaction<'_>,
+        disks: &[(String, String)],
+    ) -> Result<Vec<(String, Vec<LayerRow>)>> {
+        disks.iter().map(|(disk, top)| Ok((disk.clone(), LayerRow::chain(tx, top)?))).collect()
+    }
+
+    /// A disk by its chain, base first, every layer of which is opened.
     pub(crate) fn disk_spec(&self, id: &str, chain: &[LayerRow]) -> Disk {
         Disk {
             id: id.to_owned(),
-            layers: self.open_specs(chain),
+            layers: chain.iter().map(|row| self.layer_spec(row)).collect(),
             // UEFI's variables have none.
             place: id.strip_prefix("disk").and_then(|number| number.parse().ok()).unwrap_or(0),
             read_only: chain.last().is_some_and(LayerRow::is_users),
         }
     }
 
-    /// What QEMU is told of disks that nobody writes to, and of new overlays over others.
+    /// What QEMU is told of a machine's disks that nobody writes to, and of new overlays over others.
     pub(crate) fn specs_over(
         &self,
+        machine: &str,
         read_only: &[(String, String)],
         overlays: &[NewOverlay],
     ) -> Result<Vec<Disk>> {
-        self.catalog.read(|tx| {
-            let mut disks = self.disk_specs(tx, read_only)?;
-            for new in overlays {
-                let below = [(new.disk.clone(), new.below.id.clone())];
-                for mut disk in self.disk_specs(tx, &below)? {
-                    disk.layers.push(self.layer_spec(&new.row));
-                    disk.read_only = false;
-                    disks.push(disk);
-                }
-            }
-            disks.sort_by_key(|disk| disk.place);
-            Ok(disks)
-        })
+        let below: Vec<_> = overlays.iter().map(|new| (new.disk.clone(), new.below.id.clone())).collect();
+        let (read_only, below) =
+            self.catalog.read(|tx| Ok((Self::chains_of(tx, read_only)?, Self::chains_of(tx, &below)?)))?;
+        let mut disks = self.disk_specs(machine, &read_only)?;
+        for (mut disk, new) in self.disk_specs(machine, &below)?.into_iter().zip(overlays) {
+            disk.layers.push(self.layer_spec(&new.row));
+            disk.read_only = false;
+            disks.push(disk);
+        }
+        disks.sort_by_key(|disk| disk.place);
+        Ok(disks)
     }
 
     pub(crate) fn layer_spec(&self, row: &LayerRow) -> Layer {
@@ -89,16 +100,20 @@ impl Engine {
     }
 
     /// The files of a chain, base first: what has settled of a deep one is one flat file.
-    fn open_specs(&self, chain: &[LayerRow]) -> Vec<Layer> {
-        let flat = match chain.iter().rposition(|row| row.settled.is_some()) {
-            Some(last) if chain.len() > SHALLOW => {
-                chain.get(last).and_then(|row| Some((last, self.flat_spec(row)?)))
-            }
-            _ => None,
+    fn open_specs(&self, machine: &str, disk: &str, chain: &[LayerRow]) -> Result<Vec<Layer>> {
+        let settled = chain.iter().rposition(|row| row.settled.is_some()).filter(|_| chain.len() > SHALLOW);
+        let (above, flat) = match settled.and_then(|last| chain.split_at_checked(last + 1)) {
+            None => (chain, None),
+            Some((below, above)) => match below.last().and_then(|row| self.flat_spec(row)) {
+                Some(flat) => (above, Some(flat)),
+                None => {
+                    // Nobody has looked at what was to be read through the view.
+                    below.iter().try_for_each(|row| self.check_layer(machine, disk, row))?;
+                    (chain, None)
+                }
+            },
         };
-        let Some((last, flat)) = flat else { return chain.iter().map(|row| self.layer_spec(row)).collect() };
-        let above = chain.iter().skip(last + 1).map(|row| self.layer_spec(row));
-        std::iter::once(flat).chain(above).collect()
+        Ok(flat.into_iter().chain(above.iter().map(|row| self.layer_spec(row))).collect())
     }
 
     /// A settled layer with all below it, as a file of the group's view; none if there is no view.
@@ -120,7 +135,7 @@ impl Engine {
     ) -> Result<()> {
         for (disk, layer) in disks {
             let chain = LayerRow::chain(tx, layer)?;
-            // What is read through the view is compared with its name, page by page.
+            // What is read through the view is compared with its name, page by page; where there is none, `open_specs` looks.
             let settled =
                 chain.iter().rposition(|row| row.settled.is_some()).filter(|_| chain.len() > SHALLOW);
             for (place, row) in chain.iter().enumerate() {

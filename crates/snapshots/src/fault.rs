@@ -54,6 +54,8 @@ pub(crate) enum Fault {
     ForgetImage,
     /// The collector does not ask what running machines may still touch.
     ForgetMapped,
+    /// A guest has no time to let go of a card.
+    HastyCard,
 }
 
 #[cfg(feature = "faults")]
@@ -82,6 +84,7 @@ pub(crate) fn planted(fault: Fault) -> bool {
         Fault::NeverShorten => "never-shorten",
         Fault::ForgetImage => "forget-image",
         Fault::ForgetMapped => "forget-mapped",
+        Fault::HastyCard => "hasty-card",
     };
     std::env::var_os("SPINNEY_FAULT").is_some_and(|value| value == name)
 }

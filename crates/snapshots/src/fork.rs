@@ -332,12 +332,17 @@ impl Engine {
     /// Its QEMU, with its state, standing still.
     fn start_fork(&self, cx: &Context, fork: &Coming, origin: &Origin<'_>) -> Result<Running> {
         let row = &fork.row;
-        let disks = self.specs_over(&fork.read_only, &fork.overlays)?;
+        let disks = self.specs_over(&row.name, &fork.read_only, &fork.overlays)?;
         let running = self.launch_for(row, &row.config, &row.machine, &disks, origin.memory.as_ref())?;
         step("fork.started");
         let loaded = match &origin.memory {
             Some(memory) => {
-                let store = self.store_of(row);
+                // Those that could be mapped and were not need more than they were counted with.
+                let room = match running.row.ram {
+                    None => check_memory_for_forks(1, row.config.memory, false),
+                    Some(_) => Ok(()),
+                };
+                let store = room.and_then(|()| self.store_of(row));
                 store.and_then(|store| self.load_memory(cx, row, &origin.name, &store, memory, &running))
             }
             None => Ok(()),

@@ -8,15 +8,18 @@
 //! | clock, host name | through the guest agent |
 
 use std::io;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use qemu::command::{Card, replaced_card};
 use qemu::guest_agent::GuestAgent;
+use qemu::qmp::Event;
 use serde_json::json;
 
 use crate::catalog::TargetRow;
 use crate::error::Result;
+use crate::fault::{Fault, planted};
 use crate::id::random_number;
 use crate::running::Running;
 use crate::types::{Identity, IdentityItem, ItemState};
@@ -27,6 +30,8 @@ const AGENT_LIMIT: Duration = Duration::from_millis(1500);
 const PORT_LIMIT: Duration = Duration::from_millis(100);
 /// How long a guest may take to let go of a card.
 const CARD_LIMIT: Duration = Duration::from_secs(3);
+/// How often it is seen whether a guest that has not done so yet is still there.
+const LATE_LIMIT: Duration = Duration::from_secs(10);
 /// Exits with 0 if the guest's kernel has the driver of the generation id.
 const HAS_DRIVER: &str = "test -e /sys/bus/acpi/drivers/vmgenid -o -e /sys/bus/platform/drivers/vmgenid";
 
@@ -37,7 +42,7 @@ fn item(what: &str, state: ItemState, why: Option<&str>) -> IdentityItem {
 /// Makes new what is to be new of a copy that runs, and says what became of each part. `booted`: it was not copied with its memory.
 pub(crate) fn renew(
     row: &TargetRow,
-    running: &Running,
+    running: &Arc<Running>,
     identity: Identity,
     booted: bool,
 ) -> Vec<IdentityItem> {
@@ -125,7 +130,7 @@ fn random_numbers(agent: Option<&mut GuestAgent>) -> IdentityItem {
     }
 }
 
-fn mac_address(row: &TargetRow, running: &Running, identity: Identity) -> IdentityItem {
+fn mac_address(row: &TargetRow, running: &Arc<Running>, identity: Identity) -> IdentityItem {
     let what = "MAC address";
     if identity != Identity::Renew {
         return item(what, ItemState::Kept, None);
@@ -134,23 +139,67 @@ fn mac_address(row: &TargetRow, running: &Running, identity: Identity) -> Identi
         Ok(()) => item(what, ItemState::Renewed, None),
         Err(error) => {
             tracing::info!(target = row.name, %error, causes = ?error.causes(), "a card stays");
-            let why = "the guest has not let go of its card: from its next power cycle on";
+            let why = "the guest has not let go of its card yet: as soon as it does, or from its next power cycle on";
             item(what, ItemState::Pending, Some(why))
         }
     }
 }
 
-/// Puts other cards in the place of those that are there.
-fn replace_cards(row: &TargetRow, running: &Running) -> Result<()> {
+/// Puts other cards in the place of those that are there. What a guest lets go of later is replaced then.
+fn replace_cards(row: &TargetRow, running: &Arc<Running>) -> Result<()> {
+    let limit = if planted(Fault::HastyCard) { Duration::ZERO } else { CARD_LIMIT };
+    let mut replaced = Ok(());
     for (index, mac) in row.macs.iter().enumerate() {
-        let id = format!("net{index}");
+        let card = Card { id: card_id(index), mac: mac.clone() };
         let mark = running.qmp.last_event();
-        running.qmp.execute("device_del", json!({ "id": id }))?;
-        running.qmp.wait_event(mark, CARD_LIMIT, |event| {
-            event.name == "DEVICE_DELETED" && event.data.get("device").is_some_and(|device| *device == id)
-        })?;
-        let card = Card { id, mac: mac.clone() };
-        running.qmp.execute("device_add", replaced_card(index, &card))?;
+        running.qmp.execute("device_del", json!({ "id": card.id }))?;
+        let gone = running.qmp.wait_event(mark, limit, |event| is_gone(event, &card));
+        match gone {
+            Ok(_) => drop(running.qmp.execute("device_add", replaced_card(index, &card))?),
+            Err(error) => {
+                replaced = Err(error.into());
+                replace_late(running, index, card, mark);
+            }
+        }
+    }
+    replaced
+}
+
+/// Waits in a thread of its own, for as long as the guest runs, until it lets go of a card: without another it would have none.
+fn replace_late(running: &Arc<Running>, index: usize, card: Card, mark: u64) {
+    let running = Arc::clone(running);
+    let wait = move || {
+        while running.process.is_alive() && !running.qmp.is_closed() {
+            if running.qmp.wait_event(mark, LATE_LIMIT, |event| is_gone(event, &card)).is_ok() {
+                let added = running.qmp.execute("device_add", replaced_card(index, &card));
+                tracing::info!(card = card.id, ?added, "a card was let go of late");
+                return;
+            }
+        }
+    };
+    let _ = thread::Builder::new().name("late-card".into()).spawn(wait);
+}
+
+/// Puts cards in the place of those that a guest has let go of while there was nobody to do it.
+pub(crate) fn put_missing_cards(row: &TargetRow, running: &Running) -> Result<()> {
+    if row.macs.is_empty() {
+        return Ok(());
+    }
+    let there = running.qmp.execute("qom-list", json!({ "path": "/machine/peripheral" }))?;
+    let has = |id: &str| there.as_array().into_iter().flatten().any(|device| device["name"] == id);
+    for (index, mac) in row.macs.iter().enumerate() {
+        let card = Card { id: card_id(index), mac: mac.clone() };
+        if !has(&card.id) {
+            running.qmp.execute("device_add", replaced_card(index, &card))?;
+        }
     }
     Ok(())
+}
+
+fn card_id(index: usize) -> String {
+    format!("net{index}")
+}
+
+fn is_gone(event: &Event, card: &Card) -> bool {
+    event.name == "DEVICE_DELETED" && event.data.get("device").is_some_and(|device| *device == card.id)
 }

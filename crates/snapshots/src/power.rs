@@ -187,11 +187,12 @@ impl Engine {
 
     /// What QEMU is told of the disks of here, after a look at their files.
     pub(crate) fn here_specs(&self, row: &TargetRow) -> Result<Vec<Disk>> {
-        self.catalog.read(|tx| {
+        let chains = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.check_chains(tx, &row.name, &disks)?;
-            self.disk_specs(tx, &disks)
-        })
+            Self::chains_of(tx, &disks)
+        })?;
+        self.disk_specs(&row.name, &chains)
     }
 
     /// Writes a process down and puts it where commands find it. If that fails, it is ended.

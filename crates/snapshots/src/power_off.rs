@@ -26,6 +26,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use qemu::ends::{Awaited, Ends};
 use qemu::process::Process;
+use rusqlite::Transaction;
 use serde_json::json;
 
 use crate::catalog::{AtPowerOff, OpRow, SnapshotRow, TargetRow};
@@ -94,8 +95,14 @@ impl Engine {
         watch
     }
 
-    /// A throw-away machine that has stopped goes, with all that it had, and is not kept for undo.
+    /// A throw-away machine that has stopped goes, with all that it had, and is not kept for undo. One with something that is not to be
+    /// removed stays, and is like any other from then on.
     fn throw_away(&self, cx: &Context, row: &TargetRow) -> Result<()> {
+        if let Some(wanted) = self.catalog.read(|tx| wanted(tx, row))? {
+            self.catalog.write(|tx| TargetRow::set_lasting(tx, &row.id))?;
+            cx.warn(format!("{} is not thrown away: {wanted}", row.name));
+            return self.carry_out_if_due(cx, &row.id, false);
+        }
         self.journaled(cx, THROW_AWAY, &row.name, Some(&row.id), &json!({}), || {
             self.catalog.write(|tx| {
                 AtPowerOff::end(tx, &row.id)?;
@@ -268,6 +275,20 @@ impl Engine {
 /// True of a throw-away machine that has stopped.
 fn is_spent(row: &TargetRow) -> bool {
     row.throw_away && row.removed.is_none() && matches!(row.power, Power::Off | Power::LostPower)
+}
+
+/// What of a machine somebody has said that it is not to go, if there is something.
+fn wanted(tx: &Transaction<'_>, row: &TargetRow) -> Result<Option<String>> {
+    if row.protected {
+        return Ok(Some("it is protected".into()));
+    }
+    let snapshots = SnapshotRow::of_target(tx, &row.id)?;
+    let kept = snapshots.iter().filter(|snapshot| snapshot.removed.is_none());
+    let mut wanted = kept.filter(|snapshot| snapshot.protected || snapshot.keep).map(|snapshot| {
+        let how = if snapshot.protected { "protected" } else { "kept" };
+        format!("{} is {how}", snapshot.full_name())
+    });
+    Ok(wanted.next_back())
 }
 
 /// For people who start the daemon.

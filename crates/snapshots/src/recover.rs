@@ -30,6 +30,7 @@ use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
 use crate::half_made::HalfMade;
+use crate::identity::put_missing_cards;
 use crate::let_go::free_guest;
 use crate::owner::{make_folder, read_of_others};
 use crate::power_off;
@@ -250,7 +251,8 @@ impl Engine {
 
     /// Brings what can be changed on a running machine to what the catalog says.
     fn mend_settings(&self, target: &TargetRow, running: &Running) {
-        if let Err(error) = self.apply_settings(target, running, false) {
+        let mended = self.apply_settings(target, running, false);
+        if let Err(error) = mended.and_then(|()| put_missing_cards(target, running)) {
             tracing::warn!(%error, target = target.name, "a running machine is not as its settings say");
         }
     }

@@ -294,7 +294,7 @@ impl Engine {
         }
         let read_only =
             self.catalog.read(|tx| Self::read_only_disks(tx, &SnapshotRow::disks(tx, &snapshot.id)?))?;
-        let disks = self.specs_over(&read_only, swap.overlays)?;
+        let disks = self.specs_over(&row.name, &read_only, swap.overlays)?;
         // What a machine had once it gets again, whatever the host has now: most of it was never touched.
         if swap.coming != Coming::Back {
             check_host_memory(snapshot.config.memory, 0)?;

@@ -41,7 +41,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The views that are open, by group.
 #[derive(Debug, Default)]
-pub(crate) struct Views(Mutex<HashMap<String, Arc<View>>>, Mutex<HashMap<String, Listing>>);
+pub(crate) struct Views {
+    open: Mutex<HashMap<String, Arc<View>>>,
+    /// Held while a group's view is asked or opened: its owner's process may take its time, and no other group is to wait for that.
+    opening: Mutex<HashMap<String, Arc<Mutex<()>>>>,
+    listings: Mutex<HashMap<String, Listing>>,
+}
 
 /// The memory of a snapshot as a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +57,12 @@ pub(crate) struct RamImage {
 
 impl Views {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<View>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn opening(&self, group: &str) -> Arc<Mutex<()>> {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(opening.entry(group.to_owned()).or_default())
     }
 
     /// A group's view, if it is open.
@@ -62,7 +72,7 @@ impl Views {
 
     /// What is listed in a group's view, for whoever lists.
     pub(crate) fn with_listing<T>(&self, group: &str, list: impl FnOnce(&mut Listing) -> T) -> T {
-        let mut listings = self.1.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
         list(listings.entry(group.to_owned()).or_default())
     }
 }
@@ -96,9 +106,10 @@ impl Engine {
             Error::new(code, "the snapshot file system cannot be had").because(error)
         };
         // Two who need it first are not to make two.
-        let mut views = self.views.lock();
-        if let Some(view) = views.get(&group.row.id).filter(|view| view.answers()) {
-            return Ok(Arc::clone(view));
+        let opening = self.views.opening(&group.row.id);
+        let _one = opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(view) = self.views.get(&group.row.id).filter(|view| view.answers()) {
+            return Ok(view);
         }
         let Some(executable) = &self.settings.warden else {
             return Err(Error::new(Code::Precondition, "there is no executable to serve views with"));
@@ -116,7 +127,7 @@ impl Engine {
         let view = Arc::new(view);
         // It begins with an empty list.
         self.views.with_listing(&group.row.id, Listing::clear);
-        views.insert(group.row.id.clone(), Arc::clone(&view));
+        self.views.lock().insert(group.row.id.clone(), Arc::clone(&view));
         Ok(view)
     }
 

@@ -2,6 +2,9 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -160,6 +163,56 @@ fn a_guest_without_an_agent_is_said_to_be_one() {
     assert_eq!(state(fork, "MAC address"), "renewed", "that takes no agent");
     let (_, said) = spinney.plain(&["fork", "web"]);
     assert!(said.contains("random numbers may repeat"), "{said}");
+}
+
+/// A card that the guest lets go of late is replaced all the same, and one that it let go of while nobody was there to see.
+#[test]
+fn no_guest_is_left_without_its_card() {
+    let mut spinney = Spinney::new();
+    spinney.set("SPINNEY_FAULT", "hasty-card");
+    spinney.create_networked_guest("web", 96).unwrap();
+    spinney.ok("start web").unwrap();
+    let macs = guest(&spinney, "web").macs().unwrap();
+    let forked = spinney.ok("fork web other --identity renew").unwrap();
+    assert_eq!(state(&forked["forks"][0], "MAC address"), "pending");
+    let has_its_card = || {
+        let mac = spinney.ok("show other").unwrap()["macs"][0].as_str().unwrap().to_owned();
+        assert!(macs.values().all(|old| *old != mac));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !guest(&spinney, "other").macs().unwrap().values().any(|now| *now == mac) {
+            assert!(Instant::now() < deadline, "no card");
+            thread::sleep(Duration::from_millis(50));
+        }
+    };
+    has_its_card();
+    let pid = guest_pid(&spinney, "other");
+    let run = spinney
+        .runs()
+        .into_iter()
+        .find(|run| fs::read_to_string(run.join("pid")).is_ok_and(|text| text.trim() == pid.to_string()));
+    spinney.kill_daemon();
+    take_card_out(&run.expect("a run folder").join("oob"));
+    spinney.ok("ls").unwrap();
+    has_its_card();
+}
+
+/// Has QEMU take the first card out, and waits until the guest has let go of it.
+fn take_card_out(monitor: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // The warden may have it for a moment.
+    let mut socket = loop {
+        match UnixStream::connect(monitor) {
+            Ok(socket) => break socket,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").unwrap();
+    socket.write_all(b"{\"execute\":\"device_del\",\"arguments\":{\"id\":\"net0\"}}\n").unwrap();
+    let said = BufReader::new(socket).lines().map(|line| line.unwrap());
+    let mut said = said.skip_while(|line| !(line.contains("DEVICE_DELETED") && line.contains("net0")));
+    assert!(said.next().is_some());
 }
 
 #[test]
@@ -346,6 +399,17 @@ fn a_protected_machine_is_a_template() {
         spinney.ok(&format!("kill {name}")).unwrap();
         assert_eq!(names(&spinney), ["golden"]);
     }
+    // What somebody has said that it is to stay stays, with its machine.
+    let work = spinney.ok("start golden").unwrap()["name"].as_str().unwrap().to_owned();
+    spinney.ok(&format!("take {work} done --keep")).unwrap();
+    let killed = spinney.run(["kill", &work]);
+    assert!(killed.stderr.contains("is kept"), "{}", killed.stderr);
+    assert_eq!(names(&spinney), ["golden", &work]);
+    let machine = spinney.ok(&format!("show {work}")).unwrap();
+    assert_eq!((&machine["throw_away"], &machine["power"]), (&json!(false), &json!("off")), "{machine}");
+    spinney.ok(&format!("goto {work}@done --discard --yes")).unwrap();
+    spinney.ok(&format!("kill {work}")).unwrap();
+    spinney.ok(&format!("rm {work} --yes")).unwrap();
     assert_eq!(spinney.ok("show golden").unwrap()["power"], "suspended");
     spinney.ok("unprotect golden").unwrap();
     assert_eq!(spinney.ok("start golden").unwrap()["name"], "golden");

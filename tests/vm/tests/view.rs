@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use vm_tests::guest::{Guest, Mix};
 use vm_tests::harness::{Spinney, kill, tool};
 
@@ -367,4 +368,56 @@ fn a_view_ends_with_the_daemon_unless_a_machine_needs_it() {
     }
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(&*Path::new(&spinney.state()).to_string_lossy()), "{mounts}");
+}
+
+/// Whoever serves a group's view stands still: its machines are loaded instead, and nobody else waits for that.
+#[test]
+fn a_view_that_stands_still_holds_nobody_else_up() {
+    let spinney = Spinney::new();
+    if !spinney.can_map().unwrap() {
+        eprintln!("SKIPPED, and nothing tested: this host maps no memory");
+        return;
+    }
+    spinney.ok("group create others").unwrap();
+    for name in ["m", "n"] {
+        spinney.create_guest(name, 96).unwrap();
+    }
+    spinney.ok("edit n --group others").unwrap();
+    for name in ["m", "n"] {
+        spinney.ok(&format!("start {name}")).unwrap();
+        guest(&spinney, name).cmd(&format!("echo {name} > /word")).unwrap();
+        spinney.ok(&format!("take {name} x")).unwrap();
+        spinney.ok(&format!("goto {name}@x --discard --yes")).unwrap();
+        assert!(spinney.is_mapped(name).unwrap());
+    }
+    let pid = spinney.ok("show m").unwrap()["pid"].as_u64().unwrap();
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let (folder, _) = maps.split_once("/mnt/.ram/").unwrap();
+    let folder = &folder[folder.rfind('/').unwrap()..];
+    let (serving, standing_by) = spinney.views();
+    let of_m = |pid: &u32| {
+        fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| String::from_utf8_lossy(&line).contains(folder))
+    };
+    let stopped: Vec<u32> = serving.into_iter().chain(standing_by).filter(of_m).collect();
+    assert_eq!(stopped.len(), 2, "one serves, one stands by");
+    let send = |signal| {
+        for pid in &stopped {
+            kill_process(Pid::from_raw(*pid as i32).unwrap(), signal).unwrap();
+        }
+    };
+    send(Signal::STOP);
+    let mut going = spinney.begin(&["fork", "m@x", "loaded"]);
+    thread::sleep(Duration::from_millis(500));
+    for _ in 0..2 {
+        spinney.ok("goto n@x --discard --yes").unwrap();
+    }
+    assert!(going.try_wait().unwrap().is_none(), "it was to wait for an answer yet");
+    assert!(going.wait().unwrap().success());
+    send(Signal::CONT);
+    spinney.ok("fork m@x mapped").unwrap();
+    for (name, mapped) in [("loaded", false), ("mapped", true)] {
+        assert_eq!(spinney.is_mapped(name).unwrap(), mapped, "{name}");
+        assert_eq!(guest(&spinney, name).cmd("cat /word").unwrap().1, "m\n");
+    }
 }

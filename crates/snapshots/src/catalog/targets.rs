@@ -216,6 +216,12 @@ impl TargetRow {
         kept.chain(touched.filter(|_| !planted(Fault::ForgetMapped)))
     }
 
+    /// It is thrown away no more.
+    pub(crate) fn set_lasting(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute("DELETE FROM throw_away WHERE target = ?1", [id])?;
+        Ok(())
+    }
+
     /// Sets which snapshot here comes from, and the settings that came with it.
     pub(crate) fn set_parent(tx: &Transaction<'_>, id: &str, parent: Option<&str>) -> Result<()> {
         tx.execute("UPDATE targets SET parent = ?2 WHERE id = ?1", params![id, parent])?;
@@ -288,7 +294,7 @@ impl TargetRow {
     pub(crate) fn purge(tx: &Transaction<'_>, id: &str) -> Result<()> {
         tx.execute("DELETE FROM here_disks WHERE target = ?1", [id])?;
         AtPowerOff::end(tx, id)?;
-        tx.execute("DELETE FROM throw_away WHERE target = ?1", [id])?;
+        Self::set_lasting(tx, id)?;
         tx.execute("DELETE FROM targets WHERE id = ?1", [id])?;
         Ok(())
     }
