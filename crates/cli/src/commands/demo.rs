@@ -163,7 +163,7 @@ impl Demo {
     /// Forks the machine as it runs, and shows that each is a machine of its own.
     fn forks(&self) -> Result<(), Problem> {
         self.say(
-            "Five running copies of it, while it runs on. They share its memory until they write to it.",
+            "Five running copies of it, while it runs on. Where memory can be mapped (`spinney doctor` says so), they share what they do not write to.",
         );
         self.spinney(&["fork", LAB, "-n", &FORKS.to_string()])?;
         self.say("Each draws its own random numbers, and has a disk of its own that began as the machine's.");
