@@ -98,6 +98,24 @@ fn a_variable_that_was_set_after_a_snapshot_is_gone_after_goto() {
     drop(shell);
     spinney.ok("undo").unwrap();
     assert!(Shell::wait(&spinney).has("after"), "the undo point has its own");
+
+    // Deep below others the store is read as part of a flat file, like any disk.
+    for number in 0..10 {
+        spinney.ok(&format!("take m deep-{number} --disk-only")).unwrap();
+    }
+    if !spinney.can_map().unwrap() {
+        eprintln!("SKIPPED: this host has no flat files");
+        return;
+    }
+    spinney.ok("mount").unwrap();
+    spinney.ok("goto m@deep-9 --running --discard --yes").unwrap();
+    let pid = spinney.ok("show m").unwrap()["pid"].as_u64().unwrap() as u32;
+    let files = spinney.open_files(pid);
+    assert!(
+        files.iter().any(|file| file.parent().is_some_and(|folder| folder.ends_with(".disk"))),
+        "{files:?}"
+    );
+    assert!(Shell::wait(&spinney).has("after"));
 }
 
 /// The check itself: with the store not switched at the take it has to find the later variable.
