@@ -39,15 +39,22 @@ fn kill(lab: &Lab) -> PoweredOff {
 
 /// Its QEMU ends as if the guest had powered itself off.
 fn power_off(lab: &Lab) {
-    let runs = std::fs::read_dir(lab.dir.path().join("s/run")).unwrap();
-    let run = runs.map(|run| run.unwrap().path()).next().unwrap();
-    let monitor = UnixStream::connect(run.join("oob")).unwrap();
+    // What an earlier one left may still be there.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let (run, monitor) = loop {
+        let runs = std::fs::read_dir(lab.dir.path().join("s/run")).unwrap();
+        let mut runs = runs.map(|run| run.unwrap().path());
+        if let Some(found) = runs.find_map(|run| Some((UnixStream::connect(run.join("oob")).ok()?, run))) {
+            break (found.1, found.0);
+        }
+        assert!(Instant::now() < deadline, "no monitor");
+        std::thread::sleep(Duration::from_millis(5));
+    };
     let mut answers = BufReader::new(monitor.try_clone().unwrap()).lines();
     for command in ["qmp_capabilities", "quit"] {
         answers.next().unwrap().unwrap();
         writeln!(&monitor, "{{\"execute\": \"{command}\"}}").unwrap();
     }
-    let deadline = Instant::now() + Duration::from_secs(30);
     while answers.next().is_some_and(|line| line.is_ok()) || run.join("pid").exists() {
         assert!(Instant::now() < deadline, "QEMU does not end");
         std::thread::sleep(Duration::from_millis(5));

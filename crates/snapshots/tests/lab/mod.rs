@@ -108,6 +108,18 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    /// No process outlives its folder.
+    fn drop(&mut self) {
+        let Some(engine) = &self.engine else { return };
+        for machine in engine.list().unwrap_or_default() {
+            if machine.pid.is_some() {
+                let _ = engine.kill(&Context::new(), &machine.name);
+            }
+        }
+    }
+}
+
 pub(crate) fn config(disks: Vec<DiskSource>) -> MachineConfig {
     MachineConfig { disks: disks.into_iter().map(Into::into).collect(), ..MachineConfig::bare(64 << 20) }
 }
