@@ -5,7 +5,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::disk::{Disk, HostDisk};
 use crate::error::{Error, Problem, Result};
@@ -393,6 +393,7 @@ impl Inner {
         let _gate = (!is_made(Mistake::NoGate)).then(|| crate::sync::read(&self.gate));
         let now = self.clock.now();
         let mut last: Option<(u32, Option<Cause>)> = None; // hits mostly come from one pack after the other
+        let mut elsewhere = Vec::new();
         self.index.lookup(names, |i, place, pack| {
             let cause = match last {
                 Some((number, cause)) if number == place.pack => cause,
@@ -405,10 +406,23 @@ impl Inner {
                     cause
                 }
             };
+            if cause.is_none() && pack.layout.image().is_some() {
+                elsewhere.push(i);
+            }
             if let Some(known) = known.get_mut(i) {
                 *known = cause;
             }
         });
+        // The index has one place of a name. An image with the same in it, as a copy of the file has, may be the session's own.
+        for i in elsewhere {
+            let Some(name) = names.get(i).map(PageHash::fingerprint) else { continue };
+            let mut own = who.own_images(self).iter();
+            let has = own.find(|(pack, names)| pack.is_usable() && names.binary_search(&name).is_ok());
+            if let (Some((pack, _)), Some(known)) = (has, known.get_mut(i)) {
+                pack.touch(now);
+                *known = Some(Cause::Disk);
+            }
+        }
     }
 }
 
@@ -427,11 +441,26 @@ pub(crate) enum Cause {
 pub(crate) struct Relying {
     pub(crate) origin: crate::Origin,
     images: HashSet<String>,
+    /// What its images have, pack by pack, each in order; read when it is first asked for.
+    own: OnceLock<Vec<(Arc<Pack>, Vec<Fingerprint>)>>,
 }
 
 impl Relying {
     pub(crate) fn new(purpose: &Purpose) -> Self {
-        Self { origin: purpose.origin, images: purpose.images.iter().cloned().collect() }
+        let images = purpose.images.iter().cloned().collect();
+        Self { origin: purpose.origin, images, own: OnceLock::new() }
+    }
+
+    fn own_images(&self, store: &Inner) -> &[(Arc<Pack>, Vec<Fingerprint>)] {
+        self.own.get_or_init(|| {
+            let parts = self.images.iter().flat_map(|label| store.parts(label));
+            let names = |pack: Arc<Pack>| {
+                let file = store.packs.file(&pack).ok()?;
+                let footer = read_footer(&*file, &pack.layout).ok()?;
+                Some((pack, footer.into_iter().map(|entry| entry.name).collect()))
+            };
+            parts.filter_map(|(pack, _)| names(pack)).collect()
+        })
     }
 
     /// None if it may not rely on that pack.

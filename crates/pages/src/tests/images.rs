@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::crash_disk::CrashDisk;
 use super::{SMALL, check_all, names, page, pages};
+use crate::disk::Disk;
 use crate::planted::{Mistake, making};
 use crate::*;
 
@@ -229,5 +230,24 @@ fn an_image_that_has_left_does_not_come_back_after_a_crash() {
         let store = open(&disk.after_crash(super::crash_disk::Survive::Nothing));
         assert_eq!(store.images(), []);
         check_all(&store, &kept).unwrap();
+    }
+}
+
+/// A copy of a user's file is no less an image: what lies on both is stored nowhere else, and read where it can be.
+#[test]
+fn an_image_with_the_content_of_another_is_relied_on_by_who_names_it() {
+    let (disk, store) = with_image(true);
+    let numbers: Vec<u64> = (1..=20).chain([0; 10]).chain(21..=40).collect();
+    disk.write(Path::new("/layers/b"), &pages(&numbers));
+    let copy = NewImage { label: "b".into(), path: "layers/b".into(), ..image(true) };
+    assert!(store.add_image(&copy, &|_, _| true).unwrap());
+    let (stranger, saved) = take(&store, &on(&[]), &[39, 40]);
+    assert_eq!((saved.disk, saved.new), (0, 2), "nobody comes to depend on a file that he does not name");
+    let (kept, saved) = take(&store, &on(&["b"]), &[1, 2, 0, 38, 41]);
+    assert_eq!((saved.disk, saved.new, saved.zero), (3, 1, 1));
+    // The other one goes.
+    disk.remove(Path::new("/layers/a")).unwrap();
+    for store in [store, open(&disk)] {
+        check_all(&store, &[kept.clone(), stranger.clone()]).unwrap();
     }
 }
