@@ -312,7 +312,9 @@ fn chosen_folder(state: &Path, dir: &Path, full: bool) -> Result<PathBuf> {
             .hint("--full copies the disks"));
     }
     let folder = dir.canonicalize().map_err(|error| {
-        Error::new(Code::NotFound, format!("there is no folder {}", dir.display())).because(error)
+        Error::new(Code::NotFound, format!("there is no folder {}", dir.display()))
+            .because(error)
+            .hint(format!("`mkdir -p {}` makes one", dir.display()))
     })?;
     if !folder.is_dir() {
         return Err(Error::new(Code::Usage, format!("{} is not a folder", dir.display())));

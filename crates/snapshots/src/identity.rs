@@ -133,7 +133,8 @@ fn random_numbers(agent: Option<&mut GuestAgent>) -> IdentityItem {
 fn mac_address(row: &TargetRow, running: &Arc<Running>, identity: Identity) -> IdentityItem {
     let what = "MAC address";
     if identity != Identity::Renew {
-        return item(what, ItemState::Kept, None);
+        let why = (identity == Identity::Isolate).then_some("each is on a network of its own");
+        return item(what, ItemState::Kept, why);
     }
     match replace_cards(row, running) {
         Ok(()) => item(what, ItemState::Renewed, None),

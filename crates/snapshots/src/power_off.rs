@@ -29,7 +29,7 @@ use qemu::process::Process;
 use rusqlite::Transaction;
 use serde_json::json;
 
-use crate::catalog::{AtPowerOff, OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{Act, AtPowerOff, OpRow, SnapshotRow, TargetRow};
 use crate::clone::below;
 use crate::config::{MachineConfig, OnPowerOff};
 use crate::context::Context;
@@ -46,7 +46,7 @@ pub(crate) const GOTO: &str = "power-off goto";
 /// Taking a snapshot, in the journal.
 pub(crate) const TAKE: &str = "power-off take";
 /// Throwing a machine away that was made to be, in the journal.
-const THROW_AWAY: &str = "throw away";
+pub(crate) const THROW_AWAY: &str = "throw away";
 /// All that follows a power-off and can be taken back, in the journal.
 pub(crate) const KINDS: [&str; 2] = [GOTO, TAKE];
 /// What a machine is busy with meanwhile.
@@ -111,6 +111,16 @@ impl Engine {
                     SnapshotRow::set_removed(tx, &snapshot.id, long_ago)?;
                 }
                 TargetRow::set_removed(tx, &row.id, long_ago)?;
+                // What was done with it has gone with it.
+                let snapshots = SnapshotRow::of_target(tx, &row.id)?;
+                let its = |act: &Act| {
+                    act.needs(&row.id) || snapshots.iter().any(|snapshot| act.needs(&snapshot.id))
+                };
+                for op in OpRow::undoable(tx)? {
+                    if op.undo.as_ref().is_some_and(|inverse| its(&inverse.act)) {
+                        OpRow::forget_undo(tx, &op.id)?;
+                    }
+                }
                 OpRow::finish(tx, &cx.id, None)
             })
         })?;

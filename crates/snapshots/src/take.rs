@@ -112,6 +112,10 @@ impl Engine {
             self.check_room_for_pages(row.config.disks.len())?;
         }
         let name = self.choose_name(row, options.name)?;
+        if row.throw_away && !options.keep {
+            let machine = &row.name;
+            cx.warn(format!("{machine}@{name} goes with {machine} when that stops, unless one of them is kept or protected"));
+        }
         let power = if mode == Mode::DiskOnly { Power::Off } else { settled(power) };
         let job = TakeJob {
             target: row,

@@ -73,9 +73,24 @@ impl Engine {
 
     fn undo_in_catalog(&self, cx: &Context, op: &OpRow, act: &Act) -> Result<()> {
         if let Act::Remove(things) = act {
+            let mut running = Vec::new();
             for id in things.targets() {
-                let row = self.catalog.read(|tx| TargetRow::by_id(tx, id))?;
-                self.needs_no_process(&self.find_again(row, false)?)?;
+                let row = self.find_again(self.catalog.read(|tx| TargetRow::by_id(tx, id))?, false)?;
+                if self.look(&row)?.1.is_some() {
+                    running.push(row);
+                }
+            }
+            match running.as_slice() {
+                [] => {}
+                [row] => self.needs_no_process(row)?,
+                rows => {
+                    let names = rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>().join(" ");
+                    return Err(Error::new(
+                        Code::Refused,
+                        format!("{} of the machines that it made are running", rows.len()),
+                    )
+                    .hint(format!("first, `for machine in {names}; do spinney kill $machine; done`")));
+                }
             }
         }
         let (kind, subject) = self.entry_of(op)?;
@@ -158,9 +173,11 @@ fn last_undoable(tx: &Transaction<'_>, target: Option<String>) -> Result<OpRow> 
     let newest = OpRow::newest(tx, LOOK_BACK)?;
     // What expires by itself, or follows from a guest's own power-off, is work on a machine, but nobody's who would want to undo it
     // before anything else.
-    // The machine of a clone that was not made, or was taken back, is none.
-    let clones =
-        newest.iter().filter(|op| matches!(op.kind.as_str(), "clone" | "fork") && op.state != OpState::Done);
+    // The machine of a clone that was not made, or was taken back, or that was thrown away, is none.
+    let clones = newest.iter().filter(|op| match op.kind.as_str() {
+        "clone" | "fork" => op.state != OpState::Done,
+        kind => kind == power_off::THROW_AWAY,
+    });
     let is_gone = |id: &&str| TargetRow::by_id(tx, id).map_or(true, |row| row.removed.is_some());
     let none: HashSet<&str> = clones.filter_map(|op| op.target.as_deref()).filter(is_gone).collect();
     let there = |op: &&OpRow| op.target.as_deref().is_some_and(|target| !none.contains(target));

@@ -363,6 +363,16 @@ fn a_peek_is_gone_when_it_stops_however_it_does() {
         gone(&name);
     }
     assert_eq!(guest(&spinney, "web").cmd("cat /word").unwrap().1, "now\n");
+    // What was done with them is nothing that could be undone.
+    spinney.ok("edit web@x -m text").unwrap();
+    let peeked = spinney.ok("peek web@x").unwrap();
+    let name = peeked["forks"][0]["machine"]["name"].as_str().unwrap().to_owned();
+    let taken = spinney.run(["take", &name]);
+    assert!(taken.code == Some(0) && taken.stderr.contains("when that stops"), "{}", taken.stderr);
+    spinney.ok(&format!("kill {name}")).unwrap();
+    gone(&name);
+    spinney.ok("undo").unwrap();
+    assert_eq!(spinney.ok("show web@x").unwrap()["note"], "");
     // Nothing keeps it.
     spinney.ok("gc").unwrap();
     assert_eq!(spinney.layers().len(), 2, "web's own");

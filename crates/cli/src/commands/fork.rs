@@ -75,6 +75,14 @@ pub(super) fn print(session: &Session, forked: &Forked) {
         span(forked.took_us),
         paused.unwrap_or_default()
     ));
+    // Only of a machine that boots everything is new.
+    let boots = |items: &[IdentityItem]| items.iter().all(|item| item.state == ItemState::Renewed);
+    if forked.forks.first().is_some_and(|fork| boots(&fork.identity)) {
+        session.out.note(format_args!(
+            "there is no memory to go on from: what runs boots from the disks of {}",
+            forked.from
+        ));
+    }
     // Mostly it is the same of all of them.
     let mut said: Vec<(&[IdentityItem], Vec<&str>)> = Vec::new();
     for fork in &forked.forks {

@@ -73,6 +73,12 @@ fn table(machines: &[Machine]) -> Vec<Vec<String>> {
             Some(why) => format!("{} ({why})", power(machine.power)),
             None => power(machine.power).to_owned(),
         };
+        let kind = match (machine.throw_away, machine.protected) {
+            (true, _) => ", throw-away",
+            (false, true) => ", protected",
+            (false, false) => "",
+        };
+        let state = format!("{state}{kind}");
         rows.push(row([
             machine.name.clone(),
             state,

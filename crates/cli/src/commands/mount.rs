@@ -16,7 +16,8 @@ use crate::session::Session;
 /// Show every snapshot as a folder of plain files
 ///
 /// MACHINE/SNAPSHOT/ has `ram`, `device-state`, `disk0.raw`, `snapshot.json`, and `screen.png` where there was a screen: read-only, read
-/// from the store when they are read, and always as they were. What is taken later appears by itself, what is removed goes.
+/// from the store when they are read, and always as they were. What is taken later appears by itself, what is removed goes. To be rid of
+/// DIR remove it: it is a link. It is empty while nothing is mounted, until the next `spinney mount`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

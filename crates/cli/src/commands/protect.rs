@@ -8,6 +8,8 @@ use crate::session::Session;
 use crate::{address, complete};
 
 /// Make a machine or a snapshot refuse rm
+///
+/// A machine that is protected is a template: `start` starts a throw-away fork of it, which is gone when it stops.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney protect web\n  spinney protect web@base")]
 pub(crate) struct Args {
@@ -21,7 +23,12 @@ pub(crate) fn run(session: &Session, args: &Args) -> Result<(), Problem> {
     if session.out.json {
         session.document("spinney.protection/1", &json!({ "address": args.address, "protected": true }));
     } else {
-        session.out.line(format_args!("{} is protected", args.address));
+        let start = if address::is_snapshot(&args.address) {
+            ""
+        } else {
+            ", and `start` starts a throw-away fork of it"
+        };
+        session.out.line(format_args!("{} is protected: rm refuses{start}", args.address));
     }
     Ok(())
 }

@@ -103,7 +103,8 @@ fn of_machine(m: &Machine) -> Rows {
     );
     add("here is on", m.parent.as_ref().map(|name| format!("{}@{name}", m.name)));
     add("snapshots", Some(m.snapshots.to_string()));
-    add("protected", m.protected.then(|| "yes".to_owned()));
+    add("kind", m.throw_away.then(|| "throw-away: gone when it stops".to_owned()));
+    add("protected", m.protected.then(|| "yes: rm refuses, and `start` starts a throw-away fork".to_owned()));
     add("group", Some(m.group.clone()));
     add("unusable", m.group_problem.as_ref().map(|why| format!("its group cannot be used: {why}")));
     add("created", Some(moment(Timestamp::now(), m.created)));

@@ -9,7 +9,7 @@ use crate::session::Session;
 
 /// Take an operation back
 ///
-/// A take, goto, rm, edit or expiry, or what was done at a power-off: the last one of the machine that was worked on last, the last one of a
+/// A take, goto, rm, edit, clone, fork or expiry, or what was done at a power-off: the last one of the machine that was worked on last, the last one of a
 /// machine, or the one whose id `spinney op log` shows. Asked again it goes further back. An undo is one more operation of the log, and can be undone by its id.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  spinney undo\n  spinney undo web\n  spinney undo 3f2a8c01d2e4b596")]
