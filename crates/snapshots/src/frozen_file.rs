@@ -102,13 +102,14 @@ impl Look {
     }
 }
 
-/// Bytes of a file. One that ends before is an error, unless it ends in the last page that is asked for: a disk's last page need not be whole.
+/// Bytes of a file. One that ends before is an error, but zeros fill up its last page: a disk's need not be whole.
 pub(crate) fn read(file: &File, offset: u64, bytes: u64) -> io::Result<Vec<u8>> {
     let mut buffer = vec![0; bytes as usize];
     let mut done = 0;
     while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], offset + done as u64) {
-            Ok(0) if buffer.len() - done < PAGE_SIZE => break,
+        let at = offset + done as u64;
+        match file.read_at(&mut buffer[done..], at) {
+            Ok(0) if done > 0 && offset + bytes <= at.next_multiple_of(PAGE_SIZE as u64) => break,
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => done += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -135,7 +136,13 @@ mod tests {
         let zeros = |bytes: Vec<u8>| bytes.iter().filter(|byte| **byte == 0).count();
         assert_eq!(zeros(read(&file, 0, 3 * page).unwrap()), PAGE_SIZE - 512);
         assert_eq!(zeros(read(&file, page, page + 512).unwrap()), 0);
-        for (offset, bytes) in [(0, 3 * page + 1), (3 * page, page), (2 * page + 512, page), (0, 4 * page)] {
+        for (offset, bytes) in [
+            (0, 3 * page + 1),
+            (3 * page, page),
+            (2 * page + 512, page),
+            (0, 4 * page),
+            (2 * page + 1024, 512),
+        ] {
             assert!(read(&file, offset, bytes).is_err(), "{bytes} at {offset}");
         }
     }
