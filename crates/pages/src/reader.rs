@@ -138,9 +138,14 @@ mod tests {
         assert!(open_as(&link, him, true).is_err());
         set(&own, 0o600);
         assert!(open_as(&own, him, true).is_err());
-        // No group of ours is his.
+        // No group of ours is his, wherever we are called.
         set(&own, 0o640);
-        assert!(open_as(&own, him, true).is_err());
+        fchown(File::open(&own).unwrap(), None, Some(12_347)).unwrap();
+        let in_group = || {
+            set_thread_groups(&[Gid::from_raw(12_347)]).unwrap();
+            open_as(&own, him, true).is_err()
+        };
+        assert!(thread::scope(|scope| scope.spawn(in_group).join()).unwrap());
         fchown(File::open(&own).unwrap(), None, Some(12_346)).unwrap();
         assert!(open_as(&own, him, true).is_ok());
         // We are who we were.
