@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     store.run_gc(&plan, &|_, _| true)?;
     std::fs::write(Path::new(&folder).join("image"), (200..210).flat_map(page).collect::<Vec<_>>())?;
     let data = vec![Extent { offset: 0, bytes: 10 * PAGE_SIZE as u64 }];
-    let image = NewImage { label: "image".into(), path: "image".into(), private: false, data };
+    let image = NewImage { label: "image".into(), path: "image".into(), private: false, seen: None, data };
     store.add_image(&image, &|_, _| true)?;
     let third = take(&store, &[200, 201, 202, 203, 204, 205, 50])?;
     for (name, root) in ["first", "second", "third"].iter().zip(roots.iter().chain([&third])) {

@@ -12,13 +12,17 @@ use rustix::fs::{Advice, StatVfs};
 
 use crate::fault::syncs;
 use crate::index::Mapping;
-use crate::reader::{HostUser, let_read};
+use crate::reader::{HostUser, let_read, open_as};
 
 /// Operations on names. None is durable before [`Disk::sync_folder`].
 pub(crate) trait Disk: Send + Sync {
     /// Creates a file that must not exist.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// The same for a file that is none of the store's but a user's: what he may not read is not opened.
+    fn open_users(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        self.open(path)
+    }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Names of the files in a folder, in no order.
@@ -52,7 +56,7 @@ pub(crate) trait DiskFile: Send + Sync {
 /// The host's file system.
 #[derive(Debug, Default)]
 pub(crate) struct HostDisk {
-    /// Someone else than us who may read the files that are made.
+    /// Someone else than us who may read the files that are made. Users' files are his.
     pub(crate) reader: Option<HostUser>,
 }
 
@@ -68,6 +72,10 @@ impl Disk for HostDisk {
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         Ok(Arc::new(File::open(path)?))
+    }
+
+    fn open_users(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(open_as(path, self.reader, true)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -26,6 +26,8 @@ pub struct NewImage {
     pub path: PathBuf,
     /// A user's file; see the module's head.
     pub private: bool,
+    /// Its length and the time of its last change in nanoseconds since 1970, if the caller knows what it has to look like.
+    pub seen: Option<(u64, i128)>,
     /// Where in the file there is data; blocks are looked for at multiples of [`PAGE_SIZE`].
     pub data: Vec<Extent>,
 }
@@ -69,14 +71,22 @@ impl Store {
     pub fn add_image(&self, new: &NewImage, go_on: &dyn Fn(u64, u64) -> bool) -> Result<bool> {
         let store = &*self.inner;
         let path = store.home.join(&new.path);
-        let file = store.disk.open(&path).map_err(Error::io("open", &path))?;
-        // Always by its name: it may be gone, or another file, while this one can still be read.
-        let stamp = || -> Result<(u64, i128)> {
-            let named = store.disk.open(&path).map_err(Error::io("open", &path))?;
-            let stamp = named.len().and_then(|len| named.modified().map(|modified| (len, modified)));
+        let open = || {
+            let opened = if new.private { store.disk.open_users(&path) } else { store.disk.open(&path) };
+            opened.map_err(Error::io("open", &path))
+        };
+        let stamp = |file: &dyn DiskFile| {
+            let stamp = file.len().and_then(|len| file.modified().map(|modified| (len, modified)));
             stamp.map_err(Error::io("look at", &path))
         };
-        let (bytes, modified) = stamp()?;
+        let file = open()?;
+        let (bytes, modified) = stamp(&*file)?;
+        // By its name too: it may be gone, or another file, while this one can still be read.
+        let is_same =
+            || Ok::<_, Error>(stamp(&*file)? == (bytes, modified) && stamp(&*open()?)? == (bytes, modified));
+        if new.seen.is_some_and(|seen| seen != (bytes, modified)) {
+            return Err(Error::ImageChanges { path });
+        }
         let runs = runs(&new.data, bytes);
         let total: u64 = runs.iter().map(|run| run.end - run.start).sum();
         let parts = u32::try_from(total.div_ceil(PART)).unwrap_or(u32::MAX).max(1);
@@ -101,7 +111,7 @@ impl Store {
             }
             // What is relied on must be durable: a user may have copied the file a moment ago.
             file.sync().map_err(Error::io("sync", &path))?;
-            if stamp()? != (bytes, modified) {
+            if !is_same()? {
                 return Err(Error::ImageChanges { path });
             }
             let (label, path, private) = (new.label.clone(), new.path.clone(), new.private);
@@ -220,7 +230,7 @@ impl Inner {
     pub(crate) fn watch_image(&self, pack: &Pack) {
         let Some(image) = pack.layout.image().filter(|_| !pack.is_suspect()) else { return };
         // By its name: the file that is held open may have been replaced.
-        let file = self.disk.open(pack.body_path());
+        let file = image.open(&*self.disk, pack.body_path());
         let same = file.is_ok_and(|file| {
             file.len().is_ok_and(|len| len == image.bytes)
                 && file.modified().is_ok_and(|modified| modified == image.modified)

@@ -73,7 +73,7 @@ pub use gc::{Cold, GcDone, GcPlan, GcRequest, PackPlan};
 pub use group::GroupKey;
 pub use hold::Hold;
 pub use images::{Extent, ImageInfo, NewImage};
-pub use reader::{HostUser, let_read};
+pub use reader::{HostUser, let_read, open_as};
 pub use repair::{Repaired, Salvaged};
 pub use store::{Allocated, Store};
 pub use usage::Usage;

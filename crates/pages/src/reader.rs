@@ -1,4 +1,4 @@
-//! Letting another user of the host read a store's files, and do nothing else with them.
+//! Letting another user of the host read a store's files, and do nothing else with them; and reading his files as he.
 //!
 //! The files stay ours: the index is mapped into the memory of whoever has the store, and a file that somebody else may cut or change
 //! must not be (`index/mapping.rs`). An access list names the one user who may read, as `setfacl` would set it; Linux gives them their
@@ -7,10 +7,13 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt, fchown};
+use std::path::Path;
+use std::thread;
 
-use rustix::fs::{XattrFlags, fsetxattr};
+use rustix::fs::{Mode, OFlags, XattrFlags, fsetxattr};
 use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{Gid, Uid, geteuid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 /// A user of the host, by the numbers of user and group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +65,31 @@ pub fn let_read(file: &File, reader: HostUser) -> io::Result<()> {
     }
 }
 
+/// Opens a file to be read. With a user it is opened as he, with no group but his own: the system asks of every folder and link on the way
+/// whether he may, so a link that leads to what he may not read leads nowhere. What is no file is opened without a wait, and is for the
+/// caller to refuse. A link in the path's last place is followed if `follow`.
+///
+/// # Errors
+/// It is not there, or may not be read; we cannot act as that user.
+pub fn open_as(path: &Path, user: Option<HostUser>, follow: bool) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let flags = if follow { flags } else { flags | OFlags::NOFOLLOW };
+    let open = || Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?));
+    let Some(user) = user else { return open() };
+    // Ids belong to a thread in Linux; this one ends with them. Only the effective ones are his, which files are opened by: with a real or
+    // saved one of his he could signal us.
+    let become_him = || {
+        set_thread_groups(&[])?;
+        set_thread_res_gid(None, Gid::from_raw(user.gid), None)?;
+        set_thread_res_uid(None, Uid::from_raw(user.uid), None)
+    };
+    thread::scope(|scope| {
+        let opened = thread::Builder::new()
+            .spawn_scoped(scope, || become_him().map_err(io::Error::from).and_then(|()| open()))?;
+        opened.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+    })
+}
+
 /// True if nobody but us and root may change a file.
 pub(crate) fn is_ours_alone(file: &File) -> io::Result<bool> {
     let meta = file.metadata()?;
@@ -75,6 +103,54 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn what_somebody_may_not_read_is_not_opened_as_he() {
+        let folder = tempfile::tempdir().unwrap();
+        let set = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let (own, closed) = (folder.path().join("own"), folder.path().join("closed"));
+        let (link, behind) = (folder.path().join("link"), closed.join("behind"));
+        std::fs::create_dir(&closed).unwrap();
+        for file in [&own, &behind] {
+            std::fs::write(file, "words").unwrap();
+            set(file, 0o644);
+        }
+        std::os::unix::fs::symlink(&own, &link).unwrap();
+        set(folder.path(), 0o711);
+        set(&closed, 0o700);
+        assert!(open_as(&own, None, false).is_ok() && open_as(&link, None, true).is_ok());
+        assert!(open_as(&link, None, false).is_err(), "a link");
+        // Whoever opens a pipe waits for somebody to write.
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::RUSR).unwrap();
+        assert!(open_as(&pipe, None, true).is_ok());
+        if !geteuid().is_root() {
+            eprintln!("SKIPPED: only root can open files as somebody else");
+            return;
+        }
+        let him = Some(HostUser { uid: 12_345, gid: 12_346 });
+        assert!(open_as(&own, him, false).is_ok() && open_as(&link, him, true).is_ok());
+        assert!(open_as(&behind, him, true).is_err(), "everybody may read the file, but not pass the folder");
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&behind, &link).unwrap();
+        assert!(open_as(&link, him, true).is_err());
+        set(&own, 0o600);
+        assert!(open_as(&own, him, true).is_err());
+        // No group of ours is his, wherever we are called.
+        set(&own, 0o640);
+        fchown(File::open(&own).unwrap(), None, Some(12_347)).unwrap();
+        let in_group = || {
+            set_thread_groups(&[Gid::from_raw(12_347)]).unwrap();
+            open_as(&own, him, true).is_err()
+        };
+        assert!(thread::scope(|scope| scope.spawn(in_group).join()).unwrap());
+        fchown(File::open(&own).unwrap(), None, Some(12_346)).unwrap();
+        assert!(open_as(&own, him, true).is_ok());
+        // We are who we were.
+        assert!(geteuid().is_root() && File::open(&behind).is_ok());
+    }
 
     #[test]
     fn a_file_that_somebody_reads_stays_ours() {

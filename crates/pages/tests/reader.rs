@@ -80,7 +80,7 @@ fn fresh(folder: &Path) -> (Store, Vec<MapRoot>) {
     image.extend([9; 1000]);
     fs::write(folder.join("disk"), image).unwrap();
     let data = vec![Extent { offset: 0, bytes: 1 << 20 }];
-    let new = NewImage { label: "the disk".into(), path: "disk".into(), private: false, data };
+    let new = NewImage { label: "the disk".into(), path: "disk".into(), private: false, seen: None, data };
     assert!(store.add_image(&new, &|_, _| true).unwrap());
     // Three levels, mostly zero, with a page on the image; then one that shares pages with all.
     let mut sparse = vec![0; 5000];

@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::binary::{self, BinaryError};
+use crate::qcow2;
 use crate::tool::{self, ToolError};
 
 /// Looking at an image or making an empty one.
@@ -58,6 +59,14 @@ pub enum ImageError {
         /// Its words.
         reason: String,
     },
+    /// An image's header could not be read.
+    #[error("the header of {path} cannot be read")]
+    Header {
+        /// The image.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A copy of an empty image could not be written.
     #[error("cannot make {path}")]
     Copy {
@@ -91,6 +100,8 @@ pub struct ImageInfo {
 #[derive(Clone, Debug)]
 pub struct QemuImg {
     path: PathBuf,
+    /// Whom it runs as, by user and group id, if that is somebody else than we are.
+    user: Option<(u32, u32)>,
     /// Empty overlays to copy.
     overlays: Arc<Mutex<HashMap<Shape, Template>>>,
 }
@@ -167,8 +178,6 @@ fn yes() -> bool {
 const TEMPLATE_MAX: u64 = 4 << 20;
 /// Templates that are kept: machines have few sizes of disks.
 const TEMPLATES_MAX: usize = 16;
-/// Most bytes that are unpacked in one go.
-const UNPACK_BLOCK: u64 = 64 << 10;
 /// Longer than what `convert -p` writes at a time.
 const PROGRESS_LINE: usize = 64;
 /// What is written at a time, unless it is all zeros.
@@ -188,7 +197,12 @@ impl QemuImg {
     }
 
     fn at(path: PathBuf) -> Self {
-        Self { path, overlays: Arc::default() }
+        Self { path, user: None, overlays: Arc::default() }
+    }
+
+    /// The same, run as somebody else, by user and group id: what he writes into an image's header leads only to what he may read.
+    pub fn run_as(self, user: Option<(u32, u32)>) -> Self {
+        Self { user, ..self }
     }
 
     /// Looks at an image; fails with [`ImageError::InUse`] if somebody writes to it.
@@ -212,32 +226,41 @@ impl QemuImg {
         })
     }
 
-    /// Where in the file the image's own data lies, as it is, in stretches: what is compressed, encrypted or in a backing file is left out.
-    /// The image may be in use, as long as nobody writes to it.
-    pub fn data(&self, image: &Path, format: &str) -> Result<Vec<DataExtent>, ImageError> {
+    /// Where in the file the image's own data lies, as it is, in stretches: what is compressed, encrypted, in a backing file or in another
+    /// file is left out, but for what a format other than qcow2 has in others. The image may be in use, as long as nobody writes to it.
+    /// `file` is the image, opened.
+    ///
+    /// # Errors
+    /// `qemu-img` fails; its header cannot be read.
+    pub fn data(&self, image: &Path, format: &str, file: &File) -> Result<Vec<DataExtent>, ImageError> {
+        if format == "qcow2" && !own_data(image, format, file)? {
+            return Ok(Vec::new());
+        }
         let own = |entry: &MapEntry| entry.depth == 0 && entry.data && !entry.zero && !entry.compressed;
         let extents = self.map(image, format)?.into_iter().filter(own);
         Ok(extents.filter_map(|e| Some(DataExtent { offset: e.offset?, bytes: e.length })).collect())
     }
 
-    /// What an image shows of its own: where it lets what lies below through there is no stretch.
+    /// What an image shows of its own: where it lets what lies below through there is no stretch. `file` is the image, opened.
     ///
     /// # Errors
-    /// `qemu-img` fails.
-    pub fn layout(&self, image: &Path, format: &str) -> Result<Vec<Stretch>, ImageError> {
+    /// `qemu-img` fails; its header cannot be read.
+    pub fn layout(&self, image: &Path, format: &str, file: &File) -> Result<Vec<Stretch>, ImageError> {
+        let inside = own_data(image, format, file)?;
         let own = self.map(image, format)?.into_iter().filter(|entry| entry.depth == 0 && entry.present);
         let content = |entry: &MapEntry| match entry.offset {
             _ if entry.zero => Content::Zero,
-            Some(offset) if entry.data && !entry.compressed => Content::At(offset),
+            Some(offset) if inside && entry.data && !entry.compressed => Content::At(offset),
             _ => Content::Packed,
         };
         Ok(own.map(|e| Stretch { start: e.start, bytes: e.length, content: content(&e) }).collect())
     }
 
-    /// What an image shows in a stretch, in the file `out`, which is opened and has no name any more afterwards.
+    /// Writes what an image shows of its own in a stretch into the file `out`, which is there, as long as the stretch and empty, and may be
+    /// written to by whoever this runs as. Stretches are of whole sectors.
     ///
     /// # Errors
-    /// `qemu-img` fails; the disk is full.
+    /// `qemu-img` fails; the image ends before; the disk is full.
     pub fn unpack(
         &self,
         image: &Path,
@@ -245,45 +268,18 @@ impl QemuImg {
         start: u64,
         bytes: u64,
         out: &Path,
-    ) -> Result<File, ImageError> {
-        let failed = |source| ImageError::Copy { path: out.to_owned(), source };
-        let block = UNPACK_BLOCK.min(1 << start.trailing_zeros().min(31));
-        let number = |name: &str, value: u64| OsString::from(format!("{name}={value}"));
-        let mut input = OsString::from("if=");
-        input.push(image);
-        let mut output = OsString::from("of=");
-        output.push(out);
-        let args = [
-            "-U".into(),
-            "-f".into(),
-            format.into(),
-            "-O".into(),
-            "raw".into(),
-            number("bs", block),
-            number("skip", start / block),
-            number("count", bytes.div_ceil(block)),
-            input,
-            output,
-        ];
-        let done =
-            self.run("dd", image, &args, SLOW).map(drop).and_then(|()| File::open(out).map_err(failed));
-        let _ = fs::remove_file(out);
-        done
+    ) -> Result<(), ImageError> {
+        // Not `dd`, whose `count` counts what it skips too, and which does not say when nothing is left.
+        let part = serde_json::json!({
+            "driver": "raw", "offset": start, "size": bytes, "file": alone(image, format)?
+        });
+        let mut args = ["-q", "-U", "-n", "--target-is-zero", "-O", "raw", "--"].map(OsString::from).to_vec();
+        args.extend([in_json(&part), out.into()]);
+        self.run("convert", image, &args, SLOW).map(drop)
     }
 
-    /// The backing file that the header names is not opened: a chain may be a thousand deep.
     fn map(&self, image: &Path, format: &str) -> Result<Vec<MapEntry>, ImageError> {
-        let args: Vec<OsString> = match (format, image.to_str()) {
-            ("qcow2", Some(name)) => {
-                let file = serde_json::json!({ "driver": "file", "filename": name });
-                let alone = serde_json::json!({ "driver": "qcow2", "backing": null, "file": file });
-                vec!["--output=json".into(), "-U".into(), "--".into(), format!("json:{alone}").into()]
-            }
-            _ => {
-                let words = ["--output=json", "-U", "-f", format, "--"].map(OsString::from);
-                words.into_iter().chain([image.into()]).collect()
-            }
-        };
+        let args = ["--output=json".into(), "-U".into(), "--".into(), in_json(&alone(image, format)?)];
         let output = self.run("map", image, &args, SLOW)?;
         serde_json::from_str(&output.stdout).map_err(|error| ImageError::Failed {
             act: "map",
@@ -331,23 +327,19 @@ impl QemuImg {
     }
 
     /// Copies what an image shows, through everything that it lies over, into a qcow2 file that lies over nothing, and makes it durable.
-    /// `user` runs it, by user and group id, if that is to be somebody else than we are. `progress` gets the percentage that is done, and
-    /// ends it by returning false: [`ImageError::Stopped`]. It ends when we do. On an error no file is left.
+    /// `progress` gets the percentage that is done, and ends it by returning false: [`ImageError::Stopped`]. It ends when we do. On an error
+    /// no file is left.
     pub fn flatten(
         &self,
         image: &Path,
         format: &str,
         to: &Path,
-        user: Option<(u32, u32)>,
         progress: &mut dyn FnMut(u8) -> bool,
     ) -> Result<(), ImageError> {
         // Else it would go on for as long as the copy takes, into a file that nobody knows of.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(&self.path);
-        if let Some((uid, gid)) = user {
-            // With a user id std gives up all other groups.
-            command.current_dir("/").gid(gid).uid(uid);
-        }
+        self.give_up_rights(&mut command);
         // Past the page cache where that can be: nobody reads it again soon, and writing it back would take as long again.
         let cache = if takes_direct_io(to) { "none" } else { "unsafe" };
         // Pieces are written as they come, and no more at once than a disk has use for: in order it takes a fifth longer. A file that is
@@ -433,11 +425,19 @@ impl QemuImg {
     pub fn check(&self, image: &Path) -> Result<Option<String>, ImageError> {
         let mut command = Command::new(&self.path);
         command.args(["check", "-q", "-U", "-f", "qcow2", "--"]).arg(image);
+        self.give_up_rights(&mut command);
         let output = tool::run(command, SLOW)?;
         match output.code {
             // 3: leaked clusters only. 63: the format has no check.
             Some(0 | 3 | 63) => Ok(None),
             _ => Ok(Some(first_line(&output.stderr, &output.stdout))),
+        }
+    }
+
+    fn give_up_rights(&self, command: &mut Command) {
+        if let Some((uid, gid)) = self.user {
+            // With a user id std gives up all other groups.
+            command.current_dir("/").gid(gid).uid(uid);
         }
     }
 
@@ -450,6 +450,7 @@ impl QemuImg {
     ) -> Result<tool::Output, ImageError> {
         let mut command = Command::new(&self.path);
         command.arg(act).args(args);
+        self.give_up_rights(&mut command);
         let output = tool::run(command, limit)?;
         if output.success {
             return Ok(output);
@@ -460,6 +461,29 @@ impl QemuImg {
         let reason = first_line(&output.stderr, &output.stdout);
         Err(ImageError::Failed { act, path: image.to_owned(), reason })
     }
+}
+
+/// An image without what it lies over, in QEMU's words: the backing file that its header names is not opened. A chain may be a thousand deep,
+/// and somebody else may have written the name.
+fn alone(image: &Path, format: &str) -> Result<Value, ImageError> {
+    let name = image.to_str().ok_or_else(|| ImageError::Failed {
+        act: "map",
+        path: image.to_owned(),
+        reason: "its path is not UTF-8".to_owned(),
+    })?;
+    let file = serde_json::json!({ "driver": "file", "filename": name });
+    Ok(serde_json::json!({ "driver": format, "backing": null, "file": file }))
+}
+
+/// Such a description where a file's name is expected.
+fn in_json(node: &Value) -> OsString {
+    format!("json:{node}").into()
+}
+
+/// True if offsets that `qemu-img map` gives are known to be of the image's own file.
+fn own_data(image: &Path, format: &str, file: &File) -> Result<bool, ImageError> {
+    let read = || if format == "qcow2" { qcow2::has_own_data(file) } else { Ok(false) };
+    read().map_err(|source| ImageError::Header { path: image.to_owned(), source })
 }
 
 /// True if this file can be read, and so written, past the page cache.

@@ -1,5 +1,6 @@
-//! Whether a qcow2 file has been cut off. QEMU does not say: it reads zeros behind the end of a file, and a guest would find its disk
-//! with holes. The format is QEMU's `docs/interop/qcow2.txt`; integers are big-endian.
+//! What QEMU does not say of a qcow2 file. Whether it has been cut off: QEMU reads zeros behind the end of a file, and a guest would find
+//! its disk with holes. Whether its data lies in another file: `qemu-img map` gives offsets all the same. The format is QEMU's
+//! `docs/interop/qcow2.txt`; integers are big-endian.
 
 use std::fs::File;
 use std::io;
@@ -15,6 +16,11 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 /// Reads as zeros, whatever lies there.
 const ZERO: u64 = 1;
+/// The fields up to the incompatible features, which version 3 has.
+const FEATURES: usize = 80;
+/// Incompatible features with which data lies in the file, where its tables say: closed without being written back, found corrupt, another
+/// compression, subclusters. The one that is left out is the external data file.
+const DATA_INSIDE: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4;
 /// Largest table of tables that is believed: for 64 TiB in clusters of 64 KiB it has 1 MiB.
 const L1_LIMIT: u64 = 32 << 20;
 
@@ -61,6 +67,25 @@ pub fn is_cut(path: &Path) -> io::Result<Option<&'static str>> {
     Ok(None)
 }
 
+/// True if the image's data lies in its own file, where `qemu-img map` says. False where that is not known: with an external data file, or a
+/// feature that we do not know.
+///
+/// # Errors
+/// It cannot be read, or ends within its header.
+pub fn has_own_data(file: &File) -> io::Result<bool> {
+    let mut header = [0; FEATURES];
+    file.read_exact_at(&mut header, 0)?;
+    let [magic, version] =
+        [0, 4].map(|at| header.get(at..).and_then(<[u8]>::first_chunk).copied().unwrap_or_default());
+    let features = header.last_chunk().copied().map_or(u64::MAX, u64::from_be_bytes);
+    Ok(magic == *MAGIC
+        && match u32::from_be_bytes(version) {
+            2 => true,
+            3 => features & !DATA_INSIDE == 0,
+            _ => false,
+        })
+}
+
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word))
 }
@@ -81,6 +106,40 @@ mod tests {
             assert!(done.status.success(), "{done:?}");
         }
         path.metadata().unwrap().len()
+    }
+
+    #[test]
+    fn where_data_lies_is_told_from_the_header() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = |options: &str| {
+            let path = dir.path().join("a.qcow2");
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2", "-o", options]).arg(&path).arg("1M");
+            assert!(create.status().unwrap().success(), "{options}");
+            has_own_data(&File::open(path).unwrap()).unwrap()
+        };
+        for inside in
+            ["compat=0.10", "compat=1.1,lazy_refcounts=on", "compression_type=zstd", "extended_l2=on"]
+        {
+            assert!(own(inside), "{inside}");
+        }
+        let data = dir.path().join("data").display().to_string();
+        for outside in [format!("data_file={data}"), format!("data_file={data},data_file_raw=on")] {
+            assert!(!own(&outside), "{outside}");
+        }
+        let path = dir.path().join("b.qcow2");
+        make(&path);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        for (at, byte) in [(79, 1 << 5), (72, 1), (7, 4), (0, 0)] {
+            let mut before = [0];
+            file.read_exact_at(&mut before, at).unwrap();
+            assert!(has_own_data(&file).unwrap());
+            file.write_all_at(&[byte], at).unwrap();
+            assert!(!has_own_data(&file).unwrap(), "byte {at}");
+            file.write_all_at(&before, at).unwrap();
+        }
+        file.set_len(79).unwrap();
+        assert!(has_own_data(&file).is_err());
     }
 
     #[test]

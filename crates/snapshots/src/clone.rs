@@ -241,7 +241,10 @@ impl Engine {
         for (_, layer) in disks {
             let row = self.catalog.read(|tx| LayerRow::by_id(tx, layer))?;
             let empty = || match row.below {
-                Some(_) => Ok(self.img()?.is_empty_overlay(&self.layer_file(&row))?),
+                Some(_) => {
+                    let img = self.img_of(&*self.groups.by_id(&row.group)?)?;
+                    Ok(img.is_empty_overlay(&self.layer_file(&row))?)
+                }
                 None => Ok::<_, Error>(false),
             };
             if !row.is_users() && !empty()? {

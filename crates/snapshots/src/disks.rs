@@ -426,9 +426,13 @@ fn rewrite_unsynced(path: &Path) {
 
 /// What a file looks like now.
 pub(crate) fn stamp(path: &Path) -> std::io::Result<BaseStamp> {
-    let meta = fs::metadata(path)?;
+    Ok(stamp_of(&fs::metadata(path)?))
+}
+
+/// What a file looked like by what the system said of it.
+pub(crate) fn stamp_of(meta: &fs::Metadata) -> BaseStamp {
     let mtime_ns = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
-    Ok(BaseStamp { bytes: meta.len(), mtime_ns })
+    BaseStamp { bytes: meta.len(), mtime_ns }
 }
 
 /// Bytes that a file takes on the disk; 0 if it is not there.

@@ -92,7 +92,7 @@ impl Engine {
         let mut copies = Copies { to_images: Vec::new(), to_layers: Vec::new() };
         let group = self.groups.by_id(group)?;
         for (disk, top) in tops.into_iter().filter(|(_, top)| !top.is_users()) {
-            let bytes = self.img()?.measure(&self.layer_file(&top), &top.format)?;
+            let bytes = self.img_of(&group)?.measure(&self.layer_file(&top), &top.format)?;
             let is_disk = config.disks.iter().any(|known| known.id == disk);
             let image = dir.filter(|_| is_disk).map(|dir| dir.join(format!("{name}-{disk}.qcow2")));
             let chain = Chain { disk, top, bytes };
@@ -199,9 +199,9 @@ impl Engine {
     /// another name into the header of a layer that is his.
     fn copy_chain(&self, cx: &Context, group: &str, chain: &Chain, to: &Path) -> Result<()> {
         let folder = to.parent().unwrap_or(to);
-        let ids = self.groups.by_id(group)?.runs_as().map(|owner| (owner.uid, owner.gid));
+        let img = self.img_of(&*self.groups.by_id(group)?)?;
         let (from, mut told, mut full) = (self.layer_file(&chain.top), 0, false);
-        let copied = self.img()?.flatten(&from, &chain.top.format, to, ids, &mut |percent| {
+        let copied = img.flatten(&from, &chain.top.format, to, &mut |percent| {
             let done = chain.bytes / 100 * u64::from(percent);
             cx.advance(done.saturating_sub(told));
             told = told.max(done);

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::TryLockError;
 
-use pages::{Extent, NewImage, Origin, PAGE_SIZE, Purpose, Store};
+use pages::{Extent, NewImage, Origin, PAGE_SIZE, Purpose};
 use rusqlite::Transaction;
 
 use crate::catalog::{LayerRow, SnapshotRow, TargetRow};
@@ -34,7 +34,13 @@ impl Engine {
             if !go_on() {
                 break;
             }
-            match self.hash_layer(store, &layer, go_on) {
+            // What it is now; and nobody takes it away meanwhile.
+            let found = self.catalog.read(|tx| {
+                let layer = LayerRow::by_id(tx, &layer.id)?;
+                let pin = self.pins.pin([layer.id.clone()]);
+                Ok((layer, pin))
+            });
+            match found.and_then(|(layer, _pin)| self.hash_layer(group, &layer, go_on)) {
                 Ok(_) => {}
                 Err(error) if error.code() == Code::NoSpace => return Err(error),
                 // It may be gone by now, or a user's image that is not to be had: then nothing is left on it.
@@ -44,29 +50,31 @@ impl Engine {
         Ok(())
     }
 
-    /// Names the blocks of one layer. True if all of them are known in the end.
+    /// Names the blocks of one layer for a group. True if all of them are known in the end. Where `qemu-img` speaks of another file than the
+    /// layer's own, blocks of no use are named, and nothing wrong: a block is called by what it is.
     pub(crate) fn hash_layer(
         &self,
-        store: &Store,
+        group: &OpenGroup,
         layer: &LayerRow,
         go_on: &dyn Fn() -> bool,
     ) -> Result<bool> {
-        let file = self.layer_file(layer);
+        let frozen = self.open_frozen(group, layer)?;
         let data = match layer.format.as_str() {
             "raw" => vec![Extent { offset: 0, bytes: u64::MAX }],
             format => {
-                let found = self.img()?.data(&file, format)?;
+                let found = self.img_of(group)?.data(frozen.path(), format, frozen.file())?;
                 found.into_iter().map(|data| Extent { offset: data.offset, bytes: data.bytes }).collect()
             }
         };
-        if let Some(known) = layer.stamp
-            && crate::disks::stamp(&file).ok() != Some(known)
-        {
-            return Err(Error::new(Code::Damaged, "it was changed behind our back"));
-        }
-        let path = if layer.is_users() { file } else { PathBuf::from("../layers").join(&layer.file) };
-        let image = NewImage { label: layer.image_label(), path, private: layer.is_users(), data };
-        Ok(store.add_image(&image, &|_, _| go_on())?)
+        let is_users = layer.is_users();
+        let path = match is_users {
+            true => frozen.path().to_owned(),
+            false => PathBuf::from("../layers").join(&layer.file),
+        };
+        let stamp = frozen.stamp();
+        let seen = Some((stamp.bytes, stamp.mtime_ns));
+        let image = NewImage { label: layer.image_label(), path, private: is_users, seen, data };
+        Ok(group.store()?.add_image(&image, &|_, _| go_on())?)
     }
 
     /// Has every store rely on no other layers than those that the catalog knows: an older copy of it may have been put back.
@@ -183,6 +191,15 @@ pub(crate) fn frozen(tx: &Transaction<'_>, group: &str) -> Result<Vec<LayerRow>>
         }
     }
     layers.retain(|layer| layer.is_users() || still.contains(&layer.id));
-    layers.retain(|layer| layer.size >= PAGE_SIZE as u64);
+    layers.retain(is_large);
     Ok(layers)
+}
+
+/// The same of one layer: whether it is among [`frozen`].
+pub(crate) fn is_frozen(tx: &Transaction<'_>, layer: &LayerRow) -> Result<bool> {
+    Ok(is_large(layer) && (layer.is_users() || LayerRow::has_snapshot(tx, &layer.id)?))
+}
+
+fn is_large(layer: &LayerRow) -> bool {
+    layer.size >= PAGE_SIZE as u64
 }

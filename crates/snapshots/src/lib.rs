@@ -29,6 +29,7 @@ mod fault;
 mod flat_copy;
 mod fork;
 mod forwards;
+mod frozen_file;
 mod fsck;
 mod full_disk;
 mod goto;

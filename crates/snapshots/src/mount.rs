@@ -14,6 +14,7 @@ use crate::catalog::{LayerRow, SnapshotRow};
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
+use crate::fault::step;
 use crate::groups::OpenGroup;
 use crate::id::random_number;
 use crate::tree::view;
@@ -30,9 +31,14 @@ impl Engine {
     pub fn mount(&self, cx: &Context, group: Option<&str>) -> Result<Mounted> {
         let group = self.named_group(group)?;
         let view = self.view_of(&group)?;
-        cx.phase("settling disks", 0);
-        let settled = self.hash_layers(&group, &|| cx.check().is_ok());
-        settled.and_then(|()| self.settle_layers(&group, &|| cx.check().is_ok()))?;
+        {
+            // A layer that is hashed may not be about to go.
+            let _alone = self.housekeep(cx)?;
+            step("mount.begun");
+            cx.phase("settling disks", 0);
+            let settled = self.hash_layers(&group, &|| cx.check().is_ok());
+            settled.and_then(|()| self.settle_layers(&group, &|| cx.check().is_ok()))?;
+        }
         cx.check()?;
         let mark = view.folder().join(SHOWN);
         std::fs::write(&mark, "").map_err(|error| {

@@ -134,7 +134,7 @@ impl Engine {
         self.check_room_for_all(row, &has, &old)?;
         self.journaled(cx, purpose.kind, &purpose.subject, Some(&row.id), &json!({}), || {
             let hold = new.hold();
-            let images = self.name_images(cx, new, &has.layers);
+            let images = self.name_images(cx, to, &has.layers);
             let origin = crate::hash_layers::origin(&row.id);
             let purpose_of_pages = pages::Purpose { origin, images };
             let mut copies = Copies {
@@ -168,7 +168,7 @@ impl Engine {
 
     /// Has the other group's store know the users' images under these layers, so that memory which is on them stays there. Returns what it
     /// calls them. One that cannot be had costs the space of its pages and nothing else.
-    fn name_images(&self, cx: &Context, to: &Store, layers: &[LayerRow]) -> Vec<String> {
+    fn name_images(&self, cx: &Context, to: &OpenGroup, layers: &[LayerRow]) -> Vec<String> {
         cx.phase("looking through disk images", 0);
         let users = || layers.iter().filter(|layer| layer.is_users());
         for layer in users() {

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!   1  the layer's blocks have names in the page store (`hash_layers.rs`), and what lies below it has settled
-//!   2  where it has data of its own, its pages take the place of those below; compressed clusters are written to a pack
+//!   2  where it has data of its own, its pages take the place of those below; what does not lie in its file as it is, QEMU reads, and it is
+//!      written to a pack: compressed clusters, and images whose data is in other files
 //!   3  pages durable, then the catalog: the layer has settled
 //! ```
 //! Until then its file is the truth; from then on either is. The file goes when nothing lies over it any more, as before: what a map still
@@ -12,8 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
 
 use pages::{LEAF_PAGES, MapRoot, PAGE_SIZE, PageHash, PageStore, Purpose, Session};
 use qemu::image::{Content, Stretch};
@@ -21,16 +21,18 @@ use rusqlite::Transaction;
 
 use crate::catalog::{LayerRow, TargetRow};
 use crate::context::Context;
+use crate::disks::remove_file;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
 use crate::fault::{Fault, planted, step};
+use crate::frozen_file::{FrozenFile, read};
 use crate::groups::OpenGroup;
-use crate::hash_layers::{frozen, origin};
+use crate::hash_layers::{frozen, is_frozen, origin};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Pages read and named at a time: 1 MiB.
 const RUN: u64 = 256;
-/// Bytes of compressed clusters that are unpacked at a time.
+/// Bytes that QEMU unpacks at a time.
 const UNPACK: u64 = 64 << 20;
 
 /// The leaves of a map that have changed: the names of their pages, by number.
@@ -78,21 +80,38 @@ impl Engine {
             cx.phase("settling disks", 0);
             let (_, below) = chain.split_last().unwrap_or((&chain[0], &[]));
             for layer in below.iter().filter(|layer| layer.settled.is_none()) {
-                if !self.settle_layer(&group, &layer.id, &|| cx.check().is_ok())? {
-                    tracing::warn!(target = target.name, disk, layer = layer.id, "a layer does not settle");
-                    break;
-                }
+                let settled = self.settle_layer(&group, &layer.id, &|| cx.check().is_ok());
                 cx.check()?;
+                match settled {
+                    Ok(true) => continue,
+                    Ok(false) => tracing::warn!(
+                        target = target.name,
+                        disk,
+                        layer = layer.id,
+                        "a layer does not settle"
+                    ),
+                    Err(error) if error.code() == Code::NoSpace => return Err(error),
+                    // The chain is longer than it might be, and that is all.
+                    Err(error) => {
+                        tracing::warn!(target = target.name, disk, layer = layer.id, %error, causes = ?error.causes(), "a layer does not settle");
+                    }
+                }
+                break;
             }
         }
         Ok(())
     }
 
-    /// Settles one layer. False if it cannot, because what lies below has not.
+    /// Settles one layer. False if it cannot, because what lies below has not, or because it may be written to.
     pub(crate) fn settle_layer(&self, group: &OpenGroup, id: &str, go_on: &dyn Fn() -> bool) -> Result<bool> {
         let store = group.store()?;
-        let chain = self.catalog.read(|tx| LayerRow::chain(tx, id))?;
-        let Some((layer, lower)) = chain.split_last() else { return Ok(false) };
+        let (chain, is_still, _pins) = self.catalog.read(|tx| {
+            let chain = LayerRow::chain(tx, id)?;
+            let is_still = chain.last().map_or(Ok(false), |layer| is_frozen(tx, layer))?;
+            let pins = self.pins.pin(chain.iter().map(|layer| layer.id.clone()));
+            Ok((chain, is_still, pins))
+        })?;
+        let Some((layer, lower)) = chain.split_last().filter(|_| is_still) else { return Ok(false) };
         if layer.settled.is_some() {
             return Ok(true);
         }
@@ -102,14 +121,15 @@ impl Engine {
             Some(Some(base)) if base.pages == pages => base,
             Some(_) => return Ok(false),
         };
-        let _pins = self.pins.pin(chain.iter().map(|layer| layer.id.clone()));
-        if !self.hash_layer(store, layer, go_on)? {
+        if !self.hash_layer(group, layer, go_on)? {
             return Ok(false);
         }
         let images = chain.iter().filter(|layer| layer.is_users()).map(LayerRow::image_label).collect();
         let hold = store.hold();
         let session = store.begin_for(&Purpose { origin: origin(&layer.id), images })?;
-        let Some(leaves) = self.own_leaves(store.as_ref(), session.as_ref(), layer, &base, go_on)? else {
+        let own =
+            Own { store: store.as_ref(), session: session.as_ref(), base: &base, leaves: Leaves::new() };
+        let Some(leaves) = self.own_leaves(group, layer, lower.is_empty(), own, go_on)? else {
             return Ok(false);
         };
         let mut named = Vec::with_capacity(leaves.len());
@@ -126,6 +146,9 @@ impl Engine {
             hold.check()?;
             // It may be gone by now, or be another base.
             let now = LayerRow::chain(tx, id)?;
+            if !now.last().map_or(Ok(false), |layer| is_frozen(tx, layer))? {
+                return Err(Error::new(Code::Failed, "no snapshot has it any more"));
+            }
             match now.iter().zip(&chain).all(|(now, then)| now.id == then.id && now.stamp == then.stamp) {
                 true => LayerRow::set_settled(tx, id, &root),
                 false => Err(Error::new(Code::Failed, "what lies below has changed meanwhile")),
@@ -135,70 +158,71 @@ impl Engine {
         Ok(true)
     }
 
-    /// The leaves in which a layer differs from what lies below. None if it was stopped.
+    /// The leaves in which a layer differs from what lies below, if anything does. None if it was stopped.
     fn own_leaves(
         &self,
-        store: &dyn PageStore,
-        session: &dyn Session,
+        group: &OpenGroup,
         layer: &LayerRow,
-        base: &MapRoot,
+        is_lowest: bool,
+        mut own: Own<'_>,
         go_on: &dyn Fn() -> bool,
     ) -> Result<Option<Leaves>> {
-        let path = self.layer_file(layer);
-        let failed = |error: std::io::Error| {
-            Error::new(Code::Failed, format!("the layer {} cannot be read", path.display())).because(error)
-        };
-        let file = File::open(&path).map_err(failed)?;
+        let frozen = self.open_frozen(group, layer)?;
         let stretches = match layer.format.as_str() {
             "raw" => vec![Stretch { start: 0, bytes: layer.size, content: Content::At(0) }],
-            format => self.img()?.layout(&path, format)?,
+            format => self.img_of(group)?.layout(frozen.path(), format, frozen.file())?,
         };
-        let mut own = Own { store, session, base, leaves: Leaves::new() };
+        let stretches = whole_pages(stretches, layer.size, is_lowest).ok_or_else(|| {
+            Error::new(Code::Failed, format!("{} has clusters smaller than a page", frozen.path().display()))
+        })?;
         for stretch in stretches {
-            let end = (stretch.start + stretch.bytes).min(layer.size);
-            if !stretch.start.is_multiple_of(PAGE) {
-                return Err(Error::new(
-                    Code::Failed,
-                    format!("{} has clusters smaller than a page", path.display()),
-                ));
-            }
+            let end = stretch.start + stretch.bytes;
             let mut at = stretch.start;
             while at < end {
                 if !go_on() {
                     return Ok(None);
                 }
-                let bytes = (end - at).min(RUN * PAGE);
+                let bytes = match stretch.content {
+                    Content::Packed => (end - at).min(UNPACK),
+                    _ => (end - at).min(RUN * PAGE),
+                };
                 match stretch.content {
                     Content::Zero => own.set(at, &vec![0; bytes as usize])?,
                     Content::At(offset) => {
-                        let from = offset + (at - stretch.start);
-                        own.set(at, &read(&file, from, bytes).map_err(failed)?)?;
+                        own.set(at, &frozen.read(offset + (at - stretch.start), bytes)?)?;
                     }
-                    Content::Packed => {
-                        let bytes = (end - at).min(UNPACK);
-                        self.unpack(layer, &path, at, bytes, &mut own)?;
-                        at += bytes;
-                        continue;
-                    }
+                    Content::Packed => self.unpack(group, layer, &frozen, at, bytes, &mut own)?,
                 }
                 at += bytes;
             }
         }
+        frozen.check_unchanged()?;
         Ok(Some(own.leaves))
     }
 
-    /// Compressed clusters, through a file that is gone at once.
-    fn unpack(&self, layer: &LayerRow, path: &Path, start: u64, bytes: u64, own: &mut Own<'_>) -> Result<()> {
+    /// What QEMU reads there, through a file that is gone at once.
+    fn unpack(
+        &self,
+        group: &OpenGroup,
+        layer: &LayerRow,
+        frozen: &FrozenFile,
+        start: u64,
+        bytes: u64,
+        own: &mut Own<'_>,
+    ) -> Result<()> {
         let folder = self.layers_folder(&layer.group);
-        self.check_room_for_copy(&folder, "unpacking compressed clusters", bytes)?;
-        let unpacked = self.img()?.unpack(
-            path,
-            &layer.format,
-            start,
-            bytes,
-            &folder.join(format!("{}.unpacked", layer.id)),
-        )?;
+        self.check_room_for_copy(&folder, "unpacking a disk image", bytes)?;
         let failed = |error| Error::new(Code::Failed, "unpacked clusters cannot be read").because(error);
+        let path = folder.join(format!("{}.unpacked", layer.id));
+        // One that a crash has left.
+        remove_file(&path);
+        let unpacked = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let unpacked = unpacked.and_then(|file| file.set_len(bytes).map(|()| file)).map_err(failed)?;
+        let done = group.gives(&path).and_then(|()| {
+            Ok(self.img_of(group)?.unpack(frozen.path(), &layer.format, start, bytes, &path)?)
+        });
+        remove_file(&path);
+        done?;
         let mut at = 0;
         while at < bytes {
             let part = (bytes - at).min(RUN * PAGE);
@@ -207,6 +231,41 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// The same stretches in whole pages, up to the disk's end. A page of which a stretch has a part is QEMU's to read, which knows what the rest
+/// shows; none if there is such a page and the layer is not the lowest: the rest may be what lies below.
+fn whole_pages(stretches: Vec<Stretch>, size: u64, is_lowest: bool) -> Option<Vec<Stretch>> {
+    let mut whole: Vec<Stretch> = Vec::new();
+    let mut add = |start: u64, end: u64, content| {
+        match whole.last_mut() {
+            // Each one costs a process.
+            Some(last)
+                if content == Content::Packed
+                    && last.content == content
+                    && last.start + last.bytes >= start =>
+            {
+                last.bytes = last.bytes.max(end - last.start);
+            }
+            _ if start < end => whole.push(Stretch { start, bytes: end - start, content }),
+            _ => {}
+        }
+    };
+    for Stretch { start, bytes, content } in stretches {
+        let end = start.saturating_add(bytes).min(size);
+        let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(size));
+        if start >= end {
+            continue;
+        }
+        match content {
+            _ if (start, end) == (first, last) => add(start, end, content),
+            _ if !is_lowest => return None,
+            // There is nothing else below it.
+            Content::Zero => {}
+            Content::At(_) | Content::Packed => add(first, last, Content::Packed),
+        }
+    }
+    Some(whole)
 }
 
 /// Layers that may lie above a settled one before it is worth a wait to settle more.
@@ -255,23 +314,11 @@ impl Own<'_> {
     }
 }
 
-/// Bytes of a file; behind its end are zeros.
-fn read(file: &File, offset: u64, bytes: u64) -> std::io::Result<Vec<u8>> {
-    let mut buffer = vec![0; bytes as usize];
-    let mut done = 0;
-    while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(read) => done += read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(buffer)
-}
-
 /// The page maps of a group's settled layers.
 pub(crate) fn settled_roots(tx: &Transaction<'_>, group: &str) -> Result<Vec<MapRoot>> {
     let layers = LayerRow::of_group(tx, group)?;
     Ok(layers.into_iter().flat_map(|layer| layer.retired.into_iter().chain(layer.settled)).collect())
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,7 +33,11 @@ impl Engine {
             }
             let nodes = match &nodes {
                 Some(nodes) => nodes,
-                None => nodes.insert(open_nodes(running)?),
+                None => {
+                    // What is below the top here may be written to: an overlay that could not be taken back lies over it.
+                    self.check_active(target, running)?;
+                    nodes.insert(open_nodes(running)?)
+                }
             };
             let open = |row: &&LayerRow| nodes.contains(&format!("l-{}", row.id));
             let mut layers: Vec<&LayerRow> = chain.iter().filter(open).collect();

@@ -89,6 +89,8 @@ impl Engine {
             let here = TargetRow::disks(tx, target)?;
             if here.iter().any(|(d, layer)| d == disk && *layer == overlay.id) {
                 TargetRow::set_disk(tx, target, disk, below)?;
+                // Were it settled, a start would read it as it was then.
+                LayerRow::thaw(tx, below)?;
                 LayerRow::purge(tx, &overlay.id)?;
             }
             Ok(())

@@ -241,6 +241,13 @@ impl Spinney {
         self.run(guest_words(name, mib, qemu, &cache().join("guest"))).done()
     }
 
+    /// The same, of whose memory there are no snapshots: it may have disks that QEMU does not migrate.
+    pub fn create_guest_without_memory(&self, name: &str, mib: u64) -> Result<Value, Failed> {
+        let mut words = guest_words(name, mib, &[], &cache().join("guest"));
+        words.push("--no-memory".to_owned());
+        self.run(words).done()
+    }
+
     /// The same, with a card.
     pub fn create_networked_guest(&self, name: &str, mib: u64) -> Result<Value, Failed> {
         let words = guest_words(name, mib, &[], &cache().join("guest")).into_iter();

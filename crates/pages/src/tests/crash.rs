@@ -56,7 +56,7 @@ fn work(disk: &CrashDisk, kept: &mut Kept) -> Result<()> {
     let path = PathBuf::from("/disk");
     disk.write(&path, &pages(&(200..240).collect::<Vec<_>>()));
     let data = vec![Extent { offset: 0, bytes: 40 * PAGE_SIZE as u64 }];
-    let image = NewImage { label: "disk".into(), path: path.clone(), private: false, data };
+    let image = NewImage { label: "disk".into(), path: path.clone(), private: false, seen: None, data };
     assert!(store.add_image(&image, &|_, _| true)?);
     take(&store, (210..220).chain(20..25).chain([300]).collect(), kept)?;
     store.fold()?;

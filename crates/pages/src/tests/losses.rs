@@ -20,7 +20,7 @@ fn collect(store: &Store, kept: &[Kept], leaving: &[&str]) -> GcDone {
 
 fn image(label: &str, private: bool) -> NewImage {
     let data = vec![Extent { offset: 0, bytes: u64::MAX }];
-    NewImage { label: label.into(), path: label.into(), private, data }
+    NewImage { label: label.into(), path: label.into(), private, seen: None, data }
 }
 
 /// A run whose names have rotted, found by nobody before the collector.

@@ -260,7 +260,8 @@ impl World {
                 self.disk.write(&image.path(), &pages(&image.numbers()));
                 let data = vec![Extent { offset: 0, bytes: 1 << 20 }];
                 let private = image == Image::Private;
-                let new = NewImage { label: image.label().into(), path: image.path(), private, data };
+                let new =
+                    NewImage { label: image.label().into(), path: image.path(), private, seen: None, data };
                 assert!(self.store.add_image(&new, &|_, _| true)?);
             }
             Step::Leave(image) => {

@@ -121,6 +121,18 @@ impl LayerRow {
         Ok(rows)
     }
 
+    /// True if a snapshot has it, or something over it.
+    pub(crate) fn has_snapshot(tx: &Transaction<'_>, id: &str) -> Result<bool> {
+        let found = tx.query_row(
+            "WITH RECURSIVE above (id) AS (
+                 SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
+             ) SELECT EXISTS (SELECT 1 FROM above a JOIN snapshot_disks d ON d.layer = a.id)",
+            [id],
+            |row| row.get(0),
+        )?;
+        Ok(found)
+    }
+
     /// Writes what a user's image looks like now. What was settled over it may not be what it was.
     pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
         tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;
@@ -150,6 +162,12 @@ impl LayerRow {
     /// It has settled. The map is durable.
     pub(crate) fn set_settled(tx: &Transaction<'_>, id: &str, map: &MapRoot) -> Result<()> {
         tx.execute("UPDATE layers SET settled = ?2 WHERE id = ?1", params![id, to_json(map)?])?;
+        Ok(())
+    }
+
+    /// It is written to again: it has yet to settle.
+    pub(crate) fn thaw(tx: &Transaction<'_>, id: &str) -> Result<()> {
+        tx.execute(&format!("{RETIRE} WHERE id = ?1"), [id])?;
         Ok(())
     }
 
