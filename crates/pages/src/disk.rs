@@ -19,7 +19,7 @@ pub(crate) trait Disk: Send + Sync {
     /// Creates a file that must not exist.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
-    /// The same for a file that is none of the store's but a user's: what he may not read is not opened.
+    /// The same for a file of a user's that is not known yet: what he may not read is not opened.
     fn open_users(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         self.open(path)
     }
@@ -71,7 +71,8 @@ impl Disk for HostDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(File::open(path)?))
+        // Without a wait: a user may have put a pipe in an image's place.
+        Ok(Arc::new(open_as(path, None, true)?))
     }
 
     fn open_users(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {

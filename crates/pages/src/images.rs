@@ -71,6 +71,8 @@ impl Store {
     pub fn add_image(&self, new: &NewImage, go_on: &dyn Fn(u64, u64) -> bool) -> Result<bool> {
         let store = &*self.inner;
         let path = store.home.join(&new.path);
+        // A user's as he, or a link in its place could have us name what he may not read. Blocks are read as we: they have to be what they
+        // are called, and so what he could read.
         let open = || {
             let opened = if new.private { store.disk.open_users(&path) } else { store.disk.open(&path) };
             opened.map_err(Error::io("open", &path))
@@ -230,7 +232,7 @@ impl Inner {
     pub(crate) fn watch_image(&self, pack: &Pack) {
         let Some(image) = pack.layout.image().filter(|_| !pack.is_suspect()) else { return };
         // By its name: the file that is held open may have been replaced.
-        let file = image.open(&*self.disk, pack.body_path());
+        let file = self.disk.open(pack.body_path());
         let same = file.is_ok_and(|file| {
             file.len().is_ok_and(|len| len == image.bytes)
                 && file.modified().is_ok_and(|modified| modified == image.modified)

@@ -188,10 +188,6 @@ impl Disk for Listed {
         self.host.open(path)
     }
 
-    fn open_users(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        self.host.open_users(path)
-    }
-
     fn rename(&self, _: &Path, _: &Path) -> io::Result<()> {
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }

@@ -1,13 +1,10 @@
 //! Images: files of others that never change, whose blocks are pages. Such a pack has their names and no body.
 
 use std::ffi::OsStr;
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crate::codec::Reader;
-use crate::disk::{Disk, DiskFile};
 use crate::error::Problem;
 
 /// Bytes before label and path.
@@ -73,11 +70,6 @@ impl Image {
             part,
             parts,
         })
-    }
-
-    /// Opens its file, which is at `path`.
-    pub(crate) fn open(&self, disk: &dyn Disk, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        if self.private { disk.open_users(path) } else { disk.open(path) }
     }
 
     /// Where the file is, for a store in `folder`.

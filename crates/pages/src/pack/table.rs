@@ -159,27 +159,18 @@ impl Packs {
 
     /// The pack's file, opened if need be. Stays readable for its holder when the pack is deleted.
     pub(crate) fn file(&self, pack: &Pack) -> Result<Arc<dyn DiskFile>> {
-        self.open(&self.open, pack.number, || {
-            self.disk.open(&pack.path).map_err(Error::io("open", &pack.path))
-        })
+        self.open(&self.open, pack.number, &pack.path)
     }
 
     /// The file that has the pack's pages, likewise.
     pub(crate) fn body(&self, pack: &Pack) -> Result<Arc<dyn DiskFile>> {
         match pack.layout.image() {
             None => self.file(pack),
-            Some(image) => self.open(&self.open_bodies, pack.number, || {
-                image.open(&*self.disk, &pack.body_path).map_err(Error::io("open", &pack.body_path))
-            }),
+            Some(_) => self.open(&self.open_bodies, pack.number, &pack.body_path),
         }
     }
 
-    fn open(
-        &self,
-        open: &Mutex<OpenFiles>,
-        number: u32,
-        anew: impl FnOnce() -> Result<Arc<dyn DiskFile>>,
-    ) -> Result<Arc<dyn DiskFile>> {
+    fn open(&self, open: &Mutex<OpenFiles>, number: u32, path: &Path) -> Result<Arc<dyn DiskFile>> {
         {
             let mut open = lock(open);
             open.clock += 1;
@@ -189,7 +180,7 @@ impl Packs {
                 return Ok(file.clone());
             }
         }
-        let file = anew()?;
+        let file = self.disk.open(path).map_err(Error::io("open", path))?;
         let mut open = lock(open);
         if open.files.len() >= OPEN_FILES {
             let oldest = open.files.iter().min_by_key(|(_, (_, used))| *used).map(|(number, _)| *number);
