@@ -1,5 +1,6 @@
 //! The file operations that a store needs, and no others, so that a test can put a disk that crashes in their place.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
@@ -28,6 +29,26 @@ pub(crate) trait Disk: Send + Sync {
     /// Names of the files in a folder, in no order.
     fn list(&self, folder: &Path) -> io::Result<Vec<OsString>>;
     fn sync_folder(&self, folder: &Path) -> io::Result<()>;
+}
+
+/// Listings of a folder until two of them are the same, at most.
+const LISTINGS: usize = 8;
+
+/// Lists what another process changes meanwhile: until two listings say the same. One alone may miss what came to where it had been, and
+/// with it what that replaces, which went from where it had yet to come. If no two agree, all that was in any: what is gone shows when it
+/// is opened.
+pub(crate) fn list_surely<T: Ord, E>(list: impl Fn() -> Result<BTreeSet<T>, E>) -> Result<BTreeSet<T>, E> {
+    let (mut last, mut all) = (list()?, BTreeSet::new());
+    for _ in 1..LISTINGS {
+        let next = list()?;
+        if next == last {
+            return Ok(next);
+        }
+        all.append(&mut last);
+        last = next;
+    }
+    all.append(&mut last);
+    Ok(all)
 }
 
 /// An open file; positions are absolute, so threads need not agree on one.

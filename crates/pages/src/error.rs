@@ -147,6 +147,14 @@ impl Error {
         move |source| Self::Io { act, path: path.to_owned(), source }
     }
 
+    /// The same for something else that it befell; none but of what the system refused.
+    pub(crate) fn again(&self) -> Option<Self> {
+        let Self::Io { act, path, source } = self else { return None };
+        let again = source.raw_os_error().map(io::Error::from_raw_os_error);
+        let source = again.unwrap_or_else(|| source.kind().into());
+        Some(Self::Io { act, path: path.clone(), source })
+    }
+
     /// A file that is gone: the collector may have moved its content.
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Problem, Result};
 use crate::fault::readable;
 use crate::index::ATTEMPTS;
 use crate::map::{MAX_NODE, Node};
-use crate::pack::{At, Body, Entry, HEADER, Pack, Place, decode_frame};
+use crate::pack::{At, Body, Entry, HEADER, Pack, Place, decode_frame, read_footer};
 use crate::store::Inner;
 use crate::{Fingerprint, PAGE_SIZE, PageHash};
 
@@ -18,6 +18,9 @@ const RUN: usize = 256;
 
 /// A pack with its open file.
 pub(crate) type OpenPack = (Arc<Pack>, Arc<dyn DiskFile>);
+
+/// Places of names in a pack.
+pub(crate) type PlacesIn = (Arc<Pack>, Vec<(Fingerprint, At)>);
 
 /// One page to be read: where it lies, and where it goes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,6 +43,14 @@ struct Reading<'a> {
 impl Inner {
     /// See [`crate::PageStore::read`].
     pub(crate) fn read_pages(&self, names: &[PageHash], out: &mut [u8]) -> Result<()> {
+        let mut lost = self.read_each(names, out)?;
+        // What may pass comes first: whoever is told of damage takes it for lasting.
+        let passing = lost.iter().position(|(_, why)| !why.is_damage());
+        if lost.is_empty() { Ok(()) } else { Err(lost.swap_remove(passing.unwrap_or_default()).1) }
+    }
+
+    /// Reads what can be read. Returns the positions of the others, in ascending order, each with the reason.
+    pub(crate) fn read_each(&self, names: &[PageHash], out: &mut [u8]) -> Result<Vec<(usize, Error)>> {
         let (pages, rest) = out.as_chunks_mut::<PAGE_SIZE>();
         if !rest.is_empty() || pages.len() != names.len() {
             return Err(Error::Misuse("read needs room for as many whole pages as names"));
@@ -48,7 +59,7 @@ impl Inner {
         for (i, (name, page)) in names.iter().zip(pages.iter_mut()).enumerate() {
             if *name == PageHash::ZERO { page.fill(0) } else { todo.push(i) }
         }
-        let mut looked_again = false;
+        let (mut looked_again, mut lost) = (false, Vec::new());
         for _ in 0..ATTEMPTS {
             let mut reading = Reading { names, out: pages, again: Vec::new(), bad: Vec::new() };
             self.read_found(&todo, &mut reading)?;
@@ -57,14 +68,18 @@ impl Inner {
                 looked_again = true;
                 again.extend(bad.drain(..).map(|(i, _)| i));
             }
-            self.read_elsewhere(names, bad, pages)?;
+            lost.extend(self.read_elsewhere(names, bad, pages));
             todo = again;
             if todo.is_empty() {
-                return Ok(());
+                break;
             }
         }
-        let name = todo.first().and_then(|i| names.get(*i)).copied().unwrap_or(PageHash::ZERO);
-        Err(self.missing(Kind::Page, name))
+        lost.extend(todo.into_iter().map(|i| {
+            let name = names.get(i).copied().unwrap_or(PageHash::ZERO);
+            (i, self.missing(Kind::Page, name))
+        }));
+        lost.sort_unstable_by_key(|(i, _)| *i);
+        Ok(lost)
     }
 
     /// Reads the numbered pages from where the index has them.
@@ -98,16 +113,7 @@ impl Inner {
                 Err(e) if e.is_not_found() && self.packs.get(number).is_none() => {
                     reading.again.extend(group.iter().map(|w| w.out));
                 }
-                Err(e) if e.is_damage() => {
-                    let mut why = Some(e);
-                    for wanted in group {
-                        let name = reading.names.get(wanted.out).copied().unwrap_or(PageHash::ZERO);
-                        let why =
-                            why.take().unwrap_or_else(|| damaged(Kind::Page, name, pack, Problem::Content));
-                        reading.bad.push((wanted.out, why));
-                    }
-                }
-                Err(e) => return Err(e),
+                Err(e) => reading.all_bad(self, pack, group, e)?,
             }
         }
         Ok(())
@@ -136,16 +142,16 @@ impl Inner {
         Ok(good.then_some(page))
     }
 
-    /// Reads pages from any packs that have them, going once through every footer; fails for the first reason given if one is nowhere. What
-    /// is found is where the index looks from then on.
+    /// Reads pages from any packs that have them, going once through every footer. Returns those that are nowhere. What is found is where
+    /// the index looks from then on.
     fn read_elsewhere(
         &self,
         names: &[PageHash],
         mut bad: Vec<(usize, Error)>,
         out: &mut [[u8; PAGE_SIZE]],
-    ) -> Result<()> {
+    ) -> Vec<(usize, Error)> {
         if bad.is_empty() {
-            return Ok(());
+            return bad;
         }
         let wanted: Vec<PageHash> = bad.iter().filter_map(|(i, _)| names.get(*i)).copied().collect();
         for (pack, places) in self.all_places(&wanted) {
@@ -167,24 +173,39 @@ impl Inner {
                 break;
             }
         }
-        bad.into_iter().next().map_or(Ok(()), |(_, why)| Err(why))
+        bad
     }
 
-    /// Every place that these names have, pack by pack, from the packs themselves.
-    fn all_places(&self, names: &[PageHash]) -> impl Iterator<Item = (Arc<Pack>, Vec<(Fingerprint, At)>)> {
+    /// Every place that these names have, pack by pack, from the packs themselves; or from what a visitor remembers of them.
+    fn all_places(&self, names: &[PageHash]) -> Box<dyn Iterator<Item = PlacesIn> + '_> {
         let mut wanted: Vec<Fingerprint> = names.iter().map(PageHash::fingerprint).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        self.packs.all().into_iter().map(move |pack| {
-            let footer = self.packs.file(&pack).ok();
-            let footer = footer.and_then(|file| crate::pack::read_footer(&*file, &pack.layout).ok());
-            let footer = footer.unwrap_or_default();
-            let place = |name: &Fingerprint| {
-                let found = footer.binary_search_by_key(name, |entry| entry.name).ok();
-                found.and_then(|i| footer.get(i)).map(|entry| (*name, entry.at))
-            };
-            let places = wanted.iter().filter_map(place).collect();
+        if let Some(visit) = &self.visit {
+            return Box::new(self.search(visit, &wanted).into_iter());
+        }
+        Box::new(self.packs.all().into_iter().map(move |pack| {
+            let footer = self.footer(&pack).unwrap_or_default();
+            let places = places_among(&wanted, &footer).collect();
             (pack, places)
+        }))
+    }
+
+    /// What a pack says that it has. A visitor who has it open opens it anew before he believes that it cannot be read.
+    pub(crate) fn footer(&self, pack: &Pack) -> Result<Vec<Entry>, Problem> {
+        let footer = || {
+            let file = self.packs.file(pack).map_err(|error| match error {
+                Error::Io { source, .. } => Problem::Unreadable(source.kind()),
+                _ => Problem::Unreadable(io::ErrorKind::Other),
+            })?;
+            read_footer(&*file, &pack.layout)
+        };
+        footer().or_else(|problem| {
+            if self.visit.is_none() {
+                return Err(problem);
+            }
+            self.doubt(pack.number);
+            footer()
         })
     }
 
@@ -205,7 +226,7 @@ impl Inner {
     /// Reads and checks a node, past the cache; with its length in bytes.
     pub(crate) fn read_node(&self, name: &PageHash) -> Result<(Node, usize)> {
         match self.read_known_node(name) {
-            Err(error) if error.is_damage() && self.look_again()? => self.read_known_node(name),
+            Err(error) if self.may_be_elsewhere(&error) && self.look_again()? => self.read_known_node(name),
             read => read,
         }
     }
@@ -221,7 +242,8 @@ impl Inner {
             match found {
                 Ok(Some(node)) => return Ok(node),
                 Ok(None) => {}
-                Err(e) if e.is_damage() => {
+                Err(e) if self.may_be_elsewhere(&e) => {
+                    self.doubt(place.pack);
                     why = Some(e);
                     break;
                 }
@@ -271,6 +293,19 @@ impl Inner {
         Error::Damaged { kind: Kind::Node, name: *name, file, problem: Problem::Field("node level") }
     }
 
+    /// Whether other copies are worth a look after this. To a visitor any error is: what he has open may be stale, what he knows may be
+    /// old, and nobody draws conclusions from what he is told.
+    fn may_be_elsewhere(&self, error: &Error) -> bool {
+        error.is_damage() || self.visit.is_some()
+    }
+
+    /// Something of a pack cannot be read by a visitor: the next time its file is opened anew.
+    fn doubt(&self, pack: u32) {
+        if self.visit.is_some() {
+            self.packs.let_go(pack);
+        }
+    }
+
     pub(crate) fn missing(&self, kind: Kind, name: PageHash) -> Error {
         Error::Missing { kind, name, set_aside: self.set_aside_names() }
     }
@@ -294,7 +329,7 @@ impl Reading<'_> {
             };
             if let Err(e) = read_span(pack, file, first.slot, bytes) {
                 if run.len() == 1 {
-                    self.all_bad(pack, run, Error::io("read", pack.body_path())(e))?;
+                    self.all_bad(store, pack, run, Error::io("read", pack.body_path())(e))?;
                 } else {
                     // A run that cannot be read as a whole may have good pages.
                     for one in run.chunks(1) {
@@ -305,11 +340,11 @@ impl Reading<'_> {
             }
             if direct {
                 let bad = wrong(store, self.names, run, self.out, |wanted| wanted.out);
-                self.note(pack, &bad);
+                self.note(store, pack, &bad);
             } else {
                 let bad =
                     wrong(store, self.names, run, &scratch, |wanted| (wanted.slot - first.slot) as usize);
-                self.note(pack, &bad);
+                self.note(store, pack, &bad);
                 for wanted in run {
                     let from = scratch.get((wanted.slot - first.slot) as usize);
                     if let (Some(to), Some(from)) = (self.out.get_mut(wanted.out), from) {
@@ -321,7 +356,10 @@ impl Reading<'_> {
         Ok(())
     }
 
-    fn note(&mut self, pack: &Pack, bad: &[usize]) {
+    fn note(&mut self, store: &Inner, pack: &Pack, bad: &[usize]) {
+        if !bad.is_empty() {
+            store.doubt(pack.number);
+        }
         for out in bad {
             let name = self.names.get(*out).copied().unwrap_or(PageHash::ZERO);
             let problem = match pack.layout.image() {
@@ -332,16 +370,19 @@ impl Reading<'_> {
         }
     }
 
-    /// None of them can be read; what is no damage is the caller's error.
-    fn all_bad(&mut self, pack: &Pack, run: &[Wanted], why: Error) -> Result<()> {
-        if !why.is_damage() {
+    /// None of them can be read; what cannot lie elsewhere is the caller's error.
+    fn all_bad(&mut self, store: &Inner, pack: &Pack, group: &[Wanted], why: Error) -> Result<()> {
+        if !store.may_be_elsewhere(&why) {
             return Err(why);
         }
-        let mut why = Some(why);
-        for wanted in run {
+        store.doubt(pack.number);
+        // The first one has the system's own word; the others its like if it may pass, so that nobody takes it for lasting.
+        let passing = !why.is_damage();
+        let others: Vec<_> = group.iter().skip(1).map(|_| why.again().filter(|_| passing)).collect();
+        for (wanted, why) in group.iter().zip(std::iter::once(Some(why)).chain(others)) {
             let name = self.names.get(wanted.out).copied().unwrap_or(PageHash::ZERO);
-            let why = why.take().unwrap_or_else(|| damaged(Kind::Page, name, pack, Problem::Content));
-            self.bad.push((wanted.out, why));
+            let damaged = || damaged(Kind::Page, name, pack, Problem::Content);
+            self.bad.push((wanted.out, why.unwrap_or_else(damaged)));
         }
         Ok(())
     }
@@ -364,6 +405,17 @@ fn node_at<'a>(
     file.read_at(bytes, offset).map_err(Error::io("read", &pack.path))?;
     let (node, len) = Node::decode(bytes).map_err(bad)?;
     Ok((node, bytes.get(..len).ok_or_else(|| bad(Problem::Content))?))
+}
+
+/// The places of these names in a footer, which is in the order of names.
+pub(crate) fn places_among(
+    names: &[Fingerprint],
+    footer: &[Entry],
+) -> impl Iterator<Item = (Fingerprint, At)> {
+    names.iter().filter_map(|name| {
+        let found = footer.binary_search_by_key(name, |entry| entry.name).ok();
+        found.and_then(|i| footer.get(i)).map(|entry| (*name, entry.at))
+    })
 }
 
 /// Reads the pages of slots that follow each other, unchecked, from the file that has the pack's pages: as they lie, in one request;

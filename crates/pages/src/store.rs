@@ -18,6 +18,7 @@ use crate::planted::{Mistake, is_made};
 use crate::reader::HostUser;
 use crate::session::Writer;
 use crate::sync::{Mutex, Ordering, RwLock};
+use crate::visit::Visit;
 use crate::{Fingerprint, MapRoot, PageHash, PageStore, Purpose, Session};
 
 /// A group's page store, in a folder that this process has for itself. Clones are the same store.
@@ -63,8 +64,8 @@ pub(crate) struct Inner {
     pub(crate) collector: Mutex<()>,
     /// Tells this opening of the store from others.
     pub(crate) instance: u64,
-    /// Another process has the store: held by whoever looks what it has done.
-    pub(crate) visit: Option<Mutex<()>>,
+    /// Another process has the store.
+    pub(crate) visit: Option<Visit>,
     /// Keeps other processes out.
     _lock: Option<Lock>,
 }
@@ -270,7 +271,7 @@ impl Inner {
         key: &GroupKey,
         limits: Limits,
         lock: Option<Lock>,
-        visit: Option<Mutex<()>>,
+        visit: Option<Visit>,
     ) -> Self {
         let (names, packs) = (Names::new(key), Arc::new(Packs::new(disk.clone())));
         let runs = Runs::new(disk.clone(), home.join("index"), names.fingerprint);

@@ -16,7 +16,7 @@ mod problem;
 mod serve;
 pub mod socket;
 
-pub use log::start_helper;
+pub use log::{start_helper, start_lasting_helper};
 pub use problem::Problem;
 pub use serve::{Options, serve};
 pub use snapshots;

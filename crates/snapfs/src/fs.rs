@@ -4,24 +4,35 @@ use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FsOptions, OpenOptions, statvfs64};
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, FileSystem, ZeroCopyWriter};
 use libc::stat64;
-use pages::{PAGE_SIZE, PageHash, Visitor};
+use pages::{LEAF_PAGES, PAGE_SIZE, PageHash, Visitor};
 
 use crate::MapFile;
 use crate::fault::{Fault, planted};
 use crate::handover::{Known, Told};
-use crate::held::{Held, HeldRead, bad_pages};
+use crate::held::{Held, HeldRead, PAGES};
 use crate::list::ListReader;
+use crate::log::{Saying, is_new};
 use crate::nodes::{DISK, Node, RAM, ROOT, Tree, Use};
 use crate::serve::Servers;
 
 /// What never changes is known for as long as this.
 const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
+/// How long it is tried to read a disk before its reader hears that it cannot be. Not longer: QEMU does not stand still before it has an
+/// answer, and its guest is not to stand still for long.
+const DISK_PATIENCE: Duration = Duration::from_secs(2);
+/// ... and how often.
+const AGAIN: Duration = Duration::from_millis(200);
+/// How long a wait in vain spares others the same.
+const IN_VAIN: Duration = Duration::from_secs(60);
+/// How long the kernel's own threads wait for memory.
+const KERNEL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The file system.
 pub(crate) struct SnapFs {
@@ -33,9 +44,25 @@ pub(crate) struct SnapFs {
     servers: Arc<Servers>,
     /// Pages that could not be read together with others, by the numbers of their files.
     bad: Mutex<HashSet<(u64, u64)>>,
+    /// When somebody last waited in vain for a page of a disk, and in which state the store was all the time.
+    in_vain: Mutex<Option<(u64, Instant)>>,
     /// Both for whoever takes over.
     known: Known,
     owner: (u32, u32),
+}
+
+/// What cannot be read of a stretch.
+struct Unread {
+    /// Numbers of the pages, in ascending order.
+    pages: Vec<u64>,
+    why: pages::Error,
+}
+
+impl Unread {
+    fn held(&self, file: &MapFile) -> HeldRead {
+        let pages = self.pages.iter().take(PAGES).copied().collect();
+        HeldRead { file: *file, pages, why: self.why.to_string() }
+    }
 }
 
 /// What there is under a number.
@@ -62,6 +89,8 @@ impl SnapFs {
                 Told::Bad(number, page) => drop(bad.insert((number, page))),
             }
         }
+        let more = Arc::clone(&servers);
+        store.when_slow(move || Box::new(more.one_more()));
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         Self {
             store,
@@ -70,6 +99,7 @@ impl SnapFs {
             held,
             servers,
             bad: Mutex::new(bad),
+            in_vain: Mutex::new(None),
             known,
             owner,
         }
@@ -82,7 +112,8 @@ impl SnapFs {
         match list.look() {
             Ok(false) => {}
             Ok(true) => *built = Arc::new(Tree::of(list.all())),
-            Err(error) => tracing::warn!(%error, "the list cannot be read"),
+            Err(error) if is_new(Saying::Told, (0, 0)) => tracing::warn!(%error, "the list cannot be read"),
+            Err(_) => {}
         }
         Arc::clone(built)
     }
@@ -148,14 +179,38 @@ impl SnapFs {
         attributes
     }
 
-    /// Fills `out` with what a map describes from `offset` on, which is a multiple of the page's size.
-    fn fill(&self, file: &MapFile, first: u64, out: &mut [u8]) -> Result<(), pages::Error> {
+    /// Fills `out` with what a map describes from page `first` on.
+    fn fill(&self, file: &MapFile, first: u64, out: &mut [u8]) -> Result<(), Unread> {
         let mut names = vec![PageHash::ZERO; out.len() / PAGE_SIZE];
-        self.store.map_range(&file.root, first, &mut names)?;
-        self.store.read(&names, out)
+        let count = names.len();
+        let mut unread: Vec<(Range<usize>, pages::Error)> = Vec::new();
+        if self.store.map_range(&file.root, first, &mut names).is_err() {
+            // What is missing of a map are whole leaves at least.
+            let mut at = 0;
+            while let Some(rest) = names.get_mut(at..).filter(|rest| !rest.is_empty()) {
+                let first = first + at as u64;
+                let to_next = LEAF_PAGES - (first % LEAF_PAGES as u64) as usize;
+                let own = rest.get_mut(..to_next.min(count - at)).unwrap_or_default();
+                let end = at + own.len();
+                if let Err(why) = self.store.map_range(&file.root, first, own) {
+                    own.fill(PageHash::ZERO);
+                    unread.push((at..end, why));
+                }
+                at = end;
+            }
+        }
+        match self.store.read_each(&names, out) {
+            Ok(pages) => unread.extend(pages.into_iter().map(|(i, why)| (i..i + 1, why))),
+            Err(why) => unread = vec![(0..count, why)],
+        }
+        unread.sort_by_key(|(range, _)| range.start);
+        let pages = unread.iter().flat_map(|(range, _)| range.clone()).map(|i| first + i as u64).collect();
+        // What may pass comes first: as long as it is there nothing can be said of the others.
+        let told = unread.iter().position(|(_, why)| !why.is_damage()).unwrap_or_default();
+        if unread.is_empty() { Ok(()) } else { Err(Unread { pages, why: unread.swap_remove(told).1 }) }
     }
 
-    /// The same for what must not fail.
+    /// The same, and what must not fail does not; what may only does after a while.
     fn fill_surely(
         &self,
         file: &MapFile,
@@ -164,28 +219,88 @@ impl SnapFs {
         out: &mut [u8],
         asker: i32,
     ) -> io::Result<()> {
-        let Err(error) = self.fill(file, first, out) else { return Ok(()) };
-        if used != Use::Ram || planted(Fault::AnswerErrors) {
-            tracing::error!(file = file.file_name(), page = first, %error, "a read fails");
+        match self.fill(file, first, out) {
+            Ok(()) => Ok(()),
+            Err(unread) if planted(Fault::AnswerErrors) => Err(fails(file, used, &unread)),
+            Err(unread) if used == Use::Ram => self.hold(file, first, out, asker, &unread),
+            Err(unread) => self.try_for_a_while(file, used, first, out, asker, unread),
+        }
+    }
+
+    /// Answers when it can be read.
+    fn hold(
+        &self,
+        file: &MapFile,
+        first: u64,
+        out: &mut [u8],
+        asker: i32,
+        unread: &Unread,
+    ) -> io::Result<()> {
+        // Such a read is one ahead, of which nobody hears: each page that is needed is asked for again by itself. So the good ones among
+        // them need not wait. Should they come together again, they belong together, and an error would be heard.
+        let (number, several) = (file.number(Use::Ram), out.len() > PAGE_SIZE);
+        let is_ahead = |bad: &Unread| several && bad.why.is_damage() && self.is_news(number, &bad.pages);
+        if is_ahead(unread) {
             return Err(os(libc::EIO));
         }
-        let mut page_buffer = vec![0; PAGE_SIZE];
-        let readable = |page| self.fill(file, page, &mut page_buffer).map_err(|error| error.to_string());
-        let count = (out.len() / PAGE_SIZE) as u64;
-        let (pages, why) = bad_pages(first..first + count, readable);
-        if count > 1 && self.is_news(file.number(used), &pages) {
-            // Such a read is one ahead, of which nobody hears: each page that is needed is asked for again by itself. So the good ones among
-            // them need not wait. Should they come together again, they belong together, and an error would be heard.
-            return Err(os(libc::EIO));
-        }
-        let why = why.unwrap_or_else(|| error.to_string());
         // Others are not to wait with the one who asked.
         let _more = self.servers.one_more();
-        self.held.until(HeldRead { file: *file, pages, why }, &mut || match self.fill(file, first, out) {
-            Ok(()) => Some(Ok(())),
-            // The kernel does not let him end before he has an answer. Whoever waits for the same page asks again.
-            Err(_) => is_being_killed(asker).then(|| Err(os(libc::EINTR))),
+        let began = Instant::now();
+        self.held.until(unread.held(file), &mut || {
+            self.servers.fill_up();
+            let Err(unread) = self.fill(file, first, out) else { return Ok(Ok(())) };
+            if is_ahead(&unread) {
+                return Ok(Err(os(libc::EIO)));
+            }
+            match Asker::of(asker) {
+                // The kernel does not let him end before he has an answer. Whoever waits for the same page asks again.
+                Asker::Killed => Ok(Err(os(libc::EINTR))),
+                // It asks for somebody who cannot end while it waits, and goes on without what it has asked for: he asks again himself, if he
+                // lives.
+                Asker::Kernel if began.elapsed() >= KERNEL_PATIENCE => Ok(Err(os(libc::EIO))),
+                Asker::Kernel | Asker::Other => Err(unread.held(file)),
+            }
         })
+    }
+
+    /// Tries again for a while, since most of what is no damage passes; unless that was in vain just now, and nothing has changed.
+    fn try_for_a_while(
+        &self,
+        file: &MapFile,
+        used: Use,
+        first: u64,
+        out: &mut [u8],
+        asker: i32,
+        mut unread: Unread,
+    ) -> io::Result<()> {
+        let state = self.store.state();
+        if !(unread.why.is_damage() && self.was_in_vain(state)) {
+            let _more = self.servers.one_more();
+            let began = Instant::now();
+            while began.elapsed() < DISK_PATIENCE {
+                if matches!(Asker::of(asker), Asker::Killed) {
+                    return Err(os(libc::EINTR));
+                }
+                std::thread::sleep(AGAIN);
+                self.servers.fill_up();
+                match self.fill(file, first, out) {
+                    Ok(()) => return Ok(()),
+                    Err(again) => unread = again,
+                }
+            }
+            if unread.why.is_damage() && state == self.store.state() {
+                *self.in_vain.lock().unwrap_or_else(PoisonError::into_inner) =
+                    state.map(|state| (state, Instant::now()));
+            }
+        }
+        Err(fails(file, used, &unread))
+    }
+
+    /// True if somebody waited in vain for something else that is damaged, while the store was as it is now. Whoever reads a disk through
+    /// waits once then, and not for each page.
+    fn was_in_vain(&self, state: Option<u64>) -> bool {
+        let in_vain = *self.in_vain.lock().unwrap_or_else(PoisonError::into_inner);
+        in_vain.is_some_and(|(then, when)| state == Some(then) && when.elapsed() < IN_VAIN)
     }
 
     /// True if none of these pages was ever found bad before. Then they have been by now.
@@ -350,15 +465,48 @@ fn os(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
 }
 
-/// True if a thread has been killed, or is gone: whatever it is answered, it does not go on.
-fn is_being_killed(thread: i32) -> bool {
-    // Whom we cannot see (in a container, say) we cannot ask.
-    if thread <= 0 {
-        return false;
+/// The error of a read that is given up.
+fn fails(file: &MapFile, used: Use, unread: &Unread) -> io::Error {
+    let page = unread.pages.first().copied().unwrap_or_default();
+    if is_new(Saying::Fails, (file.number(used), page)) {
+        tracing::error!(file = file.file_name(), page, why = %unread.why, "a read fails");
     }
-    match std::fs::read_to_string(format!("/proc/{thread}/status")) {
-        Ok(status) => has_kill_pending(&status),
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    os(libc::EIO)
+}
+
+/// Who waits for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asker {
+    /// A thread that has been killed, or is gone: whatever it is answered, it does not go on.
+    Killed,
+    /// A thread of the kernel's. KVM has pages fetched by such, so that the guest can do something else meanwhile, and QEMU cannot end
+    /// before they have what they were sent for, though nobody has killed *them*.
+    Kernel,
+    Other,
+}
+
+impl Asker {
+    fn of(thread: i32) -> Self {
+        // Somebody whom we cannot see: from within a container the kernel's threads are such. QEMU is started beside us.
+        if thread <= 0 {
+            return Self::Kernel;
+        }
+        match std::fs::read_to_string(format!("/proc/{thread}/status")) {
+            Ok(status) if is_kernels(&status) => Self::Kernel,
+            Ok(status) if has_kill_pending(&status) => Self::Killed,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::Killed,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// `Kthread` is there from Linux 6.8 on. Before that: what has no memory, and is a child of `kthreadd`, or that itself. In a container
+/// number 2 may be anybody, who has memory then.
+fn is_kernels(status: &str) -> bool {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    match field("Kthread:") {
+        Some(value) => value == "1",
+        None => field("VmSize:").is_none() && [field("Pid:"), field("PPid:")].contains(&Some("2")),
     }
 }
 
@@ -384,7 +532,26 @@ mod tests {
         assert!(has_kill_pending(&status("0000000000000000", "0000000000000300")));
         assert!(!has_kill_pending(&status("0000000000000200", "0000000000000000")));
         assert!(!has_kill_pending(""));
-        assert!(is_being_killed(i32::MAX) && !is_being_killed(0));
-        assert!(!is_being_killed(i32::try_from(std::process::id()).unwrap()));
+        assert_eq!(Asker::of(i32::MAX), Asker::Killed);
+        assert_eq!(Asker::of(i32::try_from(std::process::id()).unwrap()), Asker::Other);
+    }
+
+    #[test]
+    fn the_kernels_threads_are_told_from_others() {
+        assert_eq!(Asker::of(0), Asker::Kernel);
+        // In a container number 2 may be somebody else, or nobody.
+        let second = std::fs::read_to_string("/proc/2/status").unwrap_or_default();
+        let kthreadd = second.starts_with("Name:\tkthreadd\n");
+        assert_eq!(Asker::of(2) == Asker::Kernel, kthreadd);
+        let without = |status: &str| {
+            let lines = status.lines().filter(|line| !line.starts_with("Kthread:"));
+            lines.collect::<Vec<_>>().join("\n")
+        };
+        assert_eq!(is_kernels(&without(&second)), kthreadd);
+        let own = std::fs::read_to_string("/proc/self/status").unwrap();
+        assert!(!is_kernels(&own) && !is_kernels(&without(&own)));
+        assert!(is_kernels("Name:\tkworker/0:1\nPid:\t31\nPPid:\t2\nThreads:\t1\n"));
+        assert!(!is_kernels("Name:\tqemu\nPid:\t31\nPPid:\t2\nVmSize:\t  100 kB\n"));
+        assert!(!is_kernels("Name:\tqemu\nPid:\t31\nPPid:\t2\nKthread:\t0\n"));
     }
 }

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -29,7 +30,7 @@ const OVER: &[u8] = b"over\n";
 #[derive(Debug)]
 pub(crate) struct Descriptors {
     /// The connection to the kernel. Never cloned: what had been asked through a clone would be given up with it.
-    pub(crate) fuse: OwnedFd,
+    pub(crate) fuse: Arc<OwnedFd>,
     /// Folder of the store's packs.
     pub(crate) packs: OwnedFd,
     /// Folder of the store's index.
@@ -55,25 +56,12 @@ pub(crate) struct Start {
     pub(crate) deaths: u32,
 }
 
-impl Descriptors {
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            fuse: self.fuse.try_clone()?,
-            packs: self.packs.try_clone()?,
-            index: self.index.try_clone()?,
-            list: self.list.try_clone()?,
-            report: self.report.try_clone()?,
-            known: self.known.try_clone()?,
-        })
-    }
-}
-
 /// Sends word and descriptors. They are the other's from now on, even if he has yet to be born and we die before.
 pub(crate) fn send_start(socket: &UnixStream, start: &Start, descriptors: &Descriptors) -> io::Result<()> {
     let mut line = serde_json::to_vec(start)?;
     line.push(b'\n');
     let Descriptors { fuse, packs, index, list, report, known } = descriptors;
-    let fds = [fuse, packs, index, list, report, known].map(AsFd::as_fd);
+    let fds = [&**fuse, packs, index, list, report, known].map(AsFd::as_fd);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(COUNT))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
@@ -121,6 +109,7 @@ impl Inherited {
         // It is sent in one go, before anything else.
         let word = bytes.get(..message.bytes).and_then(|bytes| bytes.split(|byte| *byte == b'\n').next());
         let start = serde_json::from_slice(word.unwrap_or_default())?;
+        let fuse = Arc::new(fuse);
         Ok(Self { start, descriptors: Descriptors { fuse, packs, index, list, report, known }, socket })
     }
 
@@ -176,7 +165,7 @@ mod tests {
     fn descriptors() -> Descriptors {
         let file = || OwnedFd::from(File::open("/dev/null").unwrap());
         Descriptors {
-            fuse: file(),
+            fuse: Arc::new(file()),
             packs: file(),
             index: file(),
             list: file(),

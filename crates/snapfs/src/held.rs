@@ -13,11 +13,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::MapFile;
+use crate::log::{Saying, is_new};
+use crate::nodes::Use;
 
 /// How often it is tried again: at first, and after a while.
 const EVERY: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(2)];
 /// Pages named for one read at most.
-const PAGES: usize = 32;
+pub(crate) const PAGES: usize = 32;
 /// Longest report.
 const LIMIT: usize = 4 << 20;
 
@@ -54,25 +56,36 @@ impl Held {
         held
     }
 
-    /// Tries until it succeeds. `bad` says what is waited for.
-    pub(crate) fn until<T>(&self, bad: HeldRead, attempt: &mut dyn FnMut() -> Option<T>) -> T {
-        tracing::error!(file = bad.file.file_name(), pages = ?bad.pages, why = bad.why, "a read is held");
+    /// Tries until it succeeds. `bad` says what is waited for, and so does what `attempt` returns as long as it fails.
+    pub(crate) fn until<T>(&self, mut bad: HeldRead, attempt: &mut dyn FnMut() -> Result<T, HeldRead>) -> T {
+        let page = bad.pages.first().copied().unwrap_or_default();
+        let said = is_new(Saying::Held, (bad.file.number(Use::Ram), page));
+        if said {
+            tracing::error!(file = bad.file.file_name(), pages = ?bad.pages, why = bad.why, "a read is held");
+        }
         let mut number = 0;
         self.change(|reads| {
             reads.last += 1;
             number = reads.last;
-            reads.all.insert(number, bad);
+            reads.all.insert(number, bad.clone());
         });
         let mut tried = 0;
         let done = loop {
             let [soon, later] = EVERY;
             std::thread::sleep(if tried < 25 { soon } else { later });
             tried += 1;
-            if let Some(done) = attempt() {
-                break done;
+            match attempt() {
+                Ok(done) => break done,
+                Err(now) if now == bad => {}
+                Err(now) => {
+                    bad = now;
+                    self.change(|reads| drop(reads.all.insert(number, bad.clone())));
+                }
             }
         };
-        tracing::warn!(number, "a read that was held is answered");
+        if said {
+            tracing::warn!(file = bad.file.file_name(), page, "a read that was held is answered");
+        }
         self.change(|reads| drop(reads.all.remove(&number)));
         done
     }
@@ -84,28 +97,12 @@ impl Held {
             serde_json::to_vec(&reads.all.values().collect::<Vec<_>>()).unwrap_or_else(|_| b"[]".to_vec());
         bytes.push(b'\n');
         let written = reads.report.set_len(0).and_then(|()| reads.report.write_all_at(&bytes, 0));
-        if let Err(error) = written {
+        if let Err(error) = written
+            && is_new(Saying::Told, (1, 0))
+        {
             tracing::warn!(%error, "the report of what is held cannot be written");
         }
     }
-}
-
-/// The pages of `pages` that `readable` denies, as far as they are named.
-pub(crate) fn bad_pages(
-    pages: std::ops::Range<u64>,
-    mut readable: impl FnMut(u64) -> Result<(), String>,
-) -> (Vec<u64>, Option<String>) {
-    let (mut bad, mut why) = (Vec::new(), None);
-    for page in pages {
-        if let Err(reason) = readable(page) {
-            why.get_or_insert(reason);
-            bad.push(page);
-            if bad.len() >= PAGES {
-                break;
-            }
-        }
-    }
-    (bad, why)
 }
 
 /// What a report says; nothing if it cannot be read, or is being written just now.

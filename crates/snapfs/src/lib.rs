@@ -25,6 +25,7 @@ mod fs;
 mod handover;
 pub mod held;
 pub mod list;
+mod log;
 pub mod mount;
 mod nodes;
 pub mod process;

@@ -15,18 +15,18 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use pages::{GroupKey, OpenFolders, Visitor};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::fs::SnapFs;
 use crate::handover::{Descriptors, Inherited, Known, Start, send_over, send_start};
 use crate::held::Held;
 use crate::list::ListReader;
-use crate::serve::{Servers, serve};
+use crate::log::{Saying, is_new};
+use crate::serve::{Others, Servers, is_over, serve};
 
 /// Whoever lived for so long did not die of what it was left.
 const LONG: Duration = Duration::from_secs(10);
@@ -40,7 +40,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Serves, or stands by, as the standard input says, to the end. `executable` with the subcommand `view` is what this is.
 ///
 /// # Errors
-/// Standard input is not from one of us; the store cannot be read.
+/// Standard input is not from one of us. The store cannot be read, or the kernel's requests, and somebody stands by to try it. As long as
+/// nobody does it is tried here.
 pub fn run(executable: &Path) -> io::Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     // Fails only for the leader of a process group, who has nothing to leave.
@@ -60,26 +61,48 @@ pub fn run(executable: &Path) -> io::Result<()> {
         return Ok(());
     }
     let next = Start { serve: false, deaths: deaths + 1, ..start.clone() };
+    let descriptors = Arc::new(descriptors);
     // First of all: until somebody stands by, our death is the end.
-    let heir = Heir::begin(executable, next, descriptors.try_clone()?)?;
-    thread::sleep(PAUSE.min(BETWEEN * deaths.saturating_sub(PATIENCE)));
-    let Descriptors { fuse, packs, index, list, report, known } = descriptors;
-    let key = GroupKey::load(&start.store.join("key")).map_err(io::Error::other)?;
-    let folders = OpenFolders { packs, index };
-    let store = Visitor::open(&start.store, &key, folders, deaths > 1).map_err(io::Error::other)?;
+    let heir = Heir::begin(executable, next, Arc::clone(&descriptors));
+    thread::sleep(pause(deaths));
     let servers: Arc<Servers> = Arc::default();
-    let (list, held) = (ListReader::new(list.into()), Held::new(report.into()));
-    let fs = SnapFs::new(store, list, held, Arc::clone(&servers), Known::read(known.into())?);
-    serve(fuse, fs, &servers, resend)?;
+    let fs = loop {
+        match open(&start, &descriptors, &servers, deaths > 1) {
+            Ok(fs) => break fs,
+            Err(_) if is_over(&descriptors.fuse) => {
+                heir.over();
+                return Ok(());
+            }
+            // He may have more luck, and waits if many had none.
+            Err(error) if heir.stand_by() => return Err(error),
+            Err(error) => {
+                if is_new(Saying::Requests, (1, 0)) {
+                    tracing::error!(%error, "the store cannot be opened, and nobody else can try");
+                }
+                heir.see_to();
+                thread::sleep(BETWEEN * 4);
+            }
+        }
+    };
+    serve(Arc::clone(&descriptors.fuse), fs, &servers, Arc::<Heir>::clone(&heir), resend)?;
     heir.over();
     Ok(())
 }
 
-/// True if the file system is unmounted, and nobody has anything of it any more.
-fn is_over(fuse: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fuse, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().contains(PollFlags::ERR))
+/// The file system as it was left to us.
+fn open(start: &Start, left: &Descriptors, servers: &Arc<Servers>, doubt: bool) -> io::Result<SnapFs> {
+    let key = GroupKey::load(&start.store.join("key")).map_err(io::Error::other)?;
+    let folders = OpenFolders { packs: left.packs.try_clone()?, index: left.index.try_clone()? };
+    let store = Visitor::open(&start.store, &key, folders, doubt).map_err(io::Error::other)?;
+    let list = ListReader::new(left.list.try_clone()?.into());
+    let held = Held::new(left.report.try_clone()?.into());
+    let known = Known::read(left.known.try_clone()?.into())?;
+    Ok(SnapFs::new(store, list, held, Arc::clone(servers), known))
+}
+
+/// What whoever comes next waits if so many died soon.
+fn pause(deaths: u32) -> Duration {
+    PAUSE.min(BETWEEN * deaths.saturating_sub(PATIENCE))
 }
 
 /// Whoever stands by.
@@ -89,46 +112,84 @@ struct Heir {
     executable: PathBuf,
     /// What it is told first.
     start: Start,
-    descriptors: Descriptors,
+    descriptors: Arc<Descriptors>,
+    own: Weak<Self>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// The line to him; none while there is nobody.
     line: Option<UnixStream>,
+    /// He himself, if nobody waits for his end.
+    child: Option<Child>,
+    born: Option<Instant>,
+    /// How many ended soon, or could not be started, one after the other.
+    failed: u32,
+    /// Nobody is started before.
+    wait: Option<Instant>,
+    /// A thread waits for his end, and starts the next one.
+    watched: bool,
     over: bool,
 }
 
 impl Heir {
-    /// Starts one, and the next whenever that one dies.
-    fn begin(executable: &Path, start: Start, descriptors: Descriptors) -> io::Result<Arc<Self>> {
-        let heir = Self { state: Mutex::default(), executable: executable.to_owned(), start, descriptors };
-        let heir = Arc::new(heir);
-        let (own, mut child) = (Arc::clone(&heir), Some(heir.spawn()?));
-        thread::Builder::new().name("heir".into()).spawn(move || {
-            loop {
-                if let Some(mut child) = child.take() {
-                    let _ = child.wait();
-                }
-                let mut state = own.lock();
-                state.line = None;
-                if state.over {
-                    return;
-                }
-                drop(state);
-                tracing::warn!("nobody stands by: the next one is started");
-                thread::sleep(BETWEEN);
-                child = own.spawn().inspect_err(|error| tracing::error!(%error, "nobody can")).ok();
-            }
-        })?;
-        Ok(heir)
+    /// Starts one, and the next whenever that one dies. If none can be started now, it is tried again.
+    fn begin(executable: &Path, start: Start, descriptors: Arc<Descriptors>) -> Arc<Self> {
+        let heir = Arc::new_cyclic(|own| Self {
+            state: Mutex::default(),
+            executable: executable.to_owned(),
+            start,
+            descriptors,
+            own: own.clone(),
+        });
+        heir.next(&mut heir.lock());
+        heir.see_to();
+        heir
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn spawn(&self) -> io::Result<Child> {
+    /// Waits for ends, and starts the next one each time.
+    fn watch(&self) {
+        loop {
+            let mut state = self.lock();
+            if let Some(mut child) = state.child.take() {
+                drop(state);
+                let _ = child.wait();
+                state = self.lock();
+                state.ended();
+            }
+            if state.over {
+                return;
+            }
+            let wait = state.wait.map(|wait| wait.saturating_duration_since(Instant::now()));
+            drop(state);
+            thread::sleep(wait.unwrap_or_default());
+            let mut state = self.lock();
+            if !state.over {
+                self.next(&mut state);
+            }
+        }
+    }
+
+    /// Starts the next one, if that can be done.
+    fn next(&self, state: &mut State) {
+        match self.spawn() {
+            Ok((line, child)) => {
+                (state.line, state.child, state.born) = (Some(line), Some(child), Some(Instant::now()));
+            }
+            Err(error) => {
+                state.failed();
+                if is_new(Saying::Heir, (0, 0)) {
+                    tracing::error!(%error, "nobody can stand by just now");
+                }
+            }
+        }
+    }
+
+    fn spawn(&self) -> io::Result<(UnixStream, Child)> {
         let (ours, theirs) = UnixStream::pair()?;
         // Before he is born: from that moment on the descriptors are his, whatever becomes of us.
         send_start(&ours, &self.start, &self.descriptors)?;
@@ -141,8 +202,7 @@ impl Heir {
             .stderr(Stdio::inherit())
             .current_dir("/")
             .spawn()?;
-        self.lock().line = Some(ours);
-        Ok(child)
+        Ok((ours, child))
     }
 
     /// Nobody has to take over.
@@ -154,5 +214,56 @@ impl Heir {
         {
             tracing::warn!(%error, "whoever stands by does not hear that it is over");
         }
+    }
+}
+
+impl Others for Heir {
+    /// With a thread that does it; as long as there can be none, by looking now and then.
+    fn see_to(&self) -> bool {
+        let mut state = self.lock();
+        if state.watched || state.over {
+            return false;
+        }
+        if let Some(own) = self.own.upgrade() {
+            let spawned = thread::Builder::new().name("heir".into()).spawn(move || own.watch());
+            state.watched = spawned.is_ok();
+        }
+        if state.watched {
+            return false;
+        }
+        if let Some(child) = &mut state.child {
+            if let Ok(None) = child.try_wait() {
+                return true;
+            }
+            state.child = None;
+            state.ended();
+        }
+        if state.wait.is_none_or(|wait| wait <= Instant::now()) {
+            self.next(&mut state);
+        }
+        true
+    }
+
+    fn stand_by(&self) -> bool {
+        self.lock().line.is_some()
+    }
+}
+
+impl State {
+    /// He is not any more.
+    fn ended(&mut self) {
+        self.line = None;
+        if self.born.is_some_and(|born| born.elapsed() > LONG) {
+            self.failed = 0;
+        }
+        self.failed();
+        if !self.over && is_new(Saying::Heir, (1, self.failed.min(PATIENCE).into())) {
+            tracing::warn!("nobody stands by: the next one is started");
+        }
+    }
+
+    fn failed(&mut self) {
+        self.failed = self.failed.saturating_add(1);
+        self.wait = Some(Instant::now() + BETWEEN.max(pause(self.failed)));
     }
 }

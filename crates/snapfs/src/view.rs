@@ -239,7 +239,7 @@ fn start(setup: &Setup, at: &Path, list: File, report: &File) -> Result<(), View
     let report = report.try_clone().map_err(io_error("open", folder))?;
     let known = open_file(setup, "known")?;
     let (list, report, known) = (list.into(), report.into(), known.into());
-    let descriptors = Descriptors { fuse, packs, index, list, report, known };
+    let descriptors = Descriptors { fuse: fuse.into(), packs, index, list, report, known };
     let started =
         spawn(executable, folder, *owner, &descriptors, store).map_err(io_error("start", executable));
     // From here on those who serve have the only descriptors: if they end, so does what is mounted.

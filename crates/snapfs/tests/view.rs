@@ -305,8 +305,14 @@ fn what_cannot_be_read_is_not_answered_until_it_can() {
         File::open(view.ram(&file)).unwrap().read_exact_at(&mut next, 51 * PAGE_SIZE as u64).unwrap();
         assert!(next == page(52));
         assert!(held[0].why.contains("damaged"), "{held:?}");
-        // A disk's reader is told, others are served; also by whoever comes next, who holds as well.
+        // A disk's reader is told, after a while; at once if somebody has waited just now.
+        let began = Instant::now();
         assert!(fs::read(view.disk(&file)).is_err());
+        assert!(began.elapsed() > Duration::from_secs(1));
+        let (disk, began) = (File::open(view.disk(&file)).unwrap(), Instant::now());
+        assert!((0..5).all(|_| disk.read_exact_at(&mut next, 50 * PAGE_SIZE as u64).is_err()));
+        assert!(began.elapsed() < Duration::from_secs(1));
+        // Others are served; also by whoever comes next, who holds as well.
         kill(serving(dir.path()));
         assert!(fs::read(view.ram(&MapFile::of(other))).unwrap() == pages(&[500, 501]));
         assert!(until(Duration::from_secs(10), || !view.held().is_empty()));
@@ -363,18 +369,13 @@ fn who_has_a_file_mapped_keeps_it_when_it_is_unmounted() {
     assert!(again.answers());
 }
 
-#[test]
-fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
-    if !rustix::process::geteuid().is_root() {
-        return;
-    }
-    let owner = HostUser { uid: 12_345, gid: 12_346 };
+/// A view for somebody else, which only root can have made. None where there can be none.
+fn scene_for(owner: HostUser) -> Option<Scene> {
+    use std::os::unix::fs::PermissionsExt;
     if let Err(lacks) = snapfs::mount::supported() {
         eprintln!("not tested: {lacks}");
-        return;
+        return None;
     }
-    use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::process::CommandExt;
     let dir = tempfile::tempdir().unwrap();
     let store_dir = dir.path().join("store");
     drop(Store::create(&store_dir, GroupKey::generate().unwrap()).unwrap());
@@ -395,7 +396,17 @@ fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
         view = View::open(&set_up, 1, &[]).ok();
         view.is_some()
     }));
-    let scene = Scene { view: view.unwrap(), store, dir };
+    Some(Scene { view: view.unwrap(), store, dir })
+}
+
+#[test]
+fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let owner = HostUser { uid: 12_345, gid: 12_346 };
+    use std::os::unix::process::CommandExt;
+    let Some(scene) = scene_for(owner) else { return };
     let path = scene.view.ram(&MapFile::of(take(&scene.store, &[3, 4])));
     assert_eq!(fs::metadata(format!("/proc/{}", serving(scene.dir.path()))).unwrap().uid(), owner.uid);
     let reads_as = |uid: u32| {
@@ -408,7 +419,12 @@ fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
     // The store's files are not his: they are mapped into our memory.
     scene.store.fold().unwrap();
     for folder in ["packs", "index"] {
-        let file = fs::read_dir(store_dir.join(folder)).unwrap().next().unwrap().unwrap().path();
+        let file = fs::read_dir(scene.dir.path().join("store").join(folder))
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
         assert_eq!(file.metadata().unwrap().uid(), 0, "{file:?}");
         let may = |what: &str, uid: u32| {
             let mut test = std::process::Command::new("test");
@@ -421,4 +437,137 @@ fn a_view_for_somebody_else_is_served_as_him_and_read_by_him_alone() {
     assert!(fs::read(&path).unwrap() == pages(&[3, 4]), "root may");
     kill(serving(scene.dir.path()));
     assert!(reads_as(owner.uid) == pages(&[3, 4]));
+}
+
+/// What a process may have of something from now on; as much as it may at most, if it is not said. By its owner: root may not be allowed to.
+fn limit(pid: u32, what: &str, most: Option<u64>) {
+    use std::os::unix::process::CommandExt;
+    let meta = fs::metadata(format!("/proc/{pid}")).unwrap();
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits.lines().find(|line| line.contains(what)).unwrap();
+    // Max processes             31845                31845                processes
+    let hard = line.split_whitespace().nth_back(1).unwrap().to_owned();
+    let option = if what == "processes" { "nproc" } else { "nofile" };
+    let soft = most.map_or(hard, |most| most.to_string());
+    let mut prlimit = std::process::Command::new("prlimit");
+    prlimit.args([&format!("--pid={pid}"), &format!("--{option}={soft}:")]);
+    prlimit.uid(meta.uid()).gid(meta.gid()).current_dir("/");
+    assert!(prlimit.status().unwrap().success());
+}
+
+#[test]
+fn whoever_can_start_nothing_serves_alone_until_he_can() {
+    // Root may start as much as he likes.
+    let owner = HostUser { uid: 23_456, gid: 23_456 };
+    let scene = if rustix::process::geteuid().is_root() { scene_for(owner) } else { scene(None) };
+    let Some(Scene { store, view, dir }) = &scene else { return };
+    let files: Vec<(MapFile, Vec<u64>)> = (0..4)
+        .map(|i| {
+            let numbers: Vec<u64> = (0..300).map(|n| 1 + i * 1000 + n).collect();
+            (MapFile::of(take(store, &numbers)), numbers)
+        })
+        .collect();
+    let reads = |number: usize| {
+        let (file, numbers) = &files[number];
+        assert!(fs::read(view.ram(file)).unwrap() == pages(numbers), "file {number}");
+    };
+    let alone = standing_by(dir.path(), None);
+    limit(alone, "processes", Some(0));
+    kill(serving(dir.path()));
+    reads(0);
+    std::thread::sleep(Duration::from_millis(1500));
+    reads(1);
+    assert_eq!(processes(dir.path()), HashSet::from([alone]));
+    limit(alone, "processes", None);
+    // Also if nobody asks for anything.
+    assert!(until(Duration::from_secs(10), || processes(dir.path()).len() == 2));
+    reads(2);
+    assert_eq!(serving(dir.path()), alone);
+    kill(alone);
+    reads(3);
+}
+
+#[test]
+fn whoever_can_open_nothing_keeps_what_he_was_left_until_he_can() {
+    let Some(Scene { store, view, dir }) = &scene(None) else { return };
+    let file = MapFile::of(take(store, &[1, 2, 3]));
+    let open = File::open(view.ram(&file)).unwrap();
+    let alone = standing_by(dir.path(), None);
+    limit(alone, "open files", Some(4));
+    kill(serving(dir.path()));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut bytes = vec![0; 3 * PAGE_SIZE];
+            open.read_exact_at(&mut bytes, 0).unwrap();
+            assert!(bytes == pages(&[1, 2, 3]));
+        });
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(!reader.is_finished() && processes(dir.path()) == HashSet::from([alone]));
+        limit(alone, "open files", None);
+        assert!(until(Duration::from_secs(10), || reader.is_finished()));
+    });
+    assert!(until(Duration::from_secs(10), || processes(dir.path()).len() == 2));
+}
+
+/// A stretch of memory that is lost as a whole, asked for by many, beside others who ask for what is there.
+#[test]
+fn what_is_lost_does_not_keep_others_waiting() {
+    let Some(Scene { store, view, dir }) = &scene(None) else { return };
+    let numbers: Vec<u64> = (1..1000).collect();
+    let lost = MapFile::of(take(store, &numbers));
+    let packs = dir.path().join("store/packs");
+    let pack = fs::read_dir(&packs).unwrap().next().unwrap().unwrap().path();
+    let others: Vec<(MapFile, u64)> =
+        (0..60).map(|i| (MapFile::of(take(store, &[5000 + i])), 5000 + i)).collect();
+    // The names of its pages are still known, and its map as well.
+    let whole = fs::read(&pack).unwrap();
+    let mut bytes = whole.clone();
+    bytes[4096..4096 + 999 * 4096].fill(0x55);
+    let file = File::options().write(true).open(&pack).unwrap();
+    file.write_all_at(&bytes, 0).unwrap();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..40)
+            .map(|i| {
+                let open = File::open(view.ram(&lost)).unwrap();
+                scope.spawn(move || {
+                    let mut page = [0; PAGE_SIZE];
+                    open.read_exact_at(&mut page, i * 25 * PAGE_SIZE as u64).unwrap();
+                    page
+                })
+            })
+            .collect();
+        let began = Instant::now();
+        for (other, number) in &others {
+            assert!(fs::read(view.ram(other)).unwrap() == page(*number));
+        }
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(until(Duration::from_secs(20), || view.held().len() == 40));
+        assert!(readers.iter().all(|reader| !reader.is_finished()));
+        file.write_all_at(&whole, 0).unwrap();
+        let began = Instant::now();
+        for (reader, i) in readers.into_iter().zip(0..) {
+            assert!(reader.join().unwrap() == page(1 + i * 25));
+        }
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    });
+    assert!(until(Duration::from_secs(5), || view.held().is_empty()));
+}
+
+#[test]
+fn a_disk_that_is_mended_soon_was_only_slow() {
+    let Some(Scene { store, view, dir }) = &scene(None) else { return };
+    let file = MapFile::of(take(store, &[1, 2, 3]));
+    let pack = fs::read_dir(dir.path().join("store/packs")).unwrap().next().unwrap().unwrap().path();
+    let disk = File::open(view.disk(&file)).unwrap();
+    let pack = File::options().write(true).open(&pack).unwrap();
+    let put = |number: u64| pack.write_all_at(&page(number), 4096 + 4096).unwrap();
+    put(9);
+    let reader = std::thread::spawn(move || {
+        let mut bytes = vec![0; 3 * PAGE_SIZE];
+        disk.read_exact_at(&mut bytes, 0).map(|()| bytes)
+    });
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!reader.is_finished());
+    put(2);
+    assert!(reader.join().unwrap().unwrap() == pages(&[1, 2, 3]));
 }

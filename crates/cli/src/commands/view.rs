@@ -6,7 +6,7 @@ use server::Problem;
 use server::snapshots::Code;
 
 pub(crate) fn run() -> Result<(), Problem> {
-    server::start_helper();
+    server::start_lasting_helper();
     let failed = |error: std::io::Error| Problem::new(Code::Failed, "the view ended").because(&error);
     snapfs::process::run(Path::new("/proc/self/exe")).map_err(failed)
 }

@@ -4,6 +4,7 @@
 //! SIGBUS. So while a store is open a mark lies beside the runs, and who finds one reads every run whole before he maps it. What is
 //! damaged then, or cannot be read, is thrown away: its packs are asked instead.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use super::merge::merge;
 use super::run::{ENTRY, Encoder, HEADER};
 use super::{Index, Run, rank};
-use crate::disk::Disk;
+use crate::disk::{Disk, list_surely};
 use crate::error::{Error, Problem, Result};
 use crate::pack::{PackId, Packs};
 use crate::planted::{Mistake, is_made};
@@ -85,8 +86,21 @@ impl Runs {
     /// Opens the runs there are of a store that another process has. Returns the packs whose names they have. What cannot be used is left
     /// alone. `doubt` has each read whole before it is mapped.
     pub(crate) fn visit(&self, packs: &Packs, doubt: bool) -> Result<HashSet<PackId>> {
-        let names = self.disk.list(&self.folder).map_err(Error::io("list", &self.folder))?;
-        self.open_all(&names, packs, doubt, |_, _| Ok(()))
+        let list = || self.disk.list(&self.folder).map_err(Error::io("list", &self.folder));
+        for last in [false, false, true] {
+            let names: Vec<OsString> =
+                list_surely(|| Ok::<_, Error>(list()?.into_iter().collect()))?.into_iter().collect();
+            let gone = Cell::new(false);
+            let covered = self.open_all(&names, packs, doubt, |_, problem| {
+                gone.set(gone.get() || problem == Some(Problem::Unreadable(io::ErrorKind::NotFound)));
+                Ok(())
+            })?;
+            // One that is gone when it is opened has become part of another.
+            if last || !gone.get() {
+                return Ok(covered);
+            }
+        }
+        Ok(HashSet::new())
     }
 
     /// Opens the runs among these files; `spoilt` gets what is of no use, with what is wrong with it.

@@ -143,16 +143,16 @@ impl Packs {
         read(&self.list).iter().cloned().collect()
     }
 
-    /// Packs there have been; the next one gets this number.
-    pub(crate) fn count(&self) -> u32 {
-        read(&self.list).0.len() as u32
-    }
-
     /// Takes a pack out of the table; its file is the caller's business.
     pub(crate) fn forget(&self, number: u32) {
         if let Some(slot) = Arc::make_mut(&mut write(&self.list).0).get_mut(number as usize) {
             *slot = None;
         }
+        self.let_go(number);
+    }
+
+    /// Closes what is open of a pack, so that it is opened anew: another file may have its name by now, and an open one may be stale.
+    pub(crate) fn let_go(&self, number: u32) {
         lock(&self.open).files.remove(&number);
         lock(&self.open_bodies).files.remove(&number);
     }
