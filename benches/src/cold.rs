@@ -79,12 +79,16 @@ fn resident(files: &[PathBuf]) -> Result<u64> {
     numbers.sum::<std::result::Result<u64, _>>().map_err(|_| Error::Lacks("resident bytes"))
 }
 
-/// What of a state folder is to be cold: page stores and disk layers.
+/// What of a state folder is to be cold: packs and disk layers. The index is mapped by the daemon, whose it stays: what is mapped is not
+/// forgotten.
 pub(crate) fn stored(state: &Path) -> Result<Vec<PathBuf>> {
     let groups = state.join("groups");
     let entries = std::fs::read_dir(&groups).map_err(system("list", &groups))?;
     let folders = entries.flatten().flat_map(|group| {
-        ["pages", "layers"].map(|folder| group.path().join(folder)).into_iter().filter(|path| path.is_dir())
+        ["pages/packs", "layers"]
+            .map(|folder| group.path().join(folder))
+            .into_iter()
+            .filter(|path| path.is_dir())
     });
     Ok(folders.collect())
 }

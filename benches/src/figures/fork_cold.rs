@@ -1,6 +1,6 @@
 //! When nothing of it is in memory: how soon does a fork's guest answer, against QEMU's own fastest way, a mapped-ram file?
 //!
-//! The same machine with the same memory on both sides, by turns. Before each measurement that side's files (page store and disk layers
+//! The same machine with the same memory on both sides, by turns. Before each measurement that side's files (packs and disk layers
 //! here, the file and its layers there, and the image below both) are synced and forgotten, one by one, and `mincore` (`fincore`) says how
 //! much of them is still there; more than half a percent is no measurement. Ours begins with no view mounted, so that it is mounted
 //! anew. For that the daemon is started anew each time; what it does but once, asking QEMU for its version and its machines, it does for
