@@ -378,11 +378,7 @@ fn plan_catalog(
     plan.roots.extend(retired.iter().flat_map(|row| &row.retired));
     plan.unused = unused.into_iter().map(|row| row.id.clone()).collect();
     plan.layers = layers.iter().filter(|row| !reached.contains(row.id.as_str())).cloned().collect();
-    plan.ends_undo_of = OpRow::undoable(tx)?;
-    plan.ends_undo_of.retain(|op| {
-        let act = op.undo.as_ref().map(|inverse| &inverse.act);
-        act.is_some_and(|act| plan.snapshots.iter().chain(&plan.targets).any(|id| act.needs(id)))
-    });
+    plan.ends_undo_of = OpRow::needing(tx, plan.snapshots.iter().chain(&plan.targets))?;
     Ok(plan)
 }
 

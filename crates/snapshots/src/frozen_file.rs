@@ -16,8 +16,7 @@ use crate::catalog::{BaseStamp, LayerRow};
 use crate::disks::stamp_of;
 use crate::engine::Engine;
 use crate::error::{Code, Error, Result};
-use crate::groups::OpenGroup;
-use crate::owner::User;
+use crate::groups::{OpenGroup, host_user};
 
 /// An open layer, with what it looked like when it was opened.
 #[derive(Debug)]
@@ -49,7 +48,7 @@ impl Engine {
     /// It cannot be read by whoever the group's machines run as; it is no file; a user's image is not what it was.
     pub(crate) fn open_frozen(&self, group: &OpenGroup, layer: &LayerRow) -> Result<FrozenFile> {
         let path = self.layer_file(layer);
-        let reader = group.runs_as().map(|User { uid, gid, .. }| HostUser { uid, gid });
+        let reader = host_user(group.row.owner);
         let opened = open_as(&path, reader, layer.is_users()).and_then(|file| Ok((Look::at(&file)?, file)));
         let (before, file) = opened.map_err(|error| cannot_be_read(&path, error))?;
         if layer.stamp.is_some_and(|known| known != before.stamp) {

@@ -188,7 +188,7 @@ fn layers_of(folder: &Path) -> PathBuf {
 
 /// Who reads a group's pages, if he is not whoever runs us: his view does.
 pub(crate) fn host_user(owner: u32) -> Option<HostUser> {
-    User::other_than_us(owner).map(|user| HostUser { uid: user.uid, gid: user.gid })
+    User::other_than_us(owner).map(|user| user.ids_alone())
 }
 
 fn open_store(folder: &Path, make: bool, reader: Option<HostUser>) -> Result<Store, Unusable> {

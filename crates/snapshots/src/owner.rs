@@ -60,6 +60,11 @@ impl User {
         self.name.clone().unwrap_or_else(|| format!("user {}", self.uid))
     }
 
+    /// His numbers, as the page store and the views take them.
+    pub(crate) fn ids_alone(&self) -> HostUser {
+        HostUser { uid: self.uid, gid: self.gid }
+    }
+
     /// Gives him a file for himself alone.
     pub(crate) fn owns_alone(&self, file: &Path) -> Result<()> {
         set_mode(file, 0o600)?;
@@ -78,11 +83,12 @@ impl User {
     pub(crate) fn reads(&self, file: &Path) -> Result<()> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::open(file, flags, Mode::empty()).map_err(std::io::Error::from);
-        let reader = HostUser { uid: self.uid, gid: self.gid };
-        opened.and_then(|opened| pages::let_read(&fs::File::from(opened), reader)).map_err(|error| {
-            let (file, who) = (file.display(), self.label());
-            Error::new(Code::NotPermitted, format!("{who} cannot be let read {file}")).because(error)
-        })
+        opened.and_then(|opened| pages::let_read(&fs::File::from(opened), self.ids_alone())).map_err(
+            |error| {
+                let (file, who) = (file.display(), self.label());
+                Error::new(Code::NotPermitted, format!("{who} cannot be let read {file}")).because(error)
+            },
+        )
     }
 
     /// Lets him, as everybody, through a folder to files whose names he knows.

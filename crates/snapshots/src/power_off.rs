@@ -29,7 +29,7 @@ use qemu::process::Process;
 use rusqlite::Transaction;
 use serde_json::json;
 
-use crate::catalog::{Act, AtPowerOff, OpRow, SnapshotRow, TargetRow};
+use crate::catalog::{AtPowerOff, OpRow, SnapshotRow, TargetRow};
 use crate::clone::below;
 use crate::config::{MachineConfig, OnPowerOff};
 use crate::context::Context;
@@ -107,19 +107,15 @@ impl Engine {
             self.catalog.write(|tx| {
                 AtPowerOff::end(tx, &row.id)?;
                 let long_ago = Some(Timestamp::UNIX_EPOCH);
-                for snapshot in SnapshotRow::of_target(tx, &row.id)? {
+                let snapshots = SnapshotRow::of_target(tx, &row.id)?;
+                for snapshot in &snapshots {
                     SnapshotRow::set_removed(tx, &snapshot.id, long_ago)?;
                 }
                 TargetRow::set_removed(tx, &row.id, long_ago)?;
                 // What was done with it has gone with it.
-                let snapshots = SnapshotRow::of_target(tx, &row.id)?;
-                let its = |act: &Act| {
-                    act.needs(&row.id) || snapshots.iter().any(|snapshot| act.needs(&snapshot.id))
-                };
-                for op in OpRow::undoable(tx)? {
-                    if op.undo.as_ref().is_some_and(|inverse| its(&inverse.act)) {
-                        OpRow::forget_undo(tx, &op.id)?;
-                    }
+                let its = snapshots.iter().map(|snapshot| &snapshot.id).chain([&row.id]);
+                for op in OpRow::needing(tx, its)? {
+                    OpRow::forget_undo(tx, &op.id)?;
                 }
                 OpRow::finish(tx, &cx.id, None)
             })

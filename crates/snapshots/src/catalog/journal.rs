@@ -293,6 +293,16 @@ impl OpRow {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
+    /// Of those that can be undone, the ones whose undo needs one of these machines or snapshots.
+    pub(crate) fn needing<'a>(
+        tx: &Transaction<'_>,
+        ids: impl Iterator<Item = &'a String> + Clone,
+    ) -> Result<Vec<Self>> {
+        let needs =
+            |op: &Self| op.undo.as_ref().is_some_and(|inverse| ids.clone().any(|id| inverse.act.needs(id)));
+        Ok(Self::undoable(tx)?.into_iter().filter(needs).collect())
+    }
+
     /// Operations that were under way when the daemon ended, oldest first.
     pub(crate) fn unfinished(tx: &Transaction<'_>) -> Result<Vec<Self>> {
         let mut query = tx.prepare("SELECT * FROM operations WHERE state = ?1 ORDER BY seq")?;

@@ -34,6 +34,11 @@ pub(crate) struct LayerRow {
     pub(crate) retired: Vec<MapRoot>,
 }
 
+/// The layer `?1` and all that lie over it, for what follows.
+const ABOVE: &str = "WITH RECURSIVE above (id) AS (
+    SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
+)";
+
 /// What had settled so far is retired.
 const RETIRE: &str = "UPDATE layers SET settled = NULL,
     retired = CASE WHEN settled IS NULL THEN retired ELSE json_insert(coalesce(retired, '[]'), '$[#]', json(settled)) END";
@@ -124,9 +129,7 @@ impl LayerRow {
     /// True if a snapshot has it, or something over it.
     pub(crate) fn has_snapshot(tx: &Transaction<'_>, id: &str) -> Result<bool> {
         let found = tx.query_row(
-            "WITH RECURSIVE above (id) AS (
-                 SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
-             ) SELECT EXISTS (SELECT 1 FROM above a JOIN snapshot_disks d ON d.layer = a.id)",
+            &format!("{ABOVE} SELECT EXISTS (SELECT 1 FROM above a JOIN snapshot_disks d ON d.layer = a.id)"),
             [id],
             |row| row.get(0),
         )?;
@@ -136,14 +139,7 @@ impl LayerRow {
     /// Writes what a user's image looks like now. What was settled over it may not be what it was.
     pub(crate) fn set_stamp(tx: &Transaction<'_>, id: &str, stamp: &BaseStamp) -> Result<()> {
         tx.execute("UPDATE layers SET stamp = ?2 WHERE id = ?1", params![id, to_json(stamp)?])?;
-        tx.execute(
-            &format!(
-                "WITH RECURSIVE above (id) AS (
-                     SELECT ?1 UNION SELECT l.id FROM layers l JOIN above a ON l.below = a.id
-                 ) {RETIRE} WHERE id IN (SELECT id FROM above)"
-            ),
-            [id],
-        )?;
+        tx.execute(&format!("{ABOVE} {RETIRE} WHERE id IN (SELECT id FROM above)"), [id])?;
         Ok(())
     }
 
