@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
@@ -326,9 +327,9 @@ impl QemuImg {
         image.parent().map_or(Ok(()), sync)
     }
 
-    /// Copies what an image shows, through everything that it lies over, into a qcow2 file that lies over nothing, and makes it durable.
-    /// `progress` gets the percentage that is done, and ends it by returning false: [`ImageError::Stopped`]. It ends when we do. On an error
-    /// no file is left.
+    /// Copies what an image shows, through everything that it lies over, into the file `to`, which is there and becomes a qcow2 image that
+    /// lies over nothing, durable. `progress` gets the percentage that is done, and ends it by returning false: [`ImageError::Stopped`]. It
+    /// ends when we do. On an error no file is left.
     pub fn flatten(
         &self,
         image: &Path,
@@ -340,22 +341,29 @@ impl QemuImg {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(&self.path);
         self.give_up_rights(&mut command);
-        // Past the page cache where that can be: nobody reads it again soon, and writing it back would take as long again.
-        let cache = if takes_direct_io(to) { "none" } else { "unsafe" };
-        // Pieces are written as they come, and no more at once than a disk has use for: in order it takes a fifth longer. A file that is
-        // made so is in as many pieces as another.
-        let words = ["convert", "-p", "-W", "-m", "4", "-t", cache, "-f", format, "-O", "qcow2"];
+        // Through the page cache, and written back by us from the beginning: past it, each piece would wait for the one before, since the file
+        // grows with each. Pieces are written as they come; more at once would only share the processors.
+        let words = ["convert", "-p", "-W", "-m", "2", "-t", "unsafe", "-f", format, "-O", "qcow2"];
         command.args(words).args(["-o", "lazy_refcounts=off,compat=1.1", "--"]);
         command.arg(image).arg(to);
         let (mut percent, mut line) = (0, Vec::new());
+        // Opened before: what cannot be written back is told to whoever had the file open then.
+        let made = File::open(to).map_err(|source| ImageError::Copy { path: to.to_owned(), source })?;
+        let mut growing = Growing { file: &made, before: 0, bytes: 0 };
         let output = tool::run_watched(command, &mut |bytes| {
+            growing.write_back();
             line.extend_from_slice(bytes);
             percent = last_percentage(&line).unwrap_or(percent);
             line.drain(..line.len().saturating_sub(PROGRESS_LINE));
             progress(percent)
         });
         let copied = match output {
-            Ok(Some(output)) if output.success => sync(to).and_then(|()| to.parent().map_or(Ok(()), sync)),
+            Ok(Some(output)) if output.success => {
+                let synced = made.sync_all();
+                synced
+                    .map_err(|source| ImageError::Sync { path: to.to_owned(), source })
+                    .and_then(|()| to.parent().map_or(Ok(()), sync))
+            }
             Ok(Some(output)) if is_locked(&output.stderr) => {
                 Err(ImageError::InUse { path: image.to_owned() })
             }
@@ -484,6 +492,28 @@ fn in_json(node: &Value) -> OsString {
 fn own_data(image: &Path, format: &str, file: &File) -> Result<bool, ImageError> {
     let read = || if format == "qcow2" { qcow2::has_own_data(file) } else { Ok(false) };
     read().map_err(|source| ImageError::Header { path: image.to_owned(), source })
+}
+
+/// A file that another program appends to.
+struct Growing<'a> {
+    file: &'a File,
+    /// Its length when it was last looked at, and the time before that.
+    bytes: u64,
+    before: u64,
+}
+
+impl Growing<'_> {
+    /// Begins to write back what has come to it, and drops what has been written back since it was last looked at: nobody reads it again
+    /// soon, and the sync at the end has little left to wait for.
+    fn write_back(&mut self) {
+        let bytes = self.file.metadata().map_or(0, |meta| meta.len());
+        if bytes > self.bytes {
+            // Linux begins to write such a range before it drops what is clean of it (mm/fadvise.c).
+            let range = NonZeroU64::new(bytes - self.before);
+            let _ = rustix::fs::fadvise(self.file, self.before, range, rustix::fs::Advice::DontNeed);
+            (self.before, self.bytes) = (self.bytes, bytes);
+        }
+    }
 }
 
 /// True if this file can be read, and so written, past the page cache.

@@ -162,7 +162,7 @@ impl Engine {
             self.check_chains(tx, &target.name, &disks)?;
             Ok(Original {
                 name: snapshot.full_name(),
-                _pins: self.pins.pin(chains(tx, &disks)?),
+                _pins: self.pins.pin_disks(&disks),
                 config: snapshot.config,
                 machine: snapshot.machine,
                 group: target.group,
@@ -178,10 +178,11 @@ impl Engine {
         let (row, _guard) = self.lock_target(cx, target, "clone")?;
         let (power, running) = self.look(&row)?;
         self.check_not_full(&row, running.as_deref())?;
-        let mut disks = self.catalog.read(|tx| {
+        let (mut disks, pins) = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.check_chains(tx, &row.name, &disks)?;
-            Ok(disks)
+            let pins = self.pins.pin_disks(&disks);
+            Ok((disks, pins))
         })?;
         // What the machine writes to is what is cloned once it is frozen. What holds nothing is left to it.
         let unused = running.is_none() && self.nothing_written(&disks)?;
@@ -203,7 +204,7 @@ impl Engine {
             self.freeze(&row, running.as_deref(), limit)?;
         }
         Ok(Original {
-            _pins: self.catalog.read(|tx| Ok(self.pins.pin(chains(tx, &disks)?)))?,
+            _pins: pins,
             name: row.name,
             config: row.config,
             machine: row.machine,
@@ -282,15 +283,6 @@ pub(crate) fn below(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<
         out.push((disk.clone(), row.below.filter(|_| row.stamp.is_none()).unwrap_or(row.id)));
     }
     Ok(out)
-}
-
-/// All layers of these disks.
-pub(crate) fn chains(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<String>> {
-    let mut layers = Vec::new();
-    for (_, top) in disks {
-        layers.extend(LayerRow::chain(tx, top)?.into_iter().map(|layer| layer.id));
-    }
-    Ok(layers)
 }
 
 /// The settings of a clone: what two machines cannot both have is left out, and said.

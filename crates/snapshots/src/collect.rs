@@ -449,4 +449,23 @@ mod tests {
         catalog.write(|tx| TargetRow::set_process(tx, "m", Power::Off, None)).unwrap();
         assert_eq!(collected(), (vec![map(3)], vec![map(3)]));
     }
+
+    #[test]
+    fn with_a_pinned_layer_stays_what_it_lies_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&folder.path().join("catalog.db")).unwrap();
+        let group = catalog.groups("0", 0).unwrap().remove(0).id;
+        let lower = new_layer(&group, 1 << 20);
+        let upper = LayerRow { below: Some(lower.id.clone()), depth: 2, ..new_layer(&group, 1 << 20) };
+        catalog.write(|tx| lower.insert(tx).and_then(|()| upper.insert(tx))).unwrap();
+        let pins = PinnedLayers::default();
+        let going = || {
+            let plan = catalog.read(|tx| plan_catalog(tx, &group, Timestamp::now(), &pins, &|_| false));
+            plan.unwrap().layers.len()
+        };
+        let pinned = pins.pin_disks(&[("disk0".into(), upper.id.clone())]);
+        assert_eq!(going(), 0);
+        drop(pinned);
+        assert_eq!(going(), 2);
+    }
 }

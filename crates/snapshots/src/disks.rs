@@ -47,21 +47,22 @@ impl Engine {
         self.layers_folder(&row.group).join(&row.file)
     }
 
-    /// What QEMU is told of a machine's disks, by their chains. The view is asked, which may take its time: not within a transaction.
-    pub(crate) fn disk_specs(&self, machine: &str, chains: &[(String, Vec<LayerRow>)]) -> Result<Vec<Disk>> {
-        let spec = |(disk, chain): &(String, Vec<LayerRow>)| {
-            let layers = self.open_specs(machine, disk, chain)?;
-            Ok(Disk { layers, ..self.disk_spec(disk, chain) })
+    /// What QEMU is told of a machine's disks, by what is opened of their chains. The view is asked, which may take its time: not within a
+    /// transaction.
+    pub(crate) fn disk_specs(&self, machine: &str, disks: &[(String, Vec<LayerRow>)]) -> Result<Vec<Disk>> {
+        let spec = |(disk, opened): &(String, Vec<LayerRow>)| {
+            let layers = self.open_specs(machine, disk, opened)?;
+            Ok(Disk { layers, ..self.disk_spec(disk, opened) })
         };
-        chains.iter().map(spec).collect()
+        disks.iter().map(spec).collect()
     }
 
-    /// The chains of disks, base first.
-    pub(crate) fn chains_of(
+    /// What is opened of the chains of disks, base first.
+    pub(crate) fn opened(
         tx: &Transaction<'_>,
         disks: &[(String, String)],
     ) -> Result<Vec<(String, Vec<LayerRow>)>> {
-        disks.iter().map(|(disk, top)| Ok((disk.clone(), LayerRow::chain(tx, top)?))).collect()
+        disks.iter().map(|(disk, top)| Ok((disk.clone(), opened(tx, top)?))).collect()
     }
 
     /// A disk by its chain, base first, every layer of which is opened.
@@ -84,7 +85,7 @@ impl Engine {
     ) -> Result<Vec<Disk>> {
         let below: Vec<_> = overlays.iter().map(|new| (new.disk.clone(), new.below.id.clone())).collect();
         let (read_only, below) =
-            self.catalog.read(|tx| Ok((Self::chains_of(tx, read_only)?, Self::chains_of(tx, &below)?)))?;
+            self.catalog.read(|tx| Ok((Self::opened(tx, read_only)?, Self::opened(tx, &below)?)))?;
         let mut disks = self.disk_specs(machine, &read_only)?;
         for (mut disk, new) in self.disk_specs(machine, &below)?.into_iter().zip(overlays) {
             disk.layers.push(self.layer_spec(&new.row));
@@ -99,21 +100,17 @@ impl Engine {
         Layer { id: row.id.clone(), flat: false, file: self.layer_file(row), format: row.format.clone() }
     }
 
-    /// The files of a chain, base first: what has settled of a deep one is one flat file.
-    fn open_specs(&self, machine: &str, disk: &str, chain: &[LayerRow]) -> Result<Vec<Layer>> {
-        let settled = chain.iter().rposition(|row| row.settled.is_some()).filter(|_| chain.len() > SHALLOW);
-        let (above, flat) = match settled.and_then(|last| chain.split_at_checked(last + 1)) {
-            None => (chain, None),
-            Some((below, above)) => match below.last().and_then(|row| self.flat_spec(row)) {
-                Some(flat) => (above, Some(flat)),
-                None => {
-                    // Nobody has looked at what was to be read through the view.
-                    below.iter().try_for_each(|row| self.check_layer(machine, disk, row))?;
-                    (chain, None)
-                }
-            },
-        };
-        Ok(flat.into_iter().chain(above.iter().map(|row| self.layer_spec(row))).collect())
+    /// The files of a disk, base first: what has settled of a deep chain is one flat file.
+    fn open_specs(&self, machine: &str, disk: &str, opened: &[LayerRow]) -> Result<Vec<Layer>> {
+        let specs = |rows: &[LayerRow]| rows.iter().map(|row| self.layer_spec(row)).collect::<Vec<_>>();
+        let Some((settled, above)) = split_settled(opened) else { return Ok(specs(opened)) };
+        if let Some(flat) = self.flat_spec(settled) {
+            return Ok([vec![flat], specs(above)].concat());
+        }
+        // Nobody has looked at what was to be read through the view.
+        let below = self.catalog.read(|tx| LayerRow::chain(tx, &settled.id))?;
+        below.iter().try_for_each(|row| self.check_layer(machine, disk, row))?;
+        Ok([specs(&below), specs(above)].concat())
     }
 
     /// A settled layer with all below it, as a file of the group's view; none if there is no view.
@@ -133,16 +130,21 @@ impl Engine {
         machine: &str,
         disks: &[(String, String)],
     ) -> Result<()> {
-        for (disk, layer) in disks {
-            let chain = LayerRow::chain(tx, layer)?;
-            // What is read through the view is compared with its name, page by page; where there is none, `open_specs` looks.
-            let settled =
-                chain.iter().rposition(|row| row.settled.is_some()).filter(|_| chain.len() > SHALLOW);
-            for (place, row) in chain.iter().enumerate() {
-                if row.is_users() || settled.is_none_or(|settled| place > settled) {
-                    self.check_layer(machine, disk, row)?;
+        for (disk, top) in disks {
+            let opened = opened(tx, top)?;
+            // What is read through the view is compared with its name, page by page; where there is none, `open_specs` looks. Only a user
+            // may have changed what is his.
+            let looked_at = match split_settled(&opened) {
+                None => &opened,
+                Some((_, above)) => {
+                    let base = LayerRow::base(tx, top)?;
+                    if base.is_users() {
+                        self.check_layer(machine, disk, &base)?;
+                    }
+                    above
                 }
-            }
+            };
+            looked_at.iter().try_for_each(|row| self.check_layer(machine, disk, row))?;
         }
         Ok(())
     }
@@ -193,9 +195,11 @@ impl Engine {
     /// The users' images under these layers.
     pub(crate) fn bases(tx: &Transaction<'_>, disks: &[(String, String)]) -> Result<Vec<LayerRow>> {
         let (mut bases, mut seen) = (Vec::new(), HashSet::new());
-        for (_, layer) in disks {
-            let chain = LayerRow::chain(tx, layer)?.into_iter();
-            bases.extend(chain.filter(|row| row.is_users() && seen.insert(row.id.clone())));
+        for (_, top) in disks {
+            let base = LayerRow::base(tx, top)?;
+            if base.is_users() && seen.insert(base.id.clone()) {
+                bases.push(base);
+            }
         }
         Ok(bases)
     }
@@ -245,25 +249,18 @@ impl Engine {
         disks: &[(String, String)],
         parent: Option<&str>,
     ) -> Result<Vec<LayerRow>> {
-        let chains = |disks: &[(String, String)]| -> Result<Vec<LayerRow>> {
-            let mut layers = Vec::new();
-            for (_, top) in disks {
-                layers.extend(LayerRow::chain(tx, top)?);
-            }
-            Ok(layers)
-        };
-        let mut since = chains(disks)?;
-        let before: HashSet<String> = match parent {
-            Some(parent) => {
-                chains(&SnapshotRow::disks(tx, parent)?)?.into_iter().map(|layer| layer.id).collect()
-            }
-            // A clone lies over layers that others wrote to.
-            None if since.iter().filter(|layer| !layer.is_users()).count() > disks.len() => {
-                Self::reached_by_others(tx, disks)?
-            }
-            None => HashSet::new(),
-        };
-        since.retain(|layer| layer.stamp.is_none() && !before.contains(&layer.id));
+        let before = parent.map_or(Ok(Vec::new()), |parent| SnapshotRow::disks(tx, parent))?;
+        let mut since = Vec::new();
+        for (disk, top) in disks {
+            let its = before.iter().find(|(known, _)| known == disk).map(|(_, top)| top.as_str());
+            since.extend(above_what_is_shared(tx, top, its)?);
+        }
+        since.retain(|layer| !layer.is_users());
+        // A clone lies over layers that others wrote to.
+        if parent.is_none() && since.len() > disks.len() {
+            let others = Self::reached_by_others(tx, disks)?;
+            since.retain(|layer| !others.contains(&layer.id));
+        }
         Ok(since)
     }
 
@@ -324,10 +321,10 @@ impl Engine {
 
     /// A chain may be as deep as it likes where what lies deep below is read from one file.
     fn check_depth(&self, tx: &Transaction<'_>, what: &str, disk: &str, top: &LayerRow) -> Result<()> {
-        let chain = LayerRow::chain(tx, &top.id)?;
-        let open = chain.iter().rev().take_while(|row| row.settled.is_none()).count();
+        let open = LayerRow::down_to_settled(tx, &top.id)?;
+        let open = open.iter().filter(|row| row.settled.is_none()).count();
         let refused = |why: String| {
-            Err(Error::new(Code::Refused, format!("{disk} of {what} is {} layers deep", chain.len()))
+            Err(Error::new(Code::Refused, format!("{disk} of {what} is {} layers deep", top.depth))
                 .because(why))
         };
         match self.can_view() {
@@ -408,6 +405,41 @@ impl Engine {
     }
 }
 
+/// The layers of one chain, from its top down, that another one does not have.
+fn above_what_is_shared(tx: &Transaction<'_>, top: &str, other: Option<&str>) -> Result<Vec<LayerRow>> {
+    let layer = |id: Option<&str>| id.map(|id| LayerRow::by_id(tx, id)).transpose();
+    let (mut at, mut other) = (layer(Some(top))?, layer(other)?);
+    let mut above = Vec::new();
+    while let Some(row) = at {
+        // A layer is as deep in every chain that it is in.
+        while let Some(deeper) = other.take_if(|other| other.depth > row.depth) {
+            other = layer(deeper.below.as_deref())?;
+        }
+        if other.as_ref().is_some_and(|other| other.id == row.id) {
+            break;
+        }
+        at = layer(row.below.as_deref())?;
+        above.push(row);
+    }
+    Ok(above)
+}
+
+/// The layers of a disk that are looked at and opened, base first: all of a shallow chain; of a deep one those down to the highest that has
+/// settled, in whose place one flat file is opened.
+fn opened(tx: &Transaction<'_>, top: &str) -> Result<Vec<LayerRow>> {
+    let open = LayerRow::down_to_settled(tx, top)?;
+    if is_deep(&open) { Ok(open) } else { LayerRow::chain(tx, top) }
+}
+
+/// The settled layer of a deep chain, and those above it, of what is opened.
+fn split_settled(opened: &[LayerRow]) -> Option<(&LayerRow, &[LayerRow])> {
+    opened.split_first().filter(|(lowest, _)| lowest.settled.is_some() && is_deep(opened))
+}
+
+fn is_deep(opened: &[LayerRow]) -> bool {
+    opened.last().is_some_and(|top| top.depth as usize > SHALLOW)
+}
+
 /// Removes a file that may already be gone.
 pub(crate) fn remove_file(path: &Path) {
     if let Err(error) = fs::remove_file(path)
@@ -439,3 +471,6 @@ pub(crate) fn stamp_of(meta: &fs::Metadata) -> BaseStamp {
 pub(crate) fn allocated(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |meta| meta.blocks() * 512)
 }
+
+#[cfg(test)]
+mod tests;

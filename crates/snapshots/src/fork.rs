@@ -22,7 +22,7 @@ use serde_json::json;
 
 use crate::address;
 use crate::catalog::{Act, Facts, Memory, OpRow, SnapshotRow, TargetRow, Things, now};
-use crate::clone::{below, chains, of_its_own};
+use crate::clone::{below, of_its_own};
 use crate::config::MachineConfig;
 use crate::context::Context;
 use crate::create::name_taken;
@@ -182,7 +182,7 @@ impl Engine {
         let (disks, pins) = self.catalog.read(|tx| {
             let disks = SnapshotRow::disks(tx, &snapshot.id)?;
             self.check_chains(tx, &row.name, &disks)?;
-            let pins = self.pins.pin(chains(tx, &disks)?);
+            let pins = self.pins.pin_disks(&disks);
             Ok((disks, pins))
         })?;
         Ok(Origin {
@@ -201,12 +201,12 @@ impl Engine {
     /// Step 2 of here.
     fn origin_here(&self, cx: &Context, row: &TargetRow) -> Result<Origin<'_>> {
         let (power, running) = self.look(row)?;
-        let disks = self.catalog.read(|tx| {
+        let (disks, pins) = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.check_chains(tx, &row.name, &disks)?;
-            Ok(disks)
+            let pins = self.pins.pin_disks(&disks);
+            Ok((disks, pins))
         })?;
-        let pins = self.catalog.read(|tx| Ok(self.pins.pin(chains(tx, &disks)?)))?;
         let mut origin = Origin {
             name: row.name.clone(),
             config: row.config.clone(),

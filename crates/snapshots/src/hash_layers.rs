@@ -89,13 +89,8 @@ impl Engine {
 
     /// What a session is for that stores a machine's memory.
     pub(crate) fn purpose(&self, target: &TargetRow) -> Result<Purpose> {
-        let images = self.catalog.read(|tx| {
-            let mut images = Vec::new();
-            for (_, top) in TargetRow::disks(tx, &target.id)? {
-                images.extend(LayerRow::chain(tx, &top)?.into_iter().filter(LayerRow::is_users));
-            }
-            Ok(images.iter().map(LayerRow::image_label).collect())
-        })?;
+        let bases = self.catalog.read(|tx| Self::bases(tx, &TargetRow::disks(tx, &target.id)?))?;
+        let images = bases.iter().map(LayerRow::image_label).collect();
         Ok(Purpose { origin: origin(&target.id), images })
     }
 

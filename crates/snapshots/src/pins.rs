@@ -9,7 +9,7 @@ use crate::fault::{Fault, planted};
 #[derive(Debug, Default)]
 pub(crate) struct PinnedLayers(Mutex<HashMap<String, usize>>);
 
-/// Keeps layers from the collector until dropped.
+/// Keeps layers, and what they lie over, from the collector until dropped.
 #[derive(Debug)]
 pub(crate) struct Pins<'a> {
     pinned: &'a PinnedLayers,
@@ -21,7 +21,8 @@ impl PinnedLayers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Pins these layers. To be called where the catalog is read in which they are found: the collector asks while it writes there.
+    /// Pins these layers, and with each all that it lies over. To be called where the catalog is read in which they are found: the collector
+    /// asks while it writes there.
     pub(crate) fn pin(&self, layers: impl IntoIterator<Item = String>) -> Pins<'_> {
         let layers: Vec<String> = layers.into_iter().collect();
         let mut pinned = self.lock();
@@ -31,7 +32,12 @@ impl PinnedLayers {
         Pins { pinned: self, layers }
     }
 
-    /// The layers that are pinned.
+    /// The same for the top layers of disks.
+    pub(crate) fn pin_disks(&self, disks: &[(String, String)]) -> Pins<'_> {
+        self.pin(disks.iter().map(|(_, top)| top.clone()))
+    }
+
+    /// The layers that are pinned, without what they lie over.
     pub(crate) fn all(&self) -> Vec<String> {
         if planted(Fault::NoPins) { Vec::new() } else { self.lock().keys().cloned().collect() }
     }

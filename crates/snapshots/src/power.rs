@@ -187,12 +187,12 @@ impl Engine {
 
     /// What QEMU is told of the disks of here, after a look at their files.
     pub(crate) fn here_specs(&self, row: &TargetRow) -> Result<Vec<Disk>> {
-        let chains = self.catalog.read(|tx| {
+        let opened = self.catalog.read(|tx| {
             let disks = TargetRow::disks(tx, &row.id)?;
             self.check_chains(tx, &row.name, &disks)?;
-            Self::chains_of(tx, &disks)
+            Self::opened(tx, &disks)
         })?;
-        self.disk_specs(&row.name, &chains)
+        self.disk_specs(&row.name, &opened)
     }
 
     /// Writes a process down and puts it where commands find it. If that fails, it is ended.

@@ -72,14 +72,14 @@ impl Engine {
         }
         let group = self.group_of(target)?;
         for (disk, top) in disks {
-            let chain = self.catalog.read(|tx| LayerRow::chain(tx, top))?;
-            let open = chain.iter().rev().take_while(|layer| layer.settled.is_none()).count();
-            if open <= DEEP {
+            let mut open = self.catalog.read(|tx| LayerRow::down_to_settled(tx, top))?;
+            open.retain(|layer| layer.settled.is_none());
+            if open.len() <= DEEP {
                 continue;
             }
             cx.phase("settling disks", 0);
-            let (_, below) = chain.split_last().unwrap_or((&chain[0], &[]));
-            for layer in below.iter().filter(|layer| layer.settled.is_none()) {
+            open.pop();
+            for layer in open {
                 let settled = self.settle_layer(&group, &layer.id, &|| cx.check().is_ok());
                 cx.check()?;
                 match settled {
@@ -108,7 +108,7 @@ impl Engine {
         let (chain, is_still, _pins) = self.catalog.read(|tx| {
             let chain = LayerRow::chain(tx, id)?;
             let is_still = chain.last().map_or(Ok(false), |layer| is_frozen(tx, layer))?;
-            let pins = self.pins.pin(chain.iter().map(|layer| layer.id.clone()));
+            let pins = self.pins.pin([id.to_owned()]);
             Ok((chain, is_still, pins))
         })?;
         let Some((layer, lower)) = chain.split_last().filter(|_| is_still) else { return Ok(false) };

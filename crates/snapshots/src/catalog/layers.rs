@@ -94,22 +94,47 @@ impl LayerRow {
 
     /// One layer.
     pub(crate) fn by_id(tx: &Transaction<'_>, id: &str) -> Result<Self> {
-        let found = one(tx.query_row("SELECT * FROM layers WHERE id = ?1", [id], Self::from_row))?;
-        found.ok_or_else(|| Error::new(Code::Damaged, format!("the catalog has no layer {id}")))
+        let mut query = tx.prepare_cached("SELECT * FROM layers WHERE id = ?1")?;
+        one(query.query_row([id], Self::from_row))?.ok_or_else(|| lacks(id))
     }
 
     /// A layer and what lies below it, base first.
     pub(crate) fn chain(tx: &Transaction<'_>, id: &str) -> Result<Vec<Self>> {
-        let mut query = tx.prepare(
-            "WITH RECURSIVE chain (id) AS (
-                 SELECT ?1 UNION SELECT l.below FROM layers l JOIN chain c ON l.id = c.id WHERE l.below NOT NULL
-             ) SELECT l.* FROM layers l JOIN chain c ON c.id = l.id ORDER BY l.depth",
+        Self::down(tx, id, false)
+    }
+
+    /// A layer and what lies below it, base first, down to the highest that has settled: its map is what all below it show. If none has, all
+    /// of them.
+    pub(crate) fn down_to_settled(tx: &Transaction<'_>, id: &str) -> Result<Vec<Self>> {
+        Self::down(tx, id, true)
+    }
+
+    fn down(tx: &Transaction<'_>, id: &str, to_settled: bool) -> Result<Vec<Self>> {
+        // Of a catalog in disorder the depths keep it from going round.
+        let mut query = tx.prepare_cached(
+            "WITH RECURSIVE down AS (
+                 SELECT * FROM layers WHERE id = ?1
+                 UNION ALL
+                 SELECT l.* FROM down d JOIN layers l ON l.id = d.below AND l.depth < d.depth
+                  WHERE NOT ?2 OR d.settled IS NULL
+             ) SELECT * FROM down",
         )?;
-        let rows: Vec<Self> = query.query_map([id], Self::from_row)?.collect::<rusqlite::Result<_>>()?;
-        match rows.last() {
-            Some(top) if top.id == id => Ok(rows),
-            _ => Err(Error::new(Code::Damaged, format!("the catalog has no layer {id}"))),
-        }
+        let rows = query.query_map(params![id, to_settled], Self::from_row)?;
+        let mut rows: Vec<Self> = rows.collect::<rusqlite::Result<_>>()?;
+        rows.reverse();
+        if rows.is_empty() { Err(lacks(id)) } else { Ok(rows) }
+    }
+
+    /// The lowest layer of a chain. Those between are passed, not read.
+    pub(crate) fn base(tx: &Transaction<'_>, id: &str) -> Result<Self> {
+        let mut query = tx.prepare_cached(
+            "WITH RECURSIVE down (row, below, depth) AS (
+                 SELECT rowid, below, depth FROM layers WHERE id = ?1
+                 UNION ALL
+                 SELECT l.rowid, l.below, l.depth FROM down d JOIN layers l ON l.id = d.below AND l.depth < d.depth
+             ) SELECT l.* FROM down d JOIN layers l ON l.rowid = d.row WHERE d.below IS NULL",
+        )?;
+        one(query.query_row([id], Self::from_row))?.ok_or_else(|| lacks(id))
     }
 
     /// All layers.
@@ -178,4 +203,8 @@ impl LayerRow {
         tx.execute("DELETE FROM layers WHERE id = ?1", [id])?;
         Ok(())
     }
+}
+
+fn lacks(id: &str) -> Error {
+    Error::new(Code::Damaged, format!("the catalog has no layer {id}"))
 }
