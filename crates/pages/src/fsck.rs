@@ -259,9 +259,9 @@ impl Inner {
                             todo.extend(forest.children(number));
                         }
                     }
-                    Child::Page(place) => {
-                        if let Some(found) = pages.get(&place).and_then(|i| found.get_mut(*i)) {
-                            found.labels.insert(label.clone());
+                    Child::Pages(first, count) => {
+                        for i in first.run(count).filter_map(|place| pages.get(&place)) {
+                            found.get_mut(*i).map(|found| found.labels.insert(label.clone()));
                         }
                     }
                     Child::Missing(number) => {

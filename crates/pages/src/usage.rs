@@ -87,11 +87,11 @@ impl Ledger {
         let nodes = vec![Mark::default(); forest.nodes().len()];
         let (mut pages, view) = (HashMap::new(), store.packs.view());
         for child in forest.all_children() {
-            if let Child::Page(place) = child
-                && let Some(pack) = view.get(place.pack)
+            if let Child::Pages(first, _) = child
+                && let Some(pack) = view.get(first.pack)
             {
                 pages
-                    .entry(place.pack)
+                    .entry(first.pack)
                     .or_insert_with(|| vec![Mark::default(); pack.layout.slots() as usize]);
             }
         }
@@ -113,11 +113,7 @@ impl Ledger {
                             todo.extend(self.forest.children(number));
                         }
                     }
-                    Child::Page(place) => {
-                        if self.page(place).is_some_and(|mark| mark.visit(walk, *owner)) {
-                            bytes += self.page_bytes(place.pack, place.at.slot().unwrap_or(0));
-                        }
-                    }
+                    Child::Pages(first, count) => bytes += self.visit_pages(first, count, walk, *owner),
                     Child::Missing(_) => {}
                 }
             }
@@ -155,7 +151,12 @@ impl Ledger {
         self.view.get(pack).map_or(0, |pack| pack.layout.page_bytes(slot))
     }
 
-    fn page(&mut self, place: Place) -> Option<&mut Mark> {
-        self.pages.get_mut(&place.pack)?.get_mut(place.at.slot()? as usize)
+    /// Notes a visit to a run of pages. Bytes of those where this walk was not before.
+    fn visit_pages(&mut self, first: Place, count: u16, walk: u32, owner: u32) -> u64 {
+        let Some(marks) = self.pages.get_mut(&first.pack) else { return 0 };
+        let Some(pack) = self.view.get(first.pack) else { return 0 };
+        let slots = first.run(count).filter_map(|place| place.at.slot());
+        let is_new = |slot: &u32| marks.get_mut(*slot as usize).is_some_and(|mark| mark.visit(walk, owner));
+        slots.filter(is_new).map(|slot| pack.layout.page_bytes(slot)).sum()
     }
 }

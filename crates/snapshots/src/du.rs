@@ -36,70 +36,73 @@ struct Entry {
     /// Removed then (milliseconds since 1970), and held only by the undo log.
     removed: Option<i64>,
     roots: Vec<MapRoot>,
-    layers: Vec<String>,
+    /// The highest layer of each disk, by its number in [`Ledger::layers`].
+    tops: Vec<usize>,
     saved: Saved,
 }
 
-/// All holders of a group, and the bytes of every layer of ours. Nothing of any other group is looked at.
+/// A disk layer.
+#[derive(Debug)]
+struct Layer {
+    /// Number of the one below.
+    below: Option<usize>,
+    /// What its file takes, if it is ours.
+    bytes: Option<u64>,
+    /// The page map of a settled one.
+    settled: Option<MapRoot>,
+}
+
+/// All holders of a group, and its layers. Nothing of any other group is looked at. Chains are walked and never written out: together
+/// those of a thousand snapshots in a row have half a million layers.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     /// The group's pages; none if they cannot be reached, and then they count nothing.
     store: Option<Arc<Store>>,
     entries: Vec<Entry>,
-    layer_bytes: HashMap<String, u64>,
-    /// The page maps of settled layers, by layer.
-    settled: HashMap<String, MapRoot>,
+    layers: Vec<Layer>,
 }
 
 impl Ledger {
     /// Reads the catalog and looks at the layers' files.
     pub(crate) fn read(engine: &Engine, group: &OpenGroup) -> Result<Self> {
         let id = &group.row.id;
-        let (entries, layers) = engine.catalog.read(|tx| {
-            let layers = LayerRow::of_group(tx, id)?;
-            let below: HashMap<&str, Option<&str>> =
-                layers.iter().map(|l| (l.id.as_str(), l.below.as_deref())).collect();
-            let chains = |disks: Vec<(String, String)>| {
-                let mut out = Vec::new();
-                for (_, top) in &disks {
-                    let mut at = Some(top.as_str());
-                    while let Some(id) = at {
-                        out.push(id.to_owned());
-                        at = below.get(id).copied().flatten();
-                    }
-                }
-                out
+        let (entries, mut layers, rows) = engine.catalog.read(|tx| {
+            let rows = LayerRow::of_group(tx, id)?;
+            let numbers: HashMap<&str, usize> = rows.iter().map(|row| row.id.as_str()).zip(0..).collect();
+            let layer = |row: &LayerRow| Layer {
+                below: row.below.as_deref().and_then(|below| numbers.get(below).copied()),
+                bytes: None,
+                settled: row.settled,
             };
-            let settled: HashMap<&str, MapRoot> =
-                layers.iter().filter_map(|l| Some((l.id.as_str(), l.settled?))).collect();
+            let layers: Vec<Layer> = rows.iter().map(layer).collect();
+            let tops = |disks: Vec<(String, String)>| -> Vec<usize> {
+                disks.iter().filter_map(|(_, top)| numbers.get(top.as_str()).copied()).collect()
+            };
             // What lies over one that has settled holds its map; the maps below it share nearly all of its pages.
-            let maps = |disks: &[(String, String)]| {
-                let top = |(_, top): &(String, String)| {
-                    let mut chain = std::iter::successors(Some(top.as_str()), |id| below.get(id).copied()?);
-                    chain.find_map(|id| settled.get(id).copied())
-                };
-                disks.iter().filter_map(top).collect::<Vec<_>>()
+            let maps = |tops: &[usize]| {
+                let top = |top: &usize| chain(&layers, *top).find_map(|number| layers[number].settled);
+                tops.iter().filter_map(top).collect::<Vec<_>>()
             };
             let mut entries = Vec::new();
             for row in SnapshotRow::of_group(tx, id)? {
-                let disks = SnapshotRow::disks(tx, &row.id)?;
+                let tops = tops(SnapshotRow::disks(tx, &row.id)?);
                 let memory = row.memory.iter().flat_map(|m| m.roots());
                 entries.push(Entry {
                     target: row.target_name.clone(),
                     name: row.name.clone(),
                     undo_point: row.undo_point,
                     removed: row.removed,
-                    roots: memory.chain(maps(&disks)).collect(),
-                    layers: chains(disks),
+                    roots: memory.chain(maps(&tops)).collect(),
+                    tops,
                     saved: row.facts.saved,
                     holder: Holder::Snapshot(row.id),
                 });
             }
             for row in TargetRow::of_group(tx, id)? {
-                let disks = TargetRow::disks(tx, &row.id)?;
+                let tops = tops(TargetRow::disks(tx, &row.id)?);
                 entries.push(Entry {
-                    roots: row.roots().chain(maps(&disks)).collect(),
-                    layers: chains(disks),
+                    roots: row.roots().chain(maps(&tops)).collect(),
+                    tops,
                     holder: Holder::Here(row.id),
                     target: row.name,
                     name: String::new(),
@@ -108,12 +111,12 @@ impl Ledger {
                     saved: Saved::default(),
                 });
             }
-            Ok((entries, layers))
+            Ok((entries, layers, rows))
         })?;
-        let ours = layers.iter().filter(|l| l.stamp.is_none());
-        let layer_bytes = ours.map(|l| (l.id.clone(), allocated(&engine.layer_file(l)))).collect();
-        let settled = layers.iter().filter_map(|l| Some((l.id.clone(), l.settled?))).collect();
-        Ok(Self { store: group.store().ok().cloned(), entries, layer_bytes, settled })
+        for (layer, row) in layers.iter_mut().zip(&rows).filter(|(_, row)| row.stamp.is_none()) {
+            layer.bytes = Some(allocated(&engine.layer_file(row)));
+        }
+        Ok(Self { store: group.store().ok().cloned(), entries, layers })
     }
 
     /// Bytes of pages that nothing would need any more if `dropped` went and `kept` stayed.
@@ -121,13 +124,24 @@ impl Ledger {
         Ok(self.store.as_ref().map_or(Ok(0), |store| store.freed_by(dropped, kept))?)
     }
 
-    fn bytes<'a>(&self, layers: impl Iterator<Item = &'a String>) -> u64 {
-        layers.filter_map(|id| self.layer_bytes.get(id)).sum()
+    /// Bytes of these layers.
+    fn bytes<'a>(&self, layers: impl Iterator<Item = &'a usize>) -> u64 {
+        layers.filter_map(|number| self.layers.get(*number)?.bytes).sum()
+    }
+
+    /// The layers of a holder's disks, by number.
+    fn chains(&self, entry: &Entry) -> impl Iterator<Item = usize> {
+        entry.tops.iter().flat_map(|top| chain(&self.layers, *top))
+    }
+
+    /// The layers that some holders have.
+    fn layers_of(&self, entries: &[&Entry]) -> HashSet<usize> {
+        entries.iter().flat_map(|entry| self.chains(entry)).collect()
     }
 
     /// Bytes of all layers.
     pub(crate) fn layers_total(&self) -> u64 {
-        self.layer_bytes.values().sum()
+        self.layers.iter().filter_map(|layer| layer.bytes).sum()
     }
 
     /// When things were removed that are still there, in order.
@@ -148,9 +162,9 @@ impl Ledger {
         if pinned.is_empty() {
             return Ok(0);
         }
-        let (theirs, others) = (layers(&pinned), layers(&needed));
+        let (theirs, others) = (self.layers_of(&pinned), self.layers_of(&needed));
         let pages = self.freed_by(&roots(&pinned), &roots(&needed))?;
-        Ok(pages + self.bytes(theirs.difference(&others).copied()))
+        Ok(pages + self.bytes(theirs.difference(&others)))
     }
 
     /// Bytes that nothing would need any more if `gone` went; bytes of theirs that stay; and who needs those.
@@ -160,24 +174,21 @@ impl Ledger {
         let (their_roots, other_roots) = (roots(&going), roots(&staying));
         let freed_pages = self.freed_by(&their_roots, &other_roots)?;
         let all_pages = self.freed_by(&their_roots, &[])?;
-        let (theirs, others) = (layers(&going), layers(&staying));
-        let freed = freed_pages + self.bytes(theirs.difference(&others).copied());
-        let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others).copied());
+        let (theirs, others) = (self.layers_of(&going), self.layers_of(&staying));
+        let freed = freed_pages + self.bytes(theirs.difference(&others));
+        let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others));
         let kept_by = if kept == 0 { Vec::new() } else { self.needing(&theirs, &their_roots, &staying)? };
         Ok((freed, kept, kept_by))
     }
 
     /// Names of those who need a layer of `layers` or a page of `roots`.
-    fn needing(
-        &self,
-        layers: &HashSet<&String>,
-        roots: &[MapRoot],
-        staying: &[&Entry],
-    ) -> Result<Vec<String>> {
+    fn needing(&self, layers: &HashSet<usize>, roots: &[MapRoot], staying: &[&Entry]) -> Result<Vec<String>> {
         let all = self.freed_by(roots, &[])?;
         let mut names = Vec::new();
         for entry in staying {
-            let disk = entry.layers.iter().any(|l| layers.contains(l) && self.layer_bytes.contains_key(l));
+            let is_ours =
+                |number: &usize| self.layers.get(*number).is_some_and(|layer| layer.bytes.is_some());
+            let disk = self.chains(entry).any(|number| layers.contains(&number) && is_ours(&number));
             if disk || (!roots.is_empty() && self.freed_by(roots, &entry.roots)? < all) {
                 names.push(match entry.name.as_str() {
                     "" => format!("{} (here)", entry.target),
@@ -247,28 +258,28 @@ impl Engine {
         let shown = |e: &&&Entry| target.is_none_or(|name| e.target == name);
 
         let pages = ledger.page_usage(&live)?;
-        let mut users: HashMap<&String, u32> = HashMap::new();
-        for layer in live.iter().flat_map(|e| &e.layers) {
-            *users.entry(layer).or_default() += 1;
-        }
+        let mut users = vec![0_u32; ledger.layers.len()];
+        live.iter().flat_map(|e| ledger.chains(e)).for_each(|layer| users[layer] += 1);
         let mut saved = Saved::default();
         for (entry, (exclusive, shared)) in live.iter().zip(pages).filter(|(e, _)| shown(e)) {
-            let (own, others): (Vec<_>, Vec<_>) = entry.layers.iter().partition(|l| users.get(l) == Some(&1));
+            let (own, others): (Vec<usize>, Vec<usize>) =
+                ledger.chains(entry).partition(|layer| users[*layer] == 1);
             du.rows.push(DuRow {
                 group: group.row.name.clone(),
                 target: entry.target.clone(),
                 name: entry.name.clone(),
                 undo_point: entry.undo_point,
-                exclusive: exclusive + ledger.bytes(own.into_iter()),
-                shared: shared + ledger.bytes(others.into_iter()),
+                exclusive: exclusive + ledger.bytes(own.iter()),
+                shared: shared + ledger.bytes(others.iter()),
             });
             add(&mut saved, &entry.saved);
         }
-        let pinned: HashSet<&String> = ledger.entries.iter().flat_map(|e| &e.layers).collect();
-        let maps = ledger.settled.iter().filter(|(id, _)| pinned.contains(id)).map(|(_, root)| *root);
+        let pinned: HashSet<usize> = ledger.entries.iter().flat_map(|e| ledger.chains(e)).collect();
+        let maps = pinned.iter().filter_map(|number| ledger.layers[*number].settled);
         let memories = ledger.entries.iter().flat_map(|e| e.roots.iter().copied());
         let all_roots: Vec<MapRoot> = memories.chain(maps).collect();
-        let unneeded = ledger.layer_bytes.iter().filter(|(id, _)| !pinned.contains(id)).map(|(_, b)| b);
+        let unneeded: Vec<usize> =
+            (0..ledger.layers.len()).filter(|number| !pinned.contains(number)).collect();
         let (dead, allocated) = match &ledger.store {
             Some(store) => (
                 store.estimate_gc(&pages::GcRequest { roots: all_roots, ..Default::default() })?.freed_bytes,
@@ -285,7 +296,7 @@ impl Engine {
             store_bytes: allocated.total(),
             set_aside_bytes: allocated.set_aside,
             disk_bytes: ledger.layers_total(),
-            reclaimable: unneeded.sum::<u64>() + dead,
+            reclaimable: ledger.bytes(unneeded.iter()) + dead,
             pinned_by_undo: ledger.pinned_by_undo(i64::MIN)?,
             saved,
             frozen_bytes,
@@ -322,8 +333,9 @@ fn roots(entries: &[&Entry]) -> Vec<MapRoot> {
     entries.iter().flat_map(|e| e.roots.iter().copied()).collect()
 }
 
-fn layers<'a>(entries: &[&'a Entry]) -> HashSet<&'a String> {
-    entries.iter().flat_map(|e| &e.layers).collect()
+/// A layer and those below it, by number, highest first.
+fn chain(layers: &[Layer], top: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(top), |number| layers.get(*number)?.below)
 }
 
 fn add(to: &mut Saved, more: &Saved) {

@@ -165,16 +165,18 @@ impl Store {
         }
         let view = self.inner.packs.view();
         for child in forest.all_children() {
-            let Child::Page(place) = child else { continue };
-            let (Some(slot), Some(pack)) = (place.at.slot(), view.get(place.pack)) else { continue };
-            let own = live.entry(place.pack).or_default();
+            let Child::Pages(first, count) = child else { continue };
+            let Some(pack) = view.get(first.pack) else { continue };
+            let own = live.entry(first.pack).or_default();
             if own.pages.is_empty() {
                 own.pages = vec![false; pack.layout.slots() as usize];
             }
-            if let Some(page) = own.pages.get_mut(slot as usize).filter(|page| !**page) {
-                *page = true;
-                own.page_count += 1;
-                own.page_bytes += pack.layout.page_bytes(slot);
+            for slot in first.run(*count).filter_map(|place| place.at.slot()) {
+                if let Some(page) = own.pages.get_mut(slot as usize).filter(|page| !**page) {
+                    *page = true;
+                    own.page_count += 1;
+                    own.page_bytes += pack.layout.page_bytes(slot);
+                }
             }
         }
         Ok(live)

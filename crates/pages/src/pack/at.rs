@@ -52,3 +52,34 @@ pub(crate) struct Place {
     pub(crate) pack: u32,
     pub(crate) at: At,
 }
+
+impl Place {
+    /// Another page lies so many slots behind this one, in the same pack.
+    pub(crate) fn is_before(self, slots: u16, other: Self) -> bool {
+        let slot = self.at.slot().and_then(|slot| slot.checked_add(slots.into()));
+        self.pack == other.pack && slot.is_some() && slot == other.at.slot()
+    }
+
+    /// The places of this page and of those behind it, so many in all.
+    pub(crate) fn run(self, count: u16) -> impl Iterator<Item = Self> {
+        let first = self.at.slot().into_iter();
+        let slots = first.flat_map(move |first| first..first.saturating_add(count.into()));
+        slots.map(move |slot| Self { pack: self.pack, at: At::page(slot) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_goes_on_in_the_same_pack_and_never_among_nodes() {
+        let page = |pack, slot| Place { pack, at: At::page(slot) };
+        assert!(page(1, 5).is_before(2, page(1, 7)));
+        assert!(!page(1, 5).is_before(2, page(1, 8)) && !page(1, 5).is_before(2, page(2, 7)));
+        let node = Place { pack: 1, at: At::node(7) };
+        assert!(!page(1, 5).is_before(2, node) && !node.is_before(0, node));
+        assert_eq!(page(1, 5).run(2).collect::<Vec<_>>(), [page(1, 5), page(1, 6)]);
+        assert_eq!(node.run(2).count(), 0);
+    }
+}
