@@ -135,8 +135,13 @@ impl Ledger {
     }
 
     /// The layers that some holders have.
-    fn layers_of(&self, entries: &[&Entry]) -> HashSet<usize> {
-        entries.iter().flat_map(|entry| self.chains(entry)).collect()
+    fn layers_of<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> HashSet<usize> {
+        let mut layers = HashSet::new();
+        for top in entries.into_iter().flat_map(|entry| &entry.tops) {
+            // What lies below one that is known is known.
+            chain(&self.layers, *top).take_while(|number| layers.insert(*number)).for_each(drop);
+        }
+        layers
     }
 
     /// Bytes of all layers.
@@ -162,7 +167,8 @@ impl Ledger {
         if pinned.is_empty() {
             return Ok(0);
         }
-        let (theirs, others) = (self.layers_of(&pinned), self.layers_of(&needed));
+        let (theirs, others) =
+            (self.layers_of(pinned.iter().copied()), self.layers_of(needed.iter().copied()));
         let pages = self.freed_by(&roots(&pinned), &roots(&needed))?;
         Ok(pages + self.bytes(theirs.difference(&others)))
     }
@@ -174,7 +180,8 @@ impl Ledger {
         let (their_roots, other_roots) = (roots(&going), roots(&staying));
         let freed_pages = self.freed_by(&their_roots, &other_roots)?;
         let all_pages = self.freed_by(&their_roots, &[])?;
-        let (theirs, others) = (self.layers_of(&going), self.layers_of(&staying));
+        let (theirs, others) =
+            (self.layers_of(going.iter().copied()), self.layers_of(staying.iter().copied()));
         let freed = freed_pages + self.bytes(theirs.difference(&others));
         let kept = all_pages - freed_pages.min(all_pages) + self.bytes(theirs.intersection(&others));
         let kept_by = if kept == 0 { Vec::new() } else { self.needing(&theirs, &their_roots, &staying)? };
@@ -274,7 +281,7 @@ impl Engine {
             });
             add(&mut saved, &entry.saved);
         }
-        let pinned: HashSet<usize> = ledger.entries.iter().flat_map(|e| ledger.chains(e)).collect();
+        let pinned = ledger.layers_of(&ledger.entries);
         let maps = pinned.iter().filter_map(|number| ledger.layers[*number].settled);
         let memories = ledger.entries.iter().flat_map(|e| e.roots.iter().copied());
         let all_roots: Vec<MapRoot> = memories.chain(maps).collect();
