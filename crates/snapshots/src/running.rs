@@ -26,6 +26,9 @@ use crate::views::RamImage;
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long looking at a machine may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
+/// How long a QEMU that does not answer is waited for in case it is just ending: its connection closes first, then its memory is
+/// given back, which takes its time for a large guest on a busy host.
+const ENDING: Duration = Duration::from_secs(1);
 /// What hardware acceleration needs.
 const KVM: &str = "/dev/kvm";
 /// Longest path of a Unix socket.
@@ -234,8 +237,10 @@ impl Engine {
     /// A QEMU that has closed our monitor and lives (seen in 10.0, when a background-snapshot failed in its set-up) is connected to
     /// anew by whoever looks next.
     fn forget_deaf(&self, target: &str) {
+        let running = self.running_map().get(target).filter(|running| running.qmp.is_closed()).cloned();
+        let Some(deaf) = running.filter(|running| !running.process.wait(ENDING)) else { return };
         let mut map = self.running_map();
-        if map.get(target).is_some_and(|running| running.qmp.is_closed() && running.process.is_alive()) {
+        if map.get(target).is_some_and(|now| Arc::ptr_eq(now, &deaf)) {
             tracing::warn!(target, "QEMU has closed its monitor");
             map.remove(target);
         }
@@ -259,7 +264,7 @@ impl Engine {
         let power = match state.as_ref().ok().and_then(|s| s.get("status")?.as_str()) {
             Some("running" | "finish-migrate") => Power::Running,
             Some(_) => Power::Paused,
-            None if running.process.wait(Duration::from_millis(100)) => self.forget(target, &running)?,
+            None if running.process.wait(ENDING) => self.forget(target, &running)?,
             None => target.power,
         };
         let process = running.process.is_alive().then_some(running);
