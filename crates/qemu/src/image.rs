@@ -13,9 +13,12 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
+use rustix::fs::Advice;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -27,6 +30,10 @@ use crate::tool::{self, ToolError};
 const QUICK: Duration = Duration::from_secs(30);
 /// Checking a whole one.
 const SLOW: Duration = Duration::from_secs(3600);
+/// How often it is looked what has come to a copy that is to be written back ...
+const WRITE_BACK_EVERY: Duration = Duration::from_millis(20);
+/// ... and bytes of it that the disk is given at a time: whoever ends the copy waits for so many.
+const WRITE_BACK: u64 = 64 << 20;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -347,17 +354,38 @@ impl QemuImg {
         command.args(words).args(["-o", "lazy_refcounts=off,compat=1.1", "--"]);
         command.arg(image).arg(to);
         let (mut percent, mut line) = (0, Vec::new());
-        // Opened before: what cannot be written back is told to whoever had the file open then.
-        let made = File::open(to).map_err(|source| ImageError::Copy { path: to.to_owned(), source })?;
-        let mut growing = Growing { file: &made, before: 0, bytes: 0 };
-        let output = tool::run_watched(command, &mut |bytes| {
-            growing.write_back();
+        let mut watch = |bytes: &[u8]| {
             line.extend_from_slice(bytes);
             percent = last_percentage(&line).unwrap_or(percent);
             line.drain(..line.len().saturating_sub(PROGRESS_LINE));
             progress(percent)
+        };
+        // Opened before: what cannot be written back is told to whoever had the file open then.
+        let copied = File::open(to)
+            .map_err(|source| ImageError::Copy { path: to.to_owned(), source })
+            .and_then(|made| Self::converted(command, &made, image, to, &mut watch));
+        copied.inspect_err(|_| drop(fs::remove_file(to)))
+    }
+
+    /// Runs the copy of `image` into the file `made`, which is written back meanwhile, and makes it durable.
+    fn converted(
+        command: Command,
+        made: &File,
+        image: &Path,
+        to: &Path,
+        watch: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<(), ImageError> {
+        let output = thread::scope(|scope| {
+            let (copying, over) = channel();
+            let growing = Growing { file: made, before: 0, bytes: 0 };
+            // The disk may have it wait, and whoever watches is not to. It is a hint: it can do without.
+            let writer = thread::Builder::new().name("write-back".into());
+            let _ = writer.spawn_scoped(scope, move || growing.write_back(&over));
+            let output = tool::run_watched(command, watch);
+            drop::<Sender<()>>(copying);
+            output
         });
-        let copied = match output {
+        match output {
             Ok(Some(output)) if output.success => {
                 let synced = made.sync_all();
                 synced
@@ -374,8 +402,7 @@ impl QemuImg {
             }),
             Ok(None) => Err(ImageError::Stopped { path: image.to_owned() }),
             Err(error) => Err(error.into()),
-        };
-        copied.inspect_err(|_| drop(fs::remove_file(to)))
+        }
     }
 
     /// True if an image over another holds nothing of its own. It must not be in use.
@@ -497,21 +524,28 @@ fn own_data(image: &Path, format: &str, file: &File) -> Result<bool, ImageError>
 /// A file that another program appends to.
 struct Growing<'a> {
     file: &'a File,
-    /// Its length when it was last looked at, and the time before that.
+    /// Up to where it is being written back, and up to where it was the time before that.
     bytes: u64,
     before: u64,
 }
 
 impl Growing<'_> {
-    /// Begins to write back what has come to it, and drops what has been written back since it was last looked at: nobody reads it again
-    /// soon, and the sync at the end has little left to wait for.
-    fn write_back(&mut self) {
-        let bytes = self.file.metadata().map_or(0, |meta| meta.len());
-        if bytes > self.bytes {
-            // Linux begins to write such a range before it drops what is clean of it (mm/fadvise.c).
-            let range = NonZeroU64::new(bytes - self.before);
-            let _ = rustix::fs::fadvise(self.file, self.before, range, rustix::fs::Advice::DontNeed);
-            (self.before, self.bytes) = (self.bytes, bytes);
+    /// Has what comes to it written back, and drops what has been, until `over` has no sender: nobody reads it again soon, and the sync at
+    /// the end has little left to wait for.
+    fn write_back(mut self, over: &Receiver<()>) {
+        loop {
+            let grown = self.file.metadata().map_or(0, |meta| meta.len()).saturating_sub(self.bytes);
+            let step = grown.min(WRITE_BACK);
+            if let Some(more) = NonZeroU64::new(step) {
+                // Linux begins to write such a range before it drops what is clean of it (mm/fadvise.c).
+                let range = more.saturating_add(self.bytes - self.before);
+                let _ = rustix::fs::fadvise(self.file, self.before, Some(range), Advice::DontNeed);
+                (self.before, self.bytes) = (self.bytes, self.bytes + step);
+            }
+            let pause = if grown > step { Duration::ZERO } else { WRITE_BACK_EVERY };
+            if over.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const OUTPUT_LIMIT: u64 = 4 << 20;
 
 /// How often somebody who watches a program is asked whether it is still wanted.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// What a finished program left.
 #[derive(Debug)]

@@ -413,12 +413,12 @@ fn above_what_is_shared(tx: &Transaction<'_>, top: &str, other: Option<&str>) ->
     while let Some(row) = at {
         // A layer is as deep in every chain that it is in.
         while let Some(deeper) = other.take_if(|other| other.depth > row.depth) {
-            other = layer(deeper.below.as_deref())?;
+            other = deeper.next_below(tx)?;
         }
         if other.as_ref().is_some_and(|other| other.id == row.id) {
             break;
         }
-        at = layer(row.below.as_deref())?;
+        at = row.next_below(tx)?;
         above.push(row);
     }
     Ok(above)

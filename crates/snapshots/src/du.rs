@@ -69,12 +69,12 @@ impl Ledger {
         let (entries, mut layers, rows) = engine.catalog.read(|tx| {
             let rows = LayerRow::of_group(tx, id)?;
             let numbers: HashMap<&str, usize> = rows.iter().map(|row| row.id.as_str()).zip(0..).collect();
-            let layer = |row: &LayerRow| Layer {
-                below: row.below.as_deref().and_then(|below| numbers.get(below).copied()),
-                bytes: None,
-                settled: row.settled,
+            let layer = |(number, row): (usize, &LayerRow)| {
+                let below = row.below.as_deref().and_then(|below| numbers.get(below).copied());
+                // They come in order of depth: of a catalog in disorder no chain goes round.
+                Layer { below: below.filter(|below| *below < number), bytes: None, settled: row.settled }
             };
-            let layers: Vec<Layer> = rows.iter().map(layer).collect();
+            let layers: Vec<Layer> = rows.iter().enumerate().map(layer).collect();
             let tops = |disks: Vec<(String, String)>| -> Vec<usize> {
                 disks.iter().filter_map(|(_, top)| numbers.get(top.as_str()).copied()).collect()
             };

@@ -122,7 +122,20 @@ impl LayerRow {
         let rows = query.query_map(params![id, to_settled], Self::from_row)?;
         let mut rows: Vec<Self> = rows.collect::<rusqlite::Result<_>>()?;
         rows.reverse();
-        if rows.is_empty() { Err(lacks(id)) } else { Ok(rows) }
+        match rows.first() {
+            Some(lowest) if lowest.below.is_none() || (to_settled && lowest.settled.is_some()) => Ok(rows),
+            // Cut short, it would be opened as if there had been nothing below.
+            Some(lowest) => Err(broken(lowest.below.as_deref().unwrap_or(id))),
+            None => Err(lacks(id)),
+        }
+    }
+
+    /// The layer that this one lies over, if it lies over one.
+    pub(crate) fn next_below(&self, tx: &Transaction<'_>) -> Result<Option<Self>> {
+        let Some(below) = &self.below else { return Ok(None) };
+        // Of a catalog in disorder the depths keep it from going round.
+        let row = Self::by_id(tx, below)?;
+        if row.depth < self.depth { Ok(Some(row)) } else { Err(broken(below)) }
     }
 
     /// The lowest layer of a chain. Those between are passed, not read.
@@ -203,6 +216,11 @@ impl LayerRow {
         tx.execute("DELETE FROM layers WHERE id = ?1", [id])?;
         Ok(())
     }
+}
+
+/// A chain goes on with a layer that is not there, or is there and no less deep.
+fn broken(id: &str) -> Error {
+    Error::new(Code::Damaged, format!("the catalog has no layer {id} where a chain goes on with it"))
 }
 
 fn lacks(id: &str) -> Error {

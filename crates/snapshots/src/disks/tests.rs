@@ -146,3 +146,26 @@ fn what_was_written_since_a_snapshot_lies_above_what_it_shares() {
         })
         .unwrap();
 }
+
+#[test]
+fn a_chain_in_disorder_is_damage_and_never_shorter_than_it_was() {
+    // A depth that is another, a layer over itself, and one that is not there.
+    for harm in [
+        "UPDATE layers SET depth = 17 WHERE id = ?1",
+        "UPDATE layers SET below = id WHERE id = ?1",
+        "UPDATE layers SET below = 'nothing' WHERE id = ?1",
+    ] {
+        let bench = Bench::new(12, &[]);
+        let done = bench.engine.catalog.write(|tx| {
+            tx.execute_batch("PRAGMA defer_foreign_keys = ON")?;
+            tx.execute(harm, [&bench.chain[5].id])?;
+            let top = &bench.chain.last().unwrap().id;
+            assert_eq!(LayerRow::chain(tx, top).unwrap_err().code(), Code::Damaged, "{harm}");
+            assert_eq!(Engine::opened(tx, &bench.disks(tx)?).unwrap_err().code(), Code::Damaged, "{harm}");
+            assert_eq!(above_what_is_shared(tx, top, None).unwrap_err().code(), Code::Damaged, "{harm}");
+            Err::<(), _>(Error::new(Code::Refused, "taken back"))
+        });
+        assert_eq!(done.unwrap_err().code(), Code::Refused);
+        bench.check().unwrap();
+    }
+}
