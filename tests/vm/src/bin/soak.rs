@@ -61,7 +61,6 @@ fn soak(wanted: &Wanted) -> Vec<Value> {
         "schema": "spinney.soak/1",
         "begun": first("date", &["-u", "+%FT%TZ"]),
         "commit": text("SOAK_COMMIT"),
-        "program": text("SPINNEY_BIN"),
         "version": first(&text("SPINNEY_BIN"), &["--version"]),
         "qemu": first("qemu-system-x86_64", &["--version"]),
         "host": first("uname", &["-srm"]),
