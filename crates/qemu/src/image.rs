@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -376,13 +376,13 @@ impl QemuImg {
         watch: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<(), ImageError> {
         let output = thread::scope(|scope| {
-            let (copying, over) = channel();
+            let (copying, over) = channel::<()>();
             let growing = Growing { file: made, before: 0, bytes: 0 };
             // The disk may have it wait, and whoever watches is not to. It is a hint: it can do without.
             let writer = thread::Builder::new().name("write-back".into());
             let _ = writer.spawn_scoped(scope, move || growing.write_back(&over));
             let output = tool::run_watched(command, watch);
-            drop::<Sender<()>>(copying);
+            drop(copying);
             output
         });
         match output {

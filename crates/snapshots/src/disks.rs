@@ -407,8 +407,8 @@ impl Engine {
 
 /// The layers of one chain, from its top down, that another one does not have.
 fn above_what_is_shared(tx: &Transaction<'_>, top: &str, other: Option<&str>) -> Result<Vec<LayerRow>> {
-    let layer = |id: Option<&str>| id.map(|id| LayerRow::by_id(tx, id)).transpose();
-    let (mut at, mut other) = (layer(Some(top))?, layer(other)?);
+    let mut at = Some(LayerRow::by_id(tx, top)?);
+    let mut other = other.map(|id| LayerRow::by_id(tx, id)).transpose()?;
     let mut above = Vec::new();
     while let Some(row) = at {
         // A layer is as deep in every chain that it is in.

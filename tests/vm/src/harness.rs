@@ -519,16 +519,17 @@ pub fn kill(pid: u32) {
         return;
     }
     let deadline = Instant::now() + Duration::from_secs(10);
-    // A zombie whose parent has not looked yet is gone enough, once all its threads are.
-    let alive = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-        state.is_some_and(|state| !matches!(state, 'Z' | 'X')) || threads > 1
-    };
-    while alive() && Instant::now() < deadline {
+    while !is_gone(pid) && Instant::now() < deadline {
         thread::sleep(LOOK_EVERY);
     }
+}
+
+/// True of a process that has ended: a zombie whose parent has not looked yet is gone enough, once all its threads are.
+pub fn is_gone(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    state.is_none_or(|state| matches!(state, 'Z' | 'X')) && threads <= 1
 }
 
 /// What lies in a folder; nothing if there is none.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use vm_tests::harness::{Spinney, cache, kill};
+use vm_tests::harness::{Spinney, cache, is_gone, kill};
 
 fn show(spinney: &Spinney) -> Value {
     spinney.ok("show m").unwrap()
@@ -16,12 +16,6 @@ fn show(spinney: &Spinney) -> Value {
 fn signal(pid: u64, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
     kill_process(pid, signal).unwrap();
-}
-
-/// True of a process whose first thread has ended, or of which nothing is left.
-fn is_zombie(pid: u64) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with(['Z', 'X']) || rest.is_empty())
 }
 
 /// Waits for something that comes soon.
@@ -64,10 +58,7 @@ fn a_machine_whose_process_is_ended_from_outside_lost_its_power() {
             spinney.kill_daemon();
         }
         signal(pid, by);
-        // All of its threads: the first may be a zombie, and the command line gone, while others still hold the process.
-        let gone =
-            || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1 && is_zombie(pid);
-        wait_until("the end of QEMU", gone);
+        wait_until("the end of QEMU", || is_gone(pid.try_into().expect("a process id")));
         assert_eq!(show(&spinney)["power"], "lost_power", "{by:?}, seen by the daemon: {daemon_sees}");
     }
 }

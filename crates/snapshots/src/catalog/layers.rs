@@ -122,11 +122,11 @@ impl LayerRow {
         let rows = query.query_map(params![id, to_settled], Self::from_row)?;
         let mut rows: Vec<Self> = rows.collect::<rusqlite::Result<_>>()?;
         rows.reverse();
-        match rows.first() {
-            Some(lowest) if lowest.below.is_none() || (to_settled && lowest.settled.is_some()) => Ok(rows),
+        let lowest = rows.first().ok_or_else(|| lacks(id))?;
+        match &lowest.below {
             // Cut short, it would be opened as if there had been nothing below.
-            Some(lowest) => Err(broken(lowest.below.as_deref().unwrap_or(id))),
-            None => Err(lacks(id)),
+            Some(below) if !to_settled || lowest.settled.is_none() => Err(broken(below)),
+            _ => Ok(rows),
         }
     }
 
